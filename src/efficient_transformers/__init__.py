@@ -1,0 +1,1 @@
+"""A Hugging Face-compatible zoo of efficient self-attention."""
