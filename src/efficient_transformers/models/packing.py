@@ -1,0 +1,23 @@
+"""Real tokens to the left, padding to the right, and back.
+
+Mixers that count blocks or own per-position parameters cannot see past padding in front of or between the tokens. So
+the backbone packs each row once on the way in and undoes it on the way out: a mixer only ever meets right padding.
+"""
+
+import torch
+from torch import Tensor
+
+
+def packing_order(keep: Tensor) -> Tensor:
+    """Positions of the real tokens of each row, in order, then of the padding: (b, n) bool -> (b, n) int64."""
+    return torch.argsort(~keep, dim=1, stable=True)
+
+
+def pack(x: Tensor, order: Tensor) -> Tensor:
+    """Reorder axis 1 of `x` (b, n, …) by `order` (b, n)."""
+    return x.gather(1, order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand_as(x))
+
+
+def unpack(x: Tensor, order: Tensor) -> Tensor:
+    """The inverse of `pack`."""
+    return pack(x, order.argsort(dim=1))
