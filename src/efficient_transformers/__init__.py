@@ -1,1 +1,22 @@
-"""A Hugging Face-compatible zoo of efficient self-attention."""
+"""A Hugging Face-compatible zoo of efficient self-attention.
+
+Importing the package registers every variant with transformers' Auto classes:
+
+    import efficient_transformers
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("et_local", window_size=128))
+"""
+
+from .models.patterns import AttentionPattern, parse_pattern
+from .registry import VARIANTS, Variant, register_all
+
+__version__ = "0.1.0"
+__all__ = ["VARIANTS", "AttentionPattern", "Variant", "parse_pattern", "register_all"]
+
+register_all()
+for _variant in VARIANTS.values():
+    for _class in (_variant.config_class, *(_variant.model_class(head) for head in (None, *_variant.heads))):
+        globals()[_class.__name__] = _class
+        __all__.append(_class.__name__)
+del _variant, _class

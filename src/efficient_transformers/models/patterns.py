@@ -87,11 +87,20 @@ class AttentionPattern:
             near = (i - j).abs() <= self.window * self.dilation
         return near if self.dilation == 1 else near & ((i - j) % self.dilation == 0)
 
+    def is_global(self, i: Tensor) -> Tensor:
+        """Is position i a global token? Elementwise."""
+        tokens = self.global_tokens
+        if not tokens:
+            return torch.zeros_like(i, dtype=torch.bool)
+        if tokens[-1] - tokens[0] == len(tokens) - 1:  # no gap
+            return (i >= tokens[0]) & (i <= tokens[-1])
+        return torch.isin(i, torch.tensor(tokens, device=i.device))
+
     def allows(self, head: Tensor, i: Tensor, j: Tensor, length: int) -> Tensor:
         """May query i of `head` read key j in a sequence of `length` real tokens? Broadcasts, bool."""
         allowed = self.in_window(i, j)
-        for token in self.global_tokens:
-            allowed = allowed | (i == token) | (j == token)
+        if self.global_tokens:
+            allowed = allowed | self.is_global(i) | self.is_global(j)
         if self.num_random_blocks:
             size = self.random_block_size
             drawn = self.random_blocks(int(head.max()) + 1, -(-length // size)).to(i.device)
@@ -140,7 +149,7 @@ def parse_pattern(text: str, seed: int = 0, causal: bool = False) -> AttentionPa
 
     Parts joined by `|` are united: `"local:128 | global:2"`. Raises ValueError that quotes the part it cannot read.
     """
-    fields: dict[str, int | None | tuple[int, ...]] = {}
+    fields: dict[str, int | tuple[int, ...] | None] = {}
     for part in text.split("|"):
         kind, *arguments = part.strip().split(":")
         match kind, [int(a) if a.isdigit() else None for a in arguments]:

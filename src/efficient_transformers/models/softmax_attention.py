@@ -5,9 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, dropout: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
     r"""Masked scaled dot-product attention and its weights, O(n·m·d).
 
     .. math:: o_i = \sum_{j \in S(i)} \mathrm{softmax}_{j \in S(i)}(q_i^\top k_j / \sqrt d)\, v_j

@@ -10,7 +10,7 @@ Three ways to evaluate one sum, all equal to `softmax_attention` under `pattern.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -41,14 +41,16 @@ def sparse_attention(
     Returns (b, h, n, d) in `v.dtype`, zeros at padding. Products run in the input's dtype, the softmax inside is
     float32 or wider.
     """
-    batch, num_heads, length, _ = q.shape
+    batch, _, length, _ = q.shape
     rows = [length] * batch if lengths is None else list(lengths)
     patterns = [pattern] * batch if global_tokens is None else [pattern.with_global(t) for t in global_tokens]
     if len(set(zip(rows, patterns, strict=True))) == 1 and is_short(patterns[0], rows[0]):
         return dense_attention(q, k, v, patterns[0], rows[0], dropout)
     if pattern.is_full:
         mixed = [
-            F.pad(dense_attention(*(x[None, :, :real] for x in row), pattern, real, dropout)[0], (0, 0, 0, length - real))
+            F.pad(
+                dense_attention(*(x[None, :, :real] for x in row), pattern, real, dropout)[0], (0, 0, 0, length - real)
+            )
             for *row, real in zip(q.unbind(), k.unbind(), v.unbind(), rows, strict=True)
         ]
         return torch.stack(mixed)
@@ -181,7 +183,7 @@ def tile_size(pattern: AttentionPattern, dtype: torch.dtype) -> int:
 def tiles(
     pattern: AttentionPattern, length: int, num_heads: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Tile]:
-    """The tiles that make up a pattern over `length` tokens; rows of global tokens come last, in a tile of their own."""
+    """The tiles that make up a pattern over `length` tokens; rows of global tokens last, in a tile of their own."""
     tokens = tuple(token for token in pattern.global_tokens if token < length)
     size, step = tile_size(pattern, dtype), pattern.dilation
     for residue in range(min(step, length)):
@@ -193,7 +195,7 @@ def tiles(
             if tokens:
                 reads.append(global_read(pattern, queries, tokens, dtype, device))
             if pattern.num_random_blocks:
-                reads.append(random_read(pattern, queries, tokens, length, num_heads, dtype, device))
+                reads.append(random_read(pattern, queries, length, num_heads, dtype, device))
             yield Tile(queries, tuple(reads))
     if tokens:
         index = as_keys(tokens, device)
@@ -235,7 +237,9 @@ def band(
     device: torch.device,
 ) -> Tensor | None:
     """Bias of a window: query i stands at key offset + i. The same for all inner tiles, so it is made once."""
-    distance = torch.arange(num_keys, device=device) - torch.arange(offset, offset + num_queries, device=device)[:, None]
+    distance = (
+        torch.arange(num_keys, device=device) - torch.arange(offset, offset + num_queries, device=device)[:, None]
+    )
     allowed = torch.ones_like(distance, dtype=torch.bool) if window is None else distance.abs() <= window
     if causal:
         allowed &= distance <= 0
@@ -260,7 +264,6 @@ def global_read(
 def random_read(
     pattern: AttentionPattern,
     queries: slice,
-    tokens: tuple[int, ...],
     length: int,
     num_heads: int,
     dtype: torch.dtype,
@@ -273,8 +276,7 @@ def random_read(
     j = (drawn[..., None] * size + torch.arange(size, device=device)).flatten(1)  # (h, m); negative where none is drawn
     keys, j = j.clamp(0, length - 1), j[:, None]
     allowed = (j >= 0) & (j < length) & ~pattern.in_window(i, j)
-    for token in tokens:
-        allowed &= j != token
+    allowed &= ~pattern.is_global(j)
     if pattern.causal:
         allowed &= j <= i
     return Read(keys, as_bias(allowed, dtype))
@@ -370,3 +372,188 @@ class DropoutMasks:
     def like(self, weights: Sequence[Tensor]) -> list[Tensor]:
         kept = 1 - self.rate
         return [torch.empty_like(w).bernoulli_(kept, generator=self.generator).div_(kept) for w in weights]
+
+
+def blocked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: AttentionPattern,
+    keep: Tensor | None = None,
+    global_mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`sparse_attention` as a few batched products over blocks and their neighbours, linear in n, for autograd.
+
+    `q`, `k`, `v` (b, h, n, d); `keep` (b, n) is True at real tokens, padding on the right; `global_mask` (b, n) is True
+    at further global tokens. Returns (b, h, n, d), zeros at padding. Random blocks are drawn for every row's own
+    length, which is data: those heads take the dense mask here.
+    """
+    length = q.shape[2]
+    if pattern.is_full or pattern.num_random_blocks:
+        return masked_attention(q, k, v, pattern, keep, global_mask, dropout)
+    step = pattern.dilation
+    per_class = -(-length // step)
+    window = per_class if pattern.window is None else min(pattern.window, per_class)
+    size = per_class if pattern.window is None else max(window, 16)
+    reach = 0 if pattern.window in (0, None) else 1  # blocks to each side
+    count = -(-per_class // size)
+
+    def fold(x: Tensor) -> Tensor:
+        """(…, n, d) -> (…, residue classes, blocks, size, d), zeros behind the end."""
+        x = F.pad(x, (0, 0, 0, step * count * size - length))
+        return x.unflatten(-2, (count, size, step)).movedim(-2, -4)
+
+    def with_neighbours(x: Tensor) -> Tensor:
+        """(…, blocks, size, d) -> (…, blocks, keys, d)."""
+        x = F.pad(x, (0, 0, 0, 0, reach, 0 if pattern.causal else reach))
+        # concatenated rather than unfolded: torch.compile gave wrong gradients for overlapping windows
+        return torch.cat([x[..., i : i + count, :, :] for i in range(x.shape[-3] - count + 1)], -2)
+
+    position = torch.arange(length, device=q.device)
+    real = torch.ones(1, length, dtype=torch.bool, device=q.device) if keep is None else keep
+    i = fold(position[:, None])  # (s, c, size, 1)
+    j = with_neighbours(fold(position[:, None])).transpose(-1, -2)  # (s, c, 1, keys)
+    there = with_neighbours(fold(real[..., None].to(q.dtype))).transpose(-1, -2) > 0  # (b, s, c, 1, keys)
+    allowed = pattern.in_window(i, j) & there
+    queries = fold(q * q.shape[-1] ** -0.5)  # (b, h, s, c, size, d)
+    groups = [(queries @ with_neighbours(fold(k)).transpose(-1, -2), allowed)]
+
+    tokens, there = global_positions(pattern, real, global_mask)  # (b, g)
+    if tokens is not None:
+        token_k, token_v = (x.gather(2, tokens[:, None, :, None].expand(*x.shape[:2], -1, x.shape[3])) for x in (k, v))
+        t = tokens[:, None, None, None]  # (b, 1, 1, 1, g)
+        allowed = there[:, None, None, None] & ~pattern.in_window(i, t)
+        groups.append((queries @ token_k[:, :, None, None].transpose(-1, -2), allowed))
+
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = []
+    for (score, allowed), keys in zip(groups, (j, tokens), strict=False):
+        if pattern.causal:
+            allowed = allowed & ((j if keys is j else t) <= i)
+        scores.append(score.to(wide).masked_fill(~allowed[:, None], torch.finfo(wide).min))
+    weights = F.dropout(torch.cat(scores, -1).softmax(-1).to(v.dtype), dropout)
+    weights = weights.split([score.shape[-1] for score in scores], -1)
+    mixed = weights[0] @ with_neighbours(fold(v))
+    if tokens is not None:
+        mixed = mixed + weights[1] @ token_v[:, :, None, None]
+    out = mixed.movedim(-4, -2).flatten(-4, -2)[:, :, :length]
+
+    if tokens is not None:
+        rows = q.gather(2, tokens[:, None, :, None].expand(*q.shape[:2], -1, q.shape[3]))
+        reads = real[:, None, None] & there[:, None, :, None]
+        if pattern.causal:
+            reads = reads & (position <= tokens[..., None])[:, None]
+        # tokens that are not there (a row has fewer) are written behind the end and cut off
+        target = torch.where(there, tokens, length)[:, None, :, None].expand_as(rows)
+        full = F.scaled_dot_product_attention(rows, k, v, attn_mask=reads, dropout_p=dropout)
+        out = F.pad(out, (0, 0, 0, 1)).scatter(2, target, full)[:, :, :length]
+    return out if keep is None else out.masked_fill(~keep[:, None, :, None], 0)
+
+
+def global_positions(
+    pattern: AttentionPattern, real: Tensor, global_mask: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """Global tokens of each row, (b, g), and which of them are there; None if the pattern has none."""
+    batch, length = real.shape if global_mask is None else global_mask.shape
+    own = torch.tensor([t for t in pattern.global_tokens if t < length], dtype=torch.long, device=real.device)
+    if global_mask is None:
+        tokens = own.expand(batch, -1)
+        return (tokens if len(own) else None), real.gather(1, tokens)
+    marked = global_mask.clone()
+    marked[:, own] = True
+    marked &= real
+    most = int(marked.sum(1).max())
+    there, tokens = marked.int().topk(most, dim=1, sorted=True)
+    return (tokens if most else None), there.bool()
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: AttentionPattern,
+    keep: Tensor | None = None,
+    global_mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Torch's kernel under the dense mask of the pattern; shapes as `blocked_attention`."""
+    length = q.shape[2]
+    if keep is None and global_mask is None and pattern.is_full:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=pattern.causal)
+    heads = q.shape[1] if pattern.num_random_blocks else 1
+    if pattern.num_random_blocks and keep is not None:
+        rows = [F.pad(pattern.dense(int(r), heads, q.device), (0, length - int(r)) * 2) for r in keep.sum(1)]
+        allowed = torch.stack(rows)
+    else:
+        allowed = pattern.dense(length, heads, q.device)[None]
+    if global_mask is not None:
+        allowed = allowed | global_mask[:, None, :, None] | global_mask[:, None, None, :]
+    if keep is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed & keep[:, None, None], dropout_p=dropout)
+    return out.masked_fill(~keep[:, None, :, None], 0)
+
+
+@lru_cache(maxsize=1)
+def compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: AttentionPattern,
+    keep: Tensor | None = None,
+    global_mask: Tensor | None = None,
+    block_masks: dict | None = None,
+) -> Tensor:
+    """`sparse_attention` by FlexAttention; shapes as `blocked_attention`. `block_masks` keeps the masks it makes.
+
+    On a CPU the kernel has no backward: ValueError.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, num_heads, length, _ = q.shape
+    if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError(
+            "attn_implementation='flex_attention' cannot train on a CPU, where the kernel has no backward: "
+            "use attn_implementation='sdpa', which is faster there."
+        )
+    block_masks = {} if block_masks is None else block_masks
+    key = (pattern, num_heads)
+    if key not in block_masks:
+        drawn = [None] * batch
+        rows = [length] * batch if keep is None else keep.sum(1).tolist()
+        if pattern.num_random_blocks:
+            most = -(-length // pattern.random_block_size)
+            tables = [pattern.random_blocks(num_heads, -(-row // pattern.random_block_size)) for row in rows]
+            drawn = torch.stack([F.pad(t, (0, 0, 0, most - t.shape[1]), value=-1) for t in tables]).to(q.device)
+        base = replace(pattern, num_random_blocks=0)
+        real = torch.tensor(rows, device=q.device)
+
+        def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            allowed = base.in_window(i, j) | base.is_global(i) | base.is_global(j)
+            if global_mask is not None:
+                allowed = allowed | global_mask[b, i] | global_mask[b, j]
+            for draw in range(pattern.num_random_blocks):
+                size = pattern.random_block_size
+                allowed = allowed | (drawn[b, h, i // size, draw] == j // size)
+            if pattern.causal:
+                allowed = allowed & (j <= i)
+            return allowed & (j < real[b]) & (i < real[b])
+
+        alike = keep is None and global_mask is None
+        block_masks[key] = create_block_mask(
+            mask,
+            B=1 if alike else batch,
+            H=num_heads if pattern.num_random_blocks else 1,
+            Q_LEN=length,
+            KV_LEN=length,
+            device=q.device,
+        )
+    out = compiled_flex_attention()(q, k, v, block_mask=block_masks[key])
+    return out if keep is None else out.masked_fill(~keep[:, None, :, None], 0)

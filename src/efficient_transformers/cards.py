@@ -1,0 +1,102 @@
+"""The Hub model card of a trained model: what it is, how it was trained, what was measured, how to load it.
+
+The metadata block is `huggingface_hub`'s own, so that results appear on the Hub as a `model-index`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+PIPELINE_TAGS = {
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMultipleChoice": "multiple-choice",
+}
+
+
+def loading_code(folder: str, auto_class: str, max_length: int | None = None) -> str:
+    """Five lines of Python that load a saved model and run it on a text."""
+    if auto_class not in PIPELINE_TAGS:
+        raise ValueError(f"auto_class ({auto_class!r}) must be one of {', '.join(PIPELINE_TAGS)}.")
+    cut = f", truncation=True, max_length={max_length}" if max_length else ""
+    lines = [
+        f"from transformers import AutoTokenizer, {auto_class}",
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+        f'model = {auto_class}.from_pretrained("{folder}", trust_remote_code=True).eval()',
+        f'logits = model(**tokenizer("A long document …", return_tensors="pt"{cut})).logits',
+    ]
+    if auto_class == "AutoModelForSequenceClassification":
+        lines.append("print(model.config.id2label[logits.argmax(-1).item()])")
+    else:
+        lines.append("print(logits.shape)")
+    return "\n".join(lines)
+
+
+def model_card(
+    *,
+    name: str,
+    auto_class: str,
+    description: str,
+    results: Sequence[EvalResult],
+    training: Mapping[str, Any],
+    command: str,
+    limits: Sequence[str],
+    max_length: int | None = None,
+    license: str | None = None,
+    language: str | None = None,
+    datasets: Sequence[str] = (),
+    base_model: str | None = None,
+    tags: Sequence[str] = (),
+) -> ModelCard:
+    """The card of the model called `name`, whose class is opened by `auto_class`.
+
+    `training` is shown as a table, in its order. `results` become the measured results and the `model-index`;
+    `command` is the one that gives them. `datasets` and `base_model` are Hub ids. `description` and `limits` are
+    Markdown.
+    """
+    data = ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag=PIPELINE_TAGS.get(auto_class),
+        tags=["efficient-attention", "long-documents", *tags],
+        license=license,
+        language=language,
+        datasets=list(datasets) or None,
+        base_model=base_model,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        eval_results=list(results) or None,
+    )
+    sections = [
+        f"# {name}",
+        description.strip(),
+        "## Use",
+        f"```python\n{loading_code(name, auto_class, max_length)}\n```",
+        "The model's code is in this repository: beside `transformers`, only `trust_remote_code=True` is needed.",
+        "## Results",
+        _table(
+            ("data", "split", "metric", "value"),
+            [
+                (r.dataset_name, r.dataset_split or "", r.metric_name or r.metric_type, _number(r.metric_value))
+                for r in results
+            ],
+        ),
+        f"Measured by\n\n```bash\n{command}\n```",
+        "## Training",
+        _table(("setting", "value"), [(key, _number(value)) for key, value in training.items()]),
+        "## Limits",
+        "\n".join(f"- {limit}" for limit in limits),
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *[[cell.replace("|", "\\|") for cell in row] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

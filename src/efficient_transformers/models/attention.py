@@ -1,0 +1,147 @@
+"""Multi-head attention over drawn patterns: projections, rotary positions, cache, and the choice of the engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from .patterns import AttentionPattern
+from .softmax_attention import softmax_attention
+from .sparse_attention import blocked_attention, flex_sparse_attention, sparse_attention
+
+
+@dataclass
+class SequenceInfo:
+    """What a mixer may know about a batch besides its hidden states. Rows are packed: real tokens first.
+
+    positions: index of each real token in its row, -1 at padding, (b, n).
+    keep: True at real tokens, (b, n); None where all are.
+    lengths: real tokens per row as numbers; None where all are, and in traced code.
+    global_mask: True at tokens the caller marked as global, (b, n); None where there are none.
+    global_tokens: the same as positions per row; None as `lengths`.
+    rotary: cos and sin of the angles, (b, n, 1, d/2) each.
+    cache: of a causal model; holds everything before these tokens.
+    """
+
+    positions: Tensor
+    keep: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
+    global_mask: Tensor | None = None
+    global_tokens: tuple[tuple[int, ...], ...] | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    cache: Cache | None = None
+    output_attentions: bool = False
+    block_masks: dict = field(default_factory=dict)  # FlexAttention's, made once for all layers
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    r"""cos and sin of :math:`m\,\theta^{-2i/d}` for positions m, each (b, n, 1, d/2).
+
+    Su et al. 2021 (arXiv:2104.09864), section 3.4.2. Computed in float32 or wider, returned in `dtype`.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=wide) / head_dim
+    angles = positions[..., None, None].to(wide) * theta**-exponent
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn feature pairs (i, i + d/2) of `x` (b, n, h, d); the paper pairs (2i, 2i+1), a permutation of the same."""
+    cos, sin = rotary
+    left, right = x.chunk(2, -1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+
+
+class PatternAttention(nn.Module):
+    """Softmax attention whose heads read by `config.attention_patterns(layer)`.
+
+    `attn_implementation` decides how: `eager` writes the matrix out, `sdpa` is the engine, `flex_attention` the
+    block-sparse kernel. Heads with the same pattern run together.
+    """
+
+    def __init__(self, config, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.dropout = config.attention_probs_dropout_prob
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.groups = group_heads(config.attention_patterns(layer), self.num_heads)
+
+    def forward(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
+        """(b, n, e) -> (b, n, e) and, if asked for, the weights (b, h, n, m)."""
+        q, k, v = (x(hidden).unflatten(-1, (-1, self.head_dim)) for x in (self.q_proj, self.k_proj, self.v_proj))
+        if sequence.rotary is not None:
+            q, k = rotate(q, sequence.rotary), rotate(k, sequence.rotary)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (b, h, n, d)
+        dropout = self.dropout if self.training else 0.0
+
+        positions, seen = sequence.positions, 0
+        if sequence.cache is not None:
+            seen = sequence.cache.get_seq_length(self.layer)
+            keys, values, positions = sequence.cache.layers[self.layer].update(k, v, sequence.positions)
+        if seen:  # a few new tokens against what is left of the past: dense, but no longer than the cache is
+            mixed, weights = softmax_attention(q, keys, values, self.allowed(sequence, positions), dropout)
+        elif sequence.output_attentions or self.config._attn_implementation == "eager":
+            mixed, weights = softmax_attention(q, k, v, self.allowed(sequence, sequence.positions), dropout)
+        else:
+            mixed, weights = self.mix(q, k, v, sequence, dropout), None
+        return self.o_proj(mixed.transpose(1, 2).flatten(2)), weights
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceInfo, dropout: float) -> Tensor:
+        """All heads through the engine that suits the place, (b, h, n, d)."""
+        mixed = []
+        for pattern, heads in self.groups:
+            part = [x if len(heads) == self.num_heads else x[:, as_slice(heads)] for x in (q, k, v)]
+            if self.config._attn_implementation == "flex_attention" and not dropout:
+                out = flex_sparse_attention(*part, pattern, sequence.keep, sequence.global_mask, sequence.block_masks)
+            elif torch.compiler.is_compiling() or q.device.type != "cpu":
+                out = blocked_attention(*part, pattern, sequence.keep, sequence.global_mask, dropout)
+            else:
+                out = sparse_attention(*part, pattern, sequence.lengths, sequence.global_tokens, dropout)
+            mixed.append(out)
+        return self.in_order(mixed)
+
+    def allowed(self, sequence: SequenceInfo, key_positions: Tensor) -> Tensor:
+        """The dense mask of all heads, (b, h or 1, n, m), from the positions of queries and keys."""
+        i, j = sequence.positions[:, None, :, None], key_positions[:, None, None, :]
+        masks = []
+        for pattern, heads in self.groups:
+            head = torch.arange(len(heads) if pattern.num_random_blocks else 1, device=i.device)[:, None, None]
+            if pattern.num_random_blocks:  # the draw depends on how many blocks a row has
+                rows = [pattern.allows(head, i[b], j[b], int(j[b].max()) + 1) for b in range(i.shape[0])]
+                allowed = torch.stack(rows)
+            else:
+                allowed = pattern.allows(head, i, j, 0)
+            masks.append(allowed if len(self.groups) == 1 else allowed.expand(-1, len(heads), -1, -1))
+        mask = self.in_order(masks)
+        if sequence.global_mask is not None:
+            mask = mask | sequence.global_mask[:, None, :, None] | sequence.global_mask[:, None, None, :]
+        return mask & (i >= 0) & (j >= 0)
+
+    def in_order(self, parts: list[Tensor]) -> Tensor:
+        """Tensors of the groups, (b, heads of the group, …), as one in the order of the heads."""
+        if len(parts) == 1:
+            return parts[0]
+        order = [head for _, heads in self.groups for head in heads]
+        together = torch.cat(parts, 1)
+        if order == sorted(order):
+            return together
+        return together.index_select(1, torch.tensor(order, device=together.device).argsort())
+
+
+def group_heads(patterns: Sequence[AttentionPattern], num_heads: int) -> list[tuple[AttentionPattern, list[int]]]:
+    """Heads by pattern, in order of first appearance; `patterns` are tiled over the heads."""
+    groups: dict[AttentionPattern, list[int]] = {}
+    for head in range(num_heads):
+        groups.setdefault(patterns[head % len(patterns)], []).append(head)
+    return list(groups.items())
+
+
+def as_slice(heads: list[int]) -> slice | list[int]:
+    """Neighbouring heads as a slice, which is a view."""
+    return slice(heads[0], heads[-1] + 1) if heads[-1] - heads[0] == len(heads) - 1 else heads

@@ -1,0 +1,358 @@
+"""The encoder every variant shares: embeddings, blocks of mixer and MLP, packing, cache; and its pretrained base."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.utils import can_return_tuple
+
+from .attention import SequenceInfo, rotary_angles
+from .caching import prepare_cache
+from .checks import check_length, check_shape
+from .configuration import EtConfig
+from .packing import pack, packing_order, unpack
+
+
+class EtPreTrainedModel(PreTrainedModel):
+    """Base of all models of the zoo. A variant subclasses it, annotates `config` and names its mixer."""
+
+    config: EtConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EtBlock", "EtEmbeddings"]
+    _supports_sdpa = True
+    mixer_class: ClassVar[type[nn.Module]]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ExternalTokens):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+
+
+def sinusoidal_embedding(positions: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Vaswani et al. 2017, section 3.5, sines in the first half and cosines in the second: (b, n) -> (b, n, size).
+
+    The paper interleaves the two, which is a permutation of the features.
+    """
+    cos, sin = rotary_angles(positions, size, 10000.0, dtype)
+    return torch.cat([sin, cos], -1).squeeze(2)
+
+
+class EtEmbeddings(nn.Module):
+    """Words, positions and token types, summed; normalised behind if the blocks are."""
+
+    def __init__(self, config: EtConfig):
+        super().__init__()
+        self.config = config
+        # a padding index would freeze one row; padding is masked, so no row needs to be
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position_embedding_type == "learned":
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.type_vocab_size:
+            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        if not config.norm_first:
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, inputs_embeds: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
+        hidden = inputs_embeds
+        if self.config.type_vocab_size:
+            types = torch.zeros_like(positions) if token_types is None else token_types
+            hidden = hidden + self.token_type_embeddings(types)
+        if self.config.position_embedding_type == "learned":
+            hidden = hidden + self.position_embeddings(positions)
+        elif self.config.position_embedding_type == "sinusoidal":
+            hidden = hidden + sinusoidal_embedding(positions, self.config.hidden_size, hidden.dtype)
+        if not self.config.norm_first:
+            hidden = self.norm(hidden)
+        return self.dropout(hidden)
+
+
+class ExternalTokens(nn.Module):
+    """Learned embeddings that stand in front of every sequence and are cut off at the end."""
+
+    def __init__(self, count: int, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, hidden_size))
+
+
+class EtMLP(nn.Module):
+    def __init__(self, config: EtConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.chunk_size = config.chunk_size_feed_forward
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        chunks = hidden.split(self.chunk_size, 1) if self.chunk_size else [hidden]
+        mixed = [self.down_proj(self.activation(self.up_proj(chunk))) for chunk in chunks]
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed, 1)
+
+
+class EtBlock(GradientCheckpointingLayer):
+    """hidden ─ norm ─ mixer ─ + ─ norm ─ MLP ─ +, or with the norms behind the sums."""
+
+    def __init__(self, config: EtConfig, mixer: nn.Module):
+        super().__init__()
+        self.norm_first = config.norm_first
+        self.mixer = mixer
+        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = EtMLP(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
+        if self.norm_first:
+            mixed, weights = self.mixer(self.mixer_norm(hidden), sequence)
+            hidden = hidden + self.dropout(mixed)
+            return hidden + self.dropout(self.mlp(self.mlp_norm(hidden))), weights
+        mixed, weights = self.mixer(hidden, sequence)
+        hidden = self.mixer_norm(hidden + self.dropout(mixed))
+        return self.mlp_norm(hidden + self.dropout(self.mlp(hidden))), weights
+
+
+class EtPooler(nn.Module):
+    """One vector per sequence: its mean, first or last real token, then BERT's dense layer and tanh."""
+
+    def __init__(self, config: EtConfig):
+        super().__init__()
+        self.pooling = config.classifier_pooling
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor, keep: Tensor | None) -> Tensor:
+        if keep is None:
+            keep = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        match self.pooling:
+            case "mean":
+                pooled = (hidden * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp(min=1)
+            case "cls":
+                pooled = hidden[torch.arange(len(hidden), device=hidden.device), keep.int().argmax(1)]
+            case "last":
+                last = (keep * torch.arange(keep.shape[1], device=hidden.device)).argmax(1)
+                pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return torch.tanh(self.dense(pooled))
+
+
+@dataclass
+class Packing:
+    """How the rows of a batch were packed; undoes it."""
+
+    order: Tensor | None  # (b, n), None where the tokens were on the left already
+    keep: Tensor | None  # of the original order, (b, n)
+    num_external: int
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """(b, g + n, e) packed -> (b, n, e) in the caller's order, zeros at padding."""
+        hidden = hidden[:, self.num_external :]
+        if self.order is not None:
+            hidden = unpack(hidden, self.order)
+        return hidden if self.keep is None else hidden * self.keep[..., None]
+
+    def restore_weights(self, weights: Tensor) -> Tensor:
+        """(b, h, g + n, m) -> (b, h, n, m'): both axes for a whole sequence, queries alone against a cache."""
+        whole = weights.shape[2] == weights.shape[3]
+        weights = weights[:, :, self.num_external :, self.num_external if whole else 0 :]
+        if self.order is not None:
+            back = self.order.argsort(1)[:, None, :, None]
+            weights = weights.gather(2, back.expand_as(weights))
+            if whole:
+                weights = weights.gather(3, back.transpose(2, 3).expand_as(weights))
+        return weights
+
+
+class Encoder:
+    """Mixin: embeddings, then blocks of `mixer_class`. Stands in front of the variant's pretrained base."""
+
+    has_marked_tokens: ClassVar[bool] = False  # does the variant take a global_attention_mask?
+    config: EtConfig
+
+    def __init__(self, config: EtConfig, add_pooling_layer: bool = True):
+        super().__init__(config)  # type: ignore[call-arg]
+        self.embeddings = EtEmbeddings(config)
+        self.num_external = getattr(config, "num_external_tokens", 0)
+        if self.num_external:
+            self.external_tokens = ExternalTokens(self.num_external, config.hidden_size)
+        mixers = (self.mixer_class(config, layer) for layer in range(config.num_hidden_layers))  # type: ignore[attr-defined]
+        self.layers = nn.ModuleList(EtBlock(config, mixer) for mixer in mixers)
+        if config.norm_first:
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = EtPooler(config) if add_pooling_layer else None
+        self.gradient_checkpointing = False
+        self.post_init()  # type: ignore[attr-defined]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.word_embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        global_attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        r"""Encode a batch of sequences.
+
+        `input_ids` (b, n) int64, or `inputs_embeds` (b, n, e) in their place. `attention_mask` is 1 at real tokens and
+        0 at padding, wherever that stands: (b, n), or (b, past + n) behind a cache. `token_type_ids` and
+        `position_ids` (b, n); positions count the real tokens of a row from 0 if not given. `global_attention_mask`
+        (b, n) is 1 at tokens that read everything and that everything reads, for the variants that have them.
+        Outputs at padding are zero.
+
+        Raises ValueError for a sequence longer than `max_position_embeddings`, a mask of another shape, both or
+        neither of `input_ids` and `inputs_embeds`.
+        """
+        config = self.config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, not both and not neither.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings.word_embeddings(input_ids)
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        cache = self.open_cache(past_key_values, use_cache)
+        seen = 0 if cache is None else cache.get_seq_length()
+
+        keep, positions = self.locate(inputs_embeds, attention_mask, seen)
+        inputs_embeds, keep, positions, token_type_ids, position_ids, marked, packing = self.pack(
+            inputs_embeds, keep, positions, token_type_ids, position_ids, global_attention_mask, bool(seen)
+        )
+        if position_ids is None:
+            position_ids = positions.clamp(min=0)
+        elif position_ids.shape[0] != positions.shape[0]:
+            position_ids = position_ids.expand_as(positions)
+        hidden = self.embeddings(inputs_embeds, position_ids, token_type_ids)
+        hidden, sequence = self.describe(hidden, keep, positions, position_ids, marked, cache, bool(output_attentions))
+
+        hidden_states, attentions = [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states.append(packing.restore(hidden))
+            hidden, weights = layer(hidden, sequence)
+            if output_attentions and weights is not None:
+                attentions.append(packing.restore_weights(weights))
+        if config.norm_first:
+            hidden = self.norm(hidden)
+        hidden = packing.restore(hidden)
+        if output_hidden_states:
+            hidden_states.append(hidden)
+
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=hidden,
+            pooler_output=None if self.pooler is None else self.pooler(hidden, packing.keep),
+            past_key_values=cache,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions and attentions else None,
+        )
+
+    def open_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache to read and write, or None."""
+        if not self.config.is_decoder:
+            return None
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:  # type: ignore[attr-defined]
+            wanted = False  # a checkpointed layer runs twice and would store its keys twice
+        if cache is None and not wanted:
+            return None
+        patterns = [self.config.attention_patterns(layer) for layer in range(self.config.num_hidden_layers)]  # type: ignore[attr-defined]
+        return prepare_cache(cache, patterns)
+
+    def locate(self, hidden: Tensor, mask: Tensor | None, seen: int) -> tuple[Tensor | None, Tensor]:
+        """Which of the new tokens are real (None: all), and how many real ones stand before each; -1 at padding."""
+        batch, length, _ = hidden.shape
+        check_length(seen + length, self.config.max_position_embeddings, type(self).__name__)
+        if mask is not None and seen and mask.shape[1] == length:  # says nothing of the past: that was real
+            mask = torch.cat([mask.new_ones(batch, seen), mask], 1)
+        if mask is not None:
+            check_shape("attention_mask", mask.shape, (batch, seen + length), "batch, past + length")
+        if mask is None or (not torch.compiler.is_compiling() and bool(mask.all())):
+            return None, torch.arange(seen, seen + length, device=hidden.device).expand(batch, -1)
+        mask = mask.bool()
+        positions = (mask.long().cumsum(1) - 1).masked_fill(~mask, -1)
+        return mask[:, seen:], positions[:, seen:]
+
+    def pack(
+        self,
+        embeds: Tensor,
+        keep: Tensor | None,
+        positions: Tensor,
+        token_types: Tensor | None,
+        position_ids: Tensor | None,
+        marked: Tensor | None,
+        continues: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Packing]:
+        """Everything that is per token, real tokens first, and how to get back."""
+        if marked is not None:
+            if not self.has_marked_tokens or self.config.is_decoder:
+                raise ValueError(
+                    f"{type(self).__name__} takes no global_attention_mask"
+                    + (" as a decoder: its global tokens are the first ones." if self.has_marked_tokens else ".")
+                )
+            check_shape("global_attention_mask", marked.shape, positions.shape, "batch, length")
+            marked = marked.bool() if keep is None else marked.bool() & keep
+        packing = Packing(None, keep, self.num_external)
+        if keep is None or continues:
+            return embeds, keep, positions, token_types, position_ids, marked, packing
+        if not torch.compiler.is_compiling() and bool((keep[:, 1:] <= keep[:, :-1]).all()):
+            return embeds, keep, positions, token_types, position_ids, marked, packing  # padded on the right already
+        packing.order = order = packing_order(keep)
+        per_token = [keep, positions, token_types, position_ids, marked]
+        packed = [None if x is None else pack(x.expand(order.shape), order) for x in per_token]
+        return pack(embeds, order), *packed, packing  # type: ignore[return-value]
+
+    def describe(
+        self,
+        hidden: Tensor,
+        keep: Tensor | None,
+        positions: Tensor,
+        position_ids: Tensor,
+        marked: Tensor | None,
+        cache: Cache | None,
+        output_attentions: bool,
+    ) -> tuple[Tensor, SequenceInfo]:
+        """Put the external tokens in front and write down what the mixers may know."""
+        config, count = self.config, self.num_external
+        if count:
+            batch = hidden.shape[0]
+            hidden = torch.cat([self.external_tokens.weight.to(hidden.dtype).expand(batch, -1, -1), hidden], 1)
+            front = torch.arange(count, device=hidden.device).expand(batch, -1)
+            positions = torch.cat([front, torch.where(positions < 0, -1, positions + count)], 1)
+            position_ids = torch.cat([front, position_ids + count], 1)
+            keep = None if keep is None else nn.functional.pad(keep, (count, 0), value=True)
+            marked = None if marked is None else nn.functional.pad(marked, (count, 0))
+        numbers = not torch.compiler.is_compiling()
+        rotary = None
+        if config.position_embedding_type == "rotary":
+            rotary = rotary_angles(position_ids, config.head_dim, config.rope_theta, hidden.dtype)
+        return hidden, SequenceInfo(
+            positions=positions,
+            keep=keep,
+            lengths=tuple(keep.sum(1).tolist()) if numbers and keep is not None else None,
+            global_mask=marked,
+            global_tokens=marked_positions(marked) if numbers and marked is not None else None,
+            rotary=rotary,
+            cache=cache,
+            output_attentions=output_attentions,
+        )
+
+
+def marked_positions(marked: Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(row.nonzero().flatten().tolist()) for row in marked)

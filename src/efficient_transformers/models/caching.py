@@ -1,0 +1,103 @@
+"""What a causal pattern model has to remember, and no more."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .patterns import AttentionPattern
+
+
+class PatternCacheLayer(DynamicLayer):
+    """Keys and values with their positions, forgetting what no later query can read.
+
+    Kept are the first `num_prefix` real tokens and the last `span` ones; `span=None` keeps all. Positions count the
+    real tokens of each row and are -1 at padding, so rows may be padded anywhere. Memory does not grow with the
+    length where the span is finite; eviction is amortised over `span` steps.
+    """
+
+    is_croppable = False
+
+    def __init__(self, num_prefix: int, span: int | None):
+        super().__init__()
+        self.num_prefix, self.span = num_prefix, span
+        self.positions: Tensor | None = None
+        self.cumulative_length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, positions: Tensor, *args, **kwargs):  # type: ignore[override]
+        """Append (b, h, n, d) keys and values at `positions` (b, n); return all there are, with their positions."""
+        if self.positions is None:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values, self.positions = key_states, value_states, positions
+        else:
+            self.keys = torch.cat([self.keys, key_states], dim=2)
+            self.values = torch.cat([self.values, value_states], dim=2)
+            self.positions = torch.cat([self.positions, positions], dim=1)
+        self.cumulative_length += key_states.shape[2]
+        everything = self.keys, self.values, self.positions
+        if self.span is not None and self.positions.shape[1] > self.num_prefix + 2 * self.span:
+            self.evict(self.span)
+        return everything
+
+    def evict(self, span: int) -> None:
+        # prefix tokens first, then the newest; padding last
+        rank = torch.where((self.positions >= 0) & (self.positions < self.num_prefix), 1 << 60, self.positions)
+        kept = rank.argsort(dim=1, descending=True, stable=True)[:, : self.num_prefix + span].sort(dim=1).values
+        index = kept[:, None, :, None].expand(-1, *self.keys.shape[1:2], -1, self.keys.shape[3])
+        self.keys, self.values = self.keys.gather(2, index), self.values.gather(2, index)
+        self.positions = self.positions.gather(1, kept)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: `generate` slices its inputs by it."""
+        return self.cumulative_length
+
+    def reset(self) -> None:
+        self.positions = None
+        super().reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError("a cache that forgets cannot be rolled back: generate without assistant or look-up.")
+
+    def select(self, rows: Tensor) -> None:
+        if self.positions is not None:
+            rows = rows.to(self.keys.device)
+            self.keys, self.values, self.positions = (
+                x.index_select(0, rows) for x in (self.keys, self.values, self.positions)
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.positions is not None:
+            self.select(torch.arange(self.positions.shape[0]).repeat_interleave(repeats))
+
+
+def cache_layer(patterns: list[AttentionPattern]) -> PatternCacheLayer:
+    """The smallest memory that serves all heads of a layer."""
+    num_prefix = max(len(pattern.global_tokens) for pattern in patterns)
+    if any(pattern.window is None or pattern.num_random_blocks for pattern in patterns):
+        return PatternCacheLayer(num_prefix, None)
+    return PatternCacheLayer(num_prefix, max((p.window or 0) * p.dilation for p in patterns) + 1)
+
+
+def prepare_cache(cache: Cache | None, layers: list[list[AttentionPattern]]) -> Cache:
+    """A cache with the layers this model needs; an empty one that somebody else made is filled in place.
+
+    `generate` hands in a `DynamicCache`, and callers keep the object they passed. Raises ValueError for a cache that
+    already holds another model's states.
+    """
+    if cache is None:
+        return Cache(layers=[cache_layer(patterns) for patterns in layers])
+    if all(isinstance(layer, PatternCacheLayer) for layer in cache.layers) and len(cache) == len(layers):
+        return cache
+    if cache.get_seq_length():
+        raise ValueError(
+            f"past_key_values ({type(cache).__name__} with {len(cache)} layers) already holds states this model "
+            "did not write: pass None, or an empty cache."
+        )
+    cache.layers[:] = [cache_layer(patterns) for patterns in layers]
+    return cache

@@ -1,0 +1,128 @@
+"""The fields every variant has, their checks, and what makes a checkpoint open on its own."""
+
+from difflib import get_close_matches
+from typing import ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .checks import check_at_least, check_divisible
+from .patterns import AttentionPattern
+
+TEXT_HEADS = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+
+
+@strict
+class EtConfig(PreTrainedConfig):
+    """Sizes and choices of the shared backbone. A variant subclasses it, adds its own fields and says `@strict` again.
+
+    Args:
+        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: as in BERT.
+        hidden_act: activation of the MLP, a name that transformers knows.
+        max_position_embeddings: longest input, in tokens; past it a ValueError.
+        position_embedding_type: `learned` and `sinusoidal` are added to the word embeddings, `rotary` turns queries
+            and keys (mixers that have them), `none` leaves order to the mixer.
+        rope_theta: base of the rotary angles.
+        type_vocab_size: number of token types; 0 has none.
+        norm_first: True normalises in front of mixer and MLP and once at the end; False behind them and behind the
+            embeddings, as BERT does.
+        hidden_dropout_prob, attention_probs_dropout_prob: as in BERT.
+        classifier_dropout: in front of a classifier; None takes hidden_dropout_prob.
+        classifier_pooling: what a sequence is judged by: the mean of its tokens, its first (`cls`) or its last one.
+        is_decoder: causal attention, everywhere in the model. `…ForCausalLM` sets it.
+        use_cache: let a causal model return its cache.
+    """
+
+    heads: ClassVar[tuple[str, ...]] = (*TEXT_HEADS, "CausalLM")
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 30522
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    intermediate_size: int = 1024
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 4096
+    position_embedding_type: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
+    rope_theta: float = 10000.0
+    type_vocab_size: int = 2
+    norm_first: bool = True
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.0
+    classifier_dropout: float | None = None
+    classifier_pooling: Literal["mean", "cls", "last"] = "mean"
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    is_decoder: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        kwargs.pop("auto_map", None)  # recomputed: a checkpoint saved from one head must open as every other
+        for key in kwargs:  # transformers keeps unknown keys; refuse those that look like a slip of one of ours
+            close = get_close_matches(key, type(self).__dataclass_fields__, n=1, cutoff=0.8)
+            if close and not hasattr(PreTrainedConfig, key):
+                raise TypeError(f"{type(self).__name__} has no field {key!r}; did you mean {close[0]!r}?")
+        module, stem = type(self).__module__.rpartition(".")[2], type(self).__name__.removesuffix("Config")
+        self.auto_map = {"AutoConfig": f"{module}.{stem}Config", "AutoModel": f"{module}.{stem}Model"}
+        self.auto_map |= {f"AutoModelFor{head}": f"{module}.{stem}For{head}" for head in self.heads}
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def validate_sizes(self):
+        """Sizes are checked here, so that nothing crashes in a forward."""
+        check_divisible(
+            "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads, "change either"
+        )
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        ):
+            check_at_least(name, getattr(self, name), 1, "a model needs at least one")
+        check_divisible(
+            "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads, "change either"
+        )
+        check_at_least("num_hidden_layers", self.num_hidden_layers, 0, "0 leaves the embeddings alone")
+        check_at_least("type_vocab_size", self.type_vocab_size, 0, "0 has no token types")
+        if self.position_embedding_type == "rotary":
+            check_divisible("head_dim", self.head_dim, "2", 2, "rotary positions turn pairs of features")
+        if self.position_embedding_type == "sinusoidal":
+            check_divisible("hidden_size", self.hidden_size, "2", 2, "sinusoidal positions fill pairs of features")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < 1:
+                raise ValueError(f"{name} ({rate}) must lie in [0, 1): it is the share of values set to zero.")
+
+
+class PatternConfig:
+    """Mixin of the configs whose attention is drawn by hand; says what each head of each layer reads."""
+
+    num_external_tokens: ClassVar[int] = 0
+
+    def attention_patterns(self, layer: int) -> list[AttentionPattern]:
+        """One pattern per head of layer `layer`, or one for all of them."""
+        raise NotImplementedError
+
+    def per_layer(self, name: str, layer: int) -> int:
+        """The entry of a field that is one number or a list with one number per layer."""
+        value = getattr(self, name)
+        return value[layer] if isinstance(value, list) else value
+
+    def check_per_layer(self, name: str, minimum: int, remedy: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, list) and len(value) != self.num_hidden_layers:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{name} has {len(value)} entries and num_hidden_layers is {self.num_hidden_layers}: "  # type: ignore[attr-defined]
+                "give one number for all layers or one for each."
+            )
+        for entry in value if isinstance(value, list) else [value]:
+            check_at_least(name, entry, minimum, remedy)

@@ -1,0 +1,71 @@
+"""The one table of variants, and the one place that talks to the Auto classes."""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import transformers
+
+from .models import modeling_full, modeling_global, modeling_local, modeling_mixed, modeling_stride
+from .models.configuration import EtConfig
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: what a variant is and what it can do.
+
+    slug: `et_<slug>` is its model type.
+    cost: law of its time and memory in n tokens of d features per head; the other letters are its config fields.
+    causal: is there a CausalLM head? any_length: is it free of per-position parameters besides the embeddings?
+    """
+
+    slug: str
+    module: ModuleType
+    title: str
+    paper: str
+    cost: str
+    causal: bool = True
+    any_length: bool = True
+
+    @property
+    def model_type(self) -> str:
+        return f"et_{self.slug}"
+
+    @property
+    def stem(self) -> str:
+        return "Et" + "".join(word.capitalize() for word in self.slug.split("_"))
+
+    @property
+    def config_class(self) -> type[EtConfig]:
+        return getattr(self.module, f"{self.stem}Config")
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return self.config_class.heads
+
+    def model_class(self, head: str | None = None) -> type[transformers.PreTrainedModel]:
+        """The class with a head (`"MaskedLM"`, …), or the bare model."""
+        return getattr(self.module, f"{self.stem}For{head}" if head else f"{self.stem}Model")
+
+
+VARIANTS = {
+    variant.slug: variant
+    for variant in (
+        Variant("full", modeling_full, "full attention", "arXiv:1706.03762", "n²·d"),
+        Variant("local", modeling_local, "local (sliding window)", "arXiv:2004.05150", "n·window_size·d"),
+        Variant("stride", modeling_stride, "strided", "arXiv:1904.10509", "n·hops·d, or n²/stride·d"),
+        Variant("global", modeling_global, "global tokens", "arXiv:2004.08483", "n·num_global_tokens·d"),
+        Variant("mixed", modeling_mixed, "a pattern per head", "arXiv:1904.10509", "mean of the heads"),
+    )
+}
+
+
+def register_all() -> None:
+    """Make every variant known to AutoConfig, AutoModel and AutoModelFor…; harmless when repeated."""
+    for variant in VARIANTS.values():
+        config_class = variant.config_class
+        transformers.AutoConfig.register(variant.model_type, config_class, exist_ok=True)
+        config_class.register_for_auto_class()
+        for head in (None, *variant.heads):
+            auto_name = f"AutoModelFor{head}" if head else "AutoModel"
+            getattr(transformers, auto_name).register(config_class, variant.model_class(head), exist_ok=True)
+            variant.model_class(head).register_for_auto_class(auto_name)
