@@ -113,7 +113,8 @@ class PatternAttention(nn.Module):
         for pattern, heads in self.groups:
             head = torch.arange(len(heads) if pattern.num_random_blocks else 1, device=i.device)[:, None, None]
             if pattern.num_random_blocks:  # the draw depends on how many blocks a row has
-                rows = [pattern.allows(head, i[b], j[b], int(j[b].max()) + 1) for b in range(i.shape[0])]
+                lengths = (j.flatten(1).amax(1) + 1).clamp(min=1).tolist()
+                rows = [pattern.allows(head, i[b], j[b], length) for b, length in enumerate(lengths)]
                 allowed = torch.stack(rows)
             else:
                 allowed = pattern.allows(head, i, j, 0)

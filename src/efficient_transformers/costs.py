@@ -1,0 +1,70 @@
+"""What a config costs at a length, by arithmetic: multiply-adds of its matrix products, pairs, parameters.
+
+A multiplication and an addition are two FLOPs, as everywhere. Only matrix products count, as in torch's own counter:
+softmax, norms and the elementwise product of a token with itself are a few percent. The tests compare both numbers.
+"""
+
+import torch
+from transformers import PreTrainedModel
+
+from .models.attention import group_heads
+from .models.configuration import EtConfig
+from .models.patterns import AttentionPattern
+from .models import sparse_attention as engine
+
+
+def pairs(pattern: AttentionPattern, length: int) -> int:
+    """How many (query, key) pairs one head's pattern has over `length` tokens: the ones in its matrix."""
+    window = length if pattern.window is None else pattern.window
+    total = 0
+    for residue in range(min(pattern.dilation, length)):
+        count = -(-(length - residue) // pattern.dilation)  # tokens of this residue class
+        reach = min(window, count - 1)
+        one_side = count * reach - reach * (reach + 1) // 2
+        total += count + one_side * (1 if pattern.causal else 2)
+    tokens = [token for token in pattern.global_tokens if token < length]
+    if not tokens and not pattern.num_random_blocks:
+        return total
+    # global tokens and random blocks overlap with the window and each other: count row by row
+    position = torch.arange(length)
+    return sum(int(pattern.allows(torch.zeros(1, dtype=torch.long), i, position, length).sum()) for i in position)
+
+
+def tile_pairs(pattern: AttentionPattern, length: int, num_heads: int) -> int:
+    """Pairs per head that the engine multiplies: those of the pattern and the empty corners of its tiles."""
+    if engine.is_short(pattern, length):
+        return length * length
+    keys_of = torch.empty(num_heads, length, 1, device="meta")
+    total = 0
+    for tile in engine.tiles(pattern, length, num_heads, torch.float32, torch.device("cpu")):
+        num_queries = len(torch.arange(length)[tile.queries])
+        for read in tile.reads:
+            if not isinstance(read, engine.OwnRead):
+                keys = read.keys if isinstance(read.keys, slice) else read.keys.to("meta")
+                num_keys = keys_of[:, keys].shape[1] if isinstance(keys, slice) else keys.shape[-1]
+                total += num_queries * num_keys
+    return total
+
+
+def attention_flops(config: EtConfig, length: int) -> int:
+    """Of QKᵀ and of the weights times V, in all layers, for one sequence of `length` tokens."""
+    length += getattr(config, "num_external_tokens", 0)
+    total = 0
+    for layer in range(config.num_hidden_layers):
+        for pattern, heads in group_heads(config.attention_patterns(layer), config.num_attention_heads):  # type: ignore[attr-defined]
+            total += 2 * 2 * config.head_dim * len(heads) * tile_pairs(pattern, length, len(heads))
+    return total
+
+
+def forward_flops(model: PreTrainedModel, length: int) -> int:
+    """Of one forward pass over one sequence of `length` tokens: linear layers and attention."""
+    config = model.config
+    inner = length + getattr(config, "num_external_tokens", 0)
+    total = attention_flops(config, length)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            once = name.endswith("pooler.dense") or (name == "classifier" and getattr(model, "pools", False))
+            rows = 1 if once else inner if ".layers." in f".{name}" else length
+            total += 2 * rows * module.in_features * module.out_features
+    return total
+

@@ -1,0 +1,13 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # the Hub cannot be reached from a test; every failing call would cost seconds
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)

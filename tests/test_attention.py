@@ -1,0 +1,134 @@
+"""The engines against the written-out formula, in float64: values, gradients, masks, lengths that divide nothing."""
+
+import pytest
+import torch
+
+from efficient_transformers import parse_pattern
+from efficient_transformers.models import sparse_attention as engine
+from efficient_transformers.models.softmax_attention import softmax_attention
+
+PATTERNS = [
+    "full", "local:0", "local:1", "local:3", "local:70", "local:200", "stride:5", "stride:5:2", "stride:200", "global:2",
+    "random:2:8", "random:1:64", "local:7 | global:2", "local:7 | global:3 | random:2:8", "stride:3:2 | global:2",
+]  # fmt: skip
+LENGTHS = [None, (131, 0), (1, 131), (67, 130)]
+MARKED = (0, 5, 17)
+
+
+def oracle(q, k, v, pattern, lengths, marked):
+    batch, heads, length, _ = q.shape
+    allowed = torch.zeros(batch, heads, length, length, dtype=torch.bool)
+    for row, real in enumerate(lengths or [length] * batch):
+        tokens = tuple(token for token in marked if token < real)
+        allowed[row, :, :real, :real] = pattern.with_global(tokens).dense(real, heads)
+    return softmax_attention(q, k, v, allowed)[0]
+
+
+def tiled(q, k, v, pattern, lengths, marked):
+    tokens = [marked] * len(q) if marked else None
+    return engine.sparse_attention(q, k, v, pattern, lengths, tokens)
+
+
+def blocked(q, k, v, pattern, lengths, marked):
+    position = torch.arange(q.shape[2])
+    keep = None if lengths is None else position < torch.tensor(lengths)[:, None]
+    mask = None
+    if marked:
+        mask = torch.isin(position, torch.tensor(marked)).expand(len(q), -1)
+        mask = mask if keep is None else mask & keep
+    return engine.blocked_attention(q, k, v, pattern, keep, mask)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["both", "causal"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=["whole", "empty-row", "one-token", "padded"])
+@pytest.mark.parametrize("text", PATTERNS)
+@pytest.mark.parametrize("evaluate", [tiled, blocked], ids=["tiled", "blocked"])
+def test_engine_equals_the_dense_formula(evaluate, text, lengths, causal, monkeypatch):
+    monkeypatch.setattr(engine, "is_short", lambda pattern, length: pattern.is_full)
+    pattern = parse_pattern(text, causal=causal)
+    marked = () if causal or pattern.is_full else MARKED
+    # (b, n, h, d) memory as a projection leaves it; all sizes differ, so no swapped axis can pass
+    q, k, v = (torch.randn(2, 131, 3, 5, dtype=torch.float64).transpose(1, 2).requires_grad_() for _ in range(3))
+    expected = oracle(q, k, v, pattern, lengths, marked)
+    actual = evaluate(q, k, v, pattern, lengths, marked)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+    direction = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad(expected, (q, k, v), direction)
+    for grad, expected_grad in zip(torch.autograd.grad(actual, (q, k, v), direction), expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 128, 129, 300])
+def test_tiles_read_each_pair_of_the_pattern_once(length):
+    """No key twice in a softmax, none missed: the tiles, painted, are the dense mask."""
+    for text in PATTERNS[1:]:
+        for causal in (False, True):
+            pattern = parse_pattern(text, causal=causal)
+            painted = torch.zeros(2, length, length)
+            for tile in engine.tiles(pattern, length, 2, torch.float32, torch.device("cpu")):
+                queries = torch.arange(length)[tile.queries]
+                if tile.is_global:
+                    painted[:, queries] = 0
+                for read in tile.reads:
+                    keys = read.of(torch.arange(length).expand(2, -1)[..., None])[..., 0]  # (h, m)
+                    if isinstance(read, engine.OwnRead):
+                        painted[:, queries, queries] += 1
+                        continue
+                    once = torch.ones(2, len(queries), keys.shape[1])
+                    once = once if read.bias is None else once * read.bias.exp()
+                    for head in range(2):
+                        columns = keys[head].expand(len(queries), -1)
+                        painted[head, queries] += torch.zeros(len(queries), length).scatter_add(1, columns, once[head])
+            assert painted.equal(pattern.dense(length, 2).float()), (text, causal)
+
+
+def test_dropout_is_the_same_in_forward_and_backward():
+    """With the seed fixed the function is deterministic, so its gradient must agree with finite differences."""
+    pattern = parse_pattern("local:3 | global:2")
+    q, k, v = (torch.randn(1, 2, 40, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    with_dropout = lambda *x: engine.TiledAttention.apply(*x, [pattern], [37], 0.4, 7)  # noqa: E731
+    assert torch.autograd.gradcheck(with_dropout, (q, k, v), fast_mode=True)
+    assert not with_dropout(q, k, v).equal(engine.TiledAttention.apply(q, k, v, [pattern], [37], 0.0, 7))
+
+
+def test_dropout_keeps_the_mean():
+    pattern = parse_pattern("local:2")
+    q, k, v = (torch.randn(1, 1, 64, 4, dtype=torch.float64) for _ in range(3))
+    exact = engine.TiledAttention.apply(q, k, v, [pattern], [64], 0.0, 0)
+    drawn = torch.stack([engine.TiledAttention.apply(q, k, v, [pattern], [64], 0.3, seed) for seed in range(800)])
+    spread = drawn.std(0) / 800**0.5
+    assert ((drawn.mean(0) - exact).abs() < 6 * spread + 1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("text", ["local:128", "stride:64:2", "global:2", "local:32 | global:2 | random:2"])
+def test_half_precision_stays_within_its_rounding_budget(text, dtype):
+    """At 8,192 tokens: finite, and within 8 roundings of the largest value."""
+    pattern = parse_pattern(text)
+    q, k, v = (torch.randn(1, 2, 8192, 16).to(dtype).requires_grad_() for _ in range(3))
+    actual = engine.sparse_attention(q, k, v, pattern)
+    wide = engine.sparse_attention(*(x.detach().double() for x in (q, k, v)), pattern)
+    error = (actual.double() - wide).abs().max().item()
+    budget = 8 * torch.finfo(dtype).eps * wide.abs().max().item()
+    assert error <= budget, f"error {error:.2e} over budget {budget:.2e}"
+    actual.float().square().sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+@pytest.mark.slow  # compiles a kernel per pattern
+@pytest.mark.parametrize("text", ["full", "local:3", "stride:5:2", "global:2", "local:7 | global:2 | random:2:16"])
+@pytest.mark.parametrize("causal", [False, True], ids=["both", "causal"])
+def test_flex_attention_equals_the_tiles(text, causal):
+    pattern = parse_pattern(text, causal=causal)
+    q, k, v = (torch.randn(2, 2, 130, 16) for _ in range(3))
+    lengths = (130, 77)
+    keep = torch.arange(130) < torch.tensor(lengths)[:, None]
+    actual = engine.flex_sparse_attention(q, k, v, pattern, keep)
+    torch.testing.assert_close(actual, engine.sparse_attention(q, k, v, pattern, lengths), rtol=1e-4, atol=1e-5)
+
+
+def test_flex_attention_says_that_it_cannot_train_on_a_cpu():
+    q = torch.randn(1, 1, 8, 16, requires_grad=True)
+    with pytest.raises(ValueError, match="no backward: use attn_implementation='sdpa'"):
+        engine.flex_sparse_attention(q, q, q, parse_pattern("local:2"))

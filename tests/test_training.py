@@ -1,0 +1,647 @@
+"""Settings, metrics, model cards, and training: its errors, its outputs, and runs that are killed and continued."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from huggingface_hub import EvalResult, ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "training"))
+
+import classify  # noqa: E402
+import loop  # noqa: E402
+import metrics  # noqa: E402
+import seeds  # noqa: E402
+from building import build_config, build_model, load_tokenizer  # noqa: E402
+from checkpoints import PARTIAL, Checkpoints, Progress  # noqa: E402
+from classify import ClassifySettings  # noqa: E402
+from loop import EpochSampler  # noqa: E402
+from settings import InputError  # noqa: E402
+
+from efficient_transformers.cards import loading_code, model_card  # noqa: E402
+
+CONFIGS = [path for path in sorted((ROOT / "configs").glob("*/*.yaml")) if path.parent.name != "accelerate"]
+VARIANTS = [path for path in CONFIGS if path.stem != "base"]
+
+TINY = {
+    "tokenizer": "data/tokenizer",
+    "model": {
+        "model_type": "bert",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 64,
+        "hidden_dropout_prob": 0.2,
+    },
+    "max_length": 24,
+    "epochs": 2,
+    "batch_size": 4,
+    "gradient_accumulation": 2,
+    "learning_rate": 0.01,
+    "eval_steps": 5,
+    "checkpoint_steps": 3,
+    "keep_checkpoints_at_end": True,
+    "tracker": "none",
+}  # 42 training documents: 6 steps an epoch, 12 in all
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Every run in this process begins as it would in a process of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
+    rows = [
+        {"text": "we are at " + ("war " if i % 2 else "peace ") * (1 + i % 7), "label": "war" if i % 2 else "peace"}
+        for i in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config(tmp_path, corpus):
+    """A YAML of tiny settings, its output folder beside it."""
+    return write_config(tmp_path, corpus)
+
+
+def write_config(folder, corpus, **values):
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "data": str(corpus), "out": str(folder / "out"), **values}))
+    return path
+
+
+def run(config, *overrides):
+    return classify.run(ClassifySettings.from_yaml(config, overrides))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, corpus):
+    """The folder of a run that was never stopped, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    with redirect_stdout(io.StringIO()) as printed:
+        classify.main(["--config", str(write_config(folder, corpus, tracker="tensorboard"))])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return folder / "out", printed.getvalue()
+
+
+# --- settings
+
+
+def settings_of(tmp_path, text, *overrides, base=None):
+    if base is not None:
+        (tmp_path / "base.yaml").write_text(base)
+    (tmp_path / "variant.yaml").write_text(text)
+    return ClassifySettings.from_yaml(tmp_path / "variant.yaml", overrides)
+
+
+MODEL = "model: {model_type: bert}\n"
+
+
+def test_the_variant_holds_only_what_differs(tmp_path):
+    base = "data: era\nepochs: 7\nmodel: {hidden_size: 8, num_hidden_layers: 2}\n"
+    settings = settings_of(tmp_path, "model: {model_type: bert, hidden_size: 16}\nseed: 3\n", base=base)
+    assert (settings.data, settings.epochs, settings.seed) == ("era", 7, 3)
+    assert settings.model == {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 2}
+    assert settings.out == f"runs/{tmp_path.name}-variant"
+
+
+def test_a_checkpoint_does_not_inherit_the_fields_of_a_new_model(tmp_path):
+    base = "data: era\nmodel: {model_type: bert, hidden_size: 8}\n"
+    assert settings_of(tmp_path, "model: {checkpoint: folder}\n", base=base).model == {"checkpoint": "folder"}
+    assert settings_of(tmp_path, "", "model.checkpoint=x", "model.hidden_dropout_prob=0", base=base).model == {
+        "checkpoint": "x",
+        "hidden_dropout_prob": 0,
+    }
+
+
+def test_overrides_win(tmp_path):
+    overrides = ("seed=1", "learning_rate=3e-4", "model.num_hidden_layers=5", "model.x=[a, b]", "sort_by_length=false")
+    settings = settings_of(tmp_path, "data: era\nseed: 9\n" + MODEL, *overrides)
+    assert (settings.seed, settings.learning_rate, settings.sort_by_length) == (1, 3e-4, False)
+    assert settings.model == {"model_type": "bert", "num_hidden_layers": 5, "x": ["a", "b"]}
+
+
+def test_what_yaml_takes_for_text_is_still_a_number(tmp_path):
+    settings = settings_of(
+        tmp_path, "data: era\nlearning_rate: 3e-4\nmodel: {model_type: bert, layer_norm_eps: 1e-6}\n"
+    )
+    assert settings.learning_rate == 3e-4
+    assert settings.model["layer_norm_eps"] == 1e-6
+
+
+def test_settings_survive_their_yaml(tmp_path):
+    settings = settings_of(tmp_path, "data: era\nextra_metrics: [mcc]\n" + MODEL)
+    assert settings_of(tmp_path, settings.to_yaml()) == settings
+
+
+BAD_SETTINGS = {
+    "unknown": ("sede: 1", "There is no setting 'sede'; did you mean 'seed'?"),
+    "nothing near": ("xyzzy: 1", "There is no setting 'xyzzy'; known are data, "),
+    "type": ("epochs: many", "epochs ('many') must be int, not str."),
+    "float for int": ("batch_size: 1.5", "batch_size (1.5) must be int, not float."),
+    "bool for int": ("seed: true", "seed (True) must be int, not bool."),
+    "int for bool": ("resume: 1", "resume (1) must be bool, not int."),
+    "text for float": ("learning_rate: fast", "learning_rate ('fast') must be float, not str."),
+    "choice": ("schedule: lineal", "schedule ('lineal') must be one of linear, cosine, constant."),
+    "list": ("extra_metrics: mcc", "extra_metrics ('mcc') must be a list"),
+    "section": ("model: bert", "model ('bert') must be a section"),
+    "zero": ("batch_size: 0", "batch_size (0) must be at least 1."),
+    "share": ("warmup_ratio: 5", "warmup_ratio (5.0) must lie between 0 and 1"),
+    "rate": ("learning_rate: 0", "learning_rate (0.0) must be positive."),
+    "both": ("resume: true\noverwrite: true", "resume and overwrite contradict each other"),
+    "two models": ("model: {model_type: bert, checkpoint: x}", "model must name either model_type"),
+    "no model": ("model: {}", "model must name either model_type"),
+    "no data": ("data: null", "data (None) must be str"),
+    "window": ("window_length: 100\nmax_length: 101", "max_length (101) must not exceed window_length (100)"),
+    "not YAML": ("a: [", "cannot be read as YAML"),
+    "no mapping": ("- a", "must hold `key: value` lines, not a list."),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_SETTINGS.values(), ids=BAD_SETTINGS)
+def test_bad_settings_are_refused(tmp_path, text, message):
+    with pytest.raises(InputError) as error:
+        settings_of(tmp_path, text, base="data: era\n" + MODEL if "model" not in text else "data: era\n")
+    assert message in str(error.value)
+
+
+def test_settings_need_data(tmp_path):
+    with pytest.raises(InputError, match="The setting 'data' is missing"):
+        settings_of(tmp_path, MODEL)
+
+
+@pytest.mark.parametrize("override", ["seed", "=1", "seed 1"])
+def test_an_override_needs_its_form(tmp_path, override):
+    with pytest.raises(InputError, match=f"The override '{override}' must have the form key=value"):
+        settings_of(tmp_path, "data: era\n" + MODEL, override)
+
+
+def test_a_missing_yaml_says_what_is_there(tmp_path):
+    (tmp_path / "local.yaml").write_text(MODEL)
+    with pytest.raises(InputError, match=r"There is no settings file .*locla.yaml; beside it are local.yaml"):
+        ClassifySettings.from_yaml(tmp_path / "locla.yaml")
+
+
+def test_there_are_configs_to_test():
+    assert {path.stem for path in VARIANTS if path.parent.name == "era"} >= {
+        "full",
+        "local",
+        "stride",
+        "global",
+        "mixed",
+    }
+
+
+@pytest.mark.parametrize("path", VARIANTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_config_builds_a_tiny_model(path):
+    tiny = ("model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=32")
+    settings = ClassifySettings.from_yaml(path, tiny)
+    tokenizer = load_tokenizer(settings)
+    config = build_config(settings, tokenizer, id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})
+    model = build_model(settings, config, AutoModelForSequenceClassification)
+    logits = model(**tokenizer(["a " * 300, "b"], padding=True, return_tensors="pt")).logits
+    assert logits.shape == (2, 3)
+    assert logits.isfinite().all()
+    assert {key: getattr(config, key) for key in settings.model} == settings.model
+
+
+# --- metrics
+
+
+def test_metrics_on_a_case_done_by_hand():
+    # class 0: precision 2/3, recall 1; class 1: 1 and 1/3; class 2: 1/2 and 1 -> F1 0.8, 0.5, 2/3
+    references, predictions = [0, 0, 1, 1, 1, 2], [0, 0, 0, 1, 2, 2]
+    scores = metrics.compute_metrics(metrics.load_metrics(), predictions, references)
+    assert scores == pytest.approx({"accuracy": 4 / 6, "macro_f1": (0.8 + 0.5 + 2 / 3) / 3})
+
+
+def test_a_metric_that_cannot_be_loaded_is_named(monkeypatch):
+    def refuse(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(metrics.evaluate, "load", refuse)
+    with pytest.raises(InputError, match=r"'mcc' of extra_metrics could not be loaded from the Hub: no network"):
+        metrics.load_metrics(["mcc"])
+
+
+# --- order of the data
+
+
+def test_the_order_follows_seed_and_epoch():
+    lengths = [(7 * i) % 31 for i in range(50)]
+    sampler = EpochSampler(50, seed=1, lengths=lengths, batch_size=5)
+    first = list(sampler)
+    assert sorted(first) == list(range(50))
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert second != first
+    assert list(EpochSampler(50, seed=2, lengths=lengths, batch_size=5)) not in (first, second)
+
+
+def test_batches_are_of_similar_length():
+    lengths = [(7 * i) % 31 for i in range(1000)]
+
+    def padding(order):
+        batches = [[lengths[i] for i in order[at : at + 5]] for at in range(0, 1000, 5)]
+        return sum(max(batch) * len(batch) - sum(batch) for batch in batches)
+
+    assert padding(list(EpochSampler(1000, 0, lengths, 5))) < 0.3 * padding(list(EpochSampler(1000, 0)))
+
+
+# --- a finished run
+
+
+def test_the_output_folder_is_ready_for_the_hub(finished):
+    folder, _ = finished
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "metrics.json",
+        "settings.yaml", "runs", "checkpoints",
+    }  # fmt: skip
+    assert list((folder / "runs").rglob("events.out.tfevents.*"))
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert model.config.id2label == {0: "peace", 1: "war"}
+    assert model.config.label2id == {"peace": 0, "war": 1}
+    assert len(AutoTokenizer.from_pretrained(folder)) == 4096
+
+
+def test_the_model_has_learnt(finished):
+    found = json.loads((finished[0] / "metrics.json").read_text())
+    assert found["test"]["accuracy"] == found["test"]["macro_f1"] == 1.0
+    assert found["test"]["n"] == 9
+    assert found["training"]["steps"] == 12
+    assert found["training"]["tokens"] > 42 * 5 * 2
+    assert found["settings"]["learning_rate"] == 0.01
+    assert set(found["versions"]) >= {"torch", "transformers", "accelerate", "datasets"}
+
+
+def test_the_printed_code_runs(finished):
+    folder, printed = finished
+    code = loading_code(str(folder), "AutoModelForSequenceClassification", 24)
+    assert code in printed
+    assert "accuracy 1.0000" in printed
+    assert "tokens/s" in printed
+    with redirect_stdout(io.StringIO()) as label:
+        exec(code, {})
+    assert label.getvalue().strip() in ("peace", "war")
+
+
+def test_the_card_of_a_run_is_valid(finished):
+    folder, _ = finished
+    card = ModelCard.load(folder / "README.md")
+    found = json.loads((folder / "metrics.json").read_text())
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-classification"
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results == {"accuracy": found["test"]["accuracy"], "f1": found["test"]["macro_f1"]}
+    assert "trust_remote_code=True" in card.text
+    assert f"--config {folder.parent / 'tiny.yaml'}" in card.text
+
+
+def test_a_finished_run_is_evaluated_at_any_length(finished, capsys):
+    folder, _ = finished
+    found = json.loads((folder / "metrics.json").read_text())
+    assert classify.evaluate_folder(folder, []) == pytest.approx(found["test"], rel=1e-6)
+    # [CLS] we are at [SEP]: what tells the classes apart is cut off
+    cut = classify.evaluate_folder(folder, ["max_length=5"])
+    assert (cut["accuracy"], cut["n"]) == (pytest.approx(4 / 9, abs=0.12), 9)
+
+
+def test_a_folder_without_a_run_is_not_evaluated(tmp_path):
+    with pytest.raises(SystemExit, match=r"error: .* holds no finished run: it has no metrics.json"):
+        classify.main(["--evaluate", str(tmp_path)])
+
+
+def test_a_finished_run_goes_on_as_a_checkpoint(finished, config):
+    folder, _ = finished
+    found = run(config, f"model.checkpoint={folder}", "max_steps=1", "eval_steps=1", "learning_rate=1e-9")
+    assert found["history"][0]["accuracy"] == 1.0
+
+
+# --- what is kept
+
+
+def scripted(monkeypatch, accuracies):
+    """Evaluations give these accuracies in turn; returns the weights that each of them saw."""
+    seen, left = [], list(accuracies)
+
+    def evaluate(self, model):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {"loss": 1.0, "accuracy": left.pop(0), "macro_f1": 0.0}
+
+    monkeypatch.setattr(classify.Evaluator, "__call__", evaluate)
+    return seen
+
+
+def test_the_best_weights_are_saved_and_patience_ends_training(monkeypatch, config, tmp_path):
+    seen = scripted(monkeypatch, [0.5, 0.9, 0.9, 0.7, 0.1])  # the last one is the test split's
+    found = run(config, "eval_steps=1", "patience=2")
+    assert (found["training"]["steps"], found["validation"]["step"]) == (4, 2)
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(saved[name], seen[1][name]) for name in saved)
+    assert not torch.equal(seen[1]["classifier.weight"], seen[2]["classifier.weight"])
+
+
+def test_a_lower_loss_is_better(monkeypatch, config):
+    scripted(monkeypatch, [0.5] * 20)
+    losses = iter([3.0, 1.0, 2.0, 0.0])
+    scores = classify.Evaluator.__call__
+    monkeypatch.setattr(classify.Evaluator, "__call__", lambda *a: {**scores(*a), "loss": next(losses)})
+    assert run(config, "eval_steps=4", "best_metric=loss")["validation"]["step"] == 8
+
+
+def test_the_newest_checkpoints_are_kept_or_none(config, tmp_path):
+    run(config, "checkpoint_steps=2", "keep_checkpoints=3")
+    kept = sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir())
+    assert kept == ["best.safetensors", "step-000000008", "step-000000010", "step-000000012"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run(config, "overwrite=true", "keep_checkpoints_at_end=false")
+    assert not (tmp_path / "out/checkpoints").exists()
+
+
+def test_accumulated_batches_make_the_same_steps(config, tmp_path):
+    found = run(config, "gradient_accumulation=5", "epochs=3", "eval_steps=null")
+    # 42 documents are 11 batches, which make 3 steps; evaluated after each epoch
+    assert [entry["step"] for entry in found["history"]] == [3, 6, 9]
+
+
+# --- stopped and continued
+
+
+def assert_same_run(folder, other):
+    """Final and last weights, moments and history are equal, bit for bit."""
+    for name in ("model.safetensors", "checkpoints/step-000000012/model.safetensors"):
+        ours, theirs = load_file(folder / name), load_file(other / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours, theirs = (torch.load(path / "checkpoints/step-000000012/optimizer.bin") for path in (folder, other))
+    for index, state in ours["state"].items():
+        assert all(torch.equal(value, theirs["state"][index][key]) for key, value in state.items())
+    ours, theirs = (json.loads((path / "metrics.json").read_text()) for path in (folder, other))
+    assert ours["history"] == theirs["history"]
+    assert ours["test"] == theirs["test"]
+    assert ours["training"]["tokens"] == theirs["training"]["tokens"]
+
+
+KILLED = {
+    # in the second epoch, after a checkpoint in its middle
+    "in a step": """
+original, calls = loop.record_step, []
+def record_step(*arguments):
+    calls.append(1)
+    if len(calls) == 11:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+loop.record_step = record_step
+""",
+    "while saving": """
+original = pathlib.Path.rename
+def rename(path, target):
+    if path.name.startswith("step-000000006"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(path, target)
+pathlib.Path.rename = rename
+""",
+}
+
+
+@pytest.mark.parametrize("when", KILLED)
+def test_a_killed_run_continues_as_if_nothing_had_happened(finished, config, tmp_path, when):
+    code = f"""
+import os, pathlib, signal, sys
+sys.path.insert(0, {str(ROOT / "training")!r})
+import classify, loop
+{KILLED[when]}
+classify.main(["--config", {str(config)!r}])
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = sorted(path.name for path in (tmp_path / "out/checkpoints").glob("step-*"))
+    if when == "in a step":
+        assert left == ["step-000000006", "step-000000009"]
+    else:
+        assert left == ["step-000000003", f"step-000000006{PARTIAL}"]
+    assert not (tmp_path / "out/metrics.json").exists()
+
+    run(config, "resume=true")
+    assert not list((tmp_path / "out/checkpoints").glob(f"*{PARTIAL}"))
+    assert_same_run(tmp_path / "out", finished[0])
+
+
+@pytest.mark.parametrize("step", [4, 6], ids=["in an epoch", "at the end of one"])
+def test_sigterm_saves_and_says_how_to_go_on(monkeypatch, capsys, finished, config, tmp_path, step):
+    original = loop.record_step
+
+    def record_step(accelerator, progress, *rest):
+        if progress.step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(accelerator, progress, *rest)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(loop, "record_step", record_step)
+    with pytest.raises(SystemExit) as stopped:
+        classify.main(["--config", str(config), "keep_checkpoints=3"])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert f"--config {config} keep_checkpoints=3 --resume" in capsys.readouterr().out
+    assert (tmp_path / f"out/checkpoints/step-{step:09d}/progress.json").exists()
+
+    monkeypatch.setattr(loop, "record_step", original)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    classify.main(["--config", str(config), "--resume"])
+    assert f"Continuing after step {step} of 12" in capsys.readouterr().out
+    assert_same_run(tmp_path / "out", finished[0])
+
+
+def test_a_run_with_nothing_saved_yet_begins_anew(finished, config, tmp_path):
+    run(config, "resume=true")
+    assert_same_run(tmp_path / "out", finished[0])
+
+
+def test_a_finished_run_is_not_repeated(monkeypatch, finished):
+    monkeypatch.setattr(classify, "train", lambda *arguments: pytest.fail("trained again"))
+    folder, _ = finished
+    assert run(folder.parent / "tiny.yaml", "resume=true") == json.loads((folder / "metrics.json").read_text())
+
+
+def test_a_run_is_not_continued_with_other_settings(finished):
+    with pytest.raises(InputError, match=r"other settings \(learning_rate: 0.01 → 0.5; seed: 0 → 1\)"):
+        run(finished[0].parent / "tiny.yaml", "resume=true", "seed=1", "learning_rate=0.5")
+
+
+def test_a_run_is_not_continued_by_other_processes(tmp_path):
+    class Two:
+        num_processes, is_main_process = 2, True
+
+        def wait_for_everyone(self): ...
+
+    (tmp_path / "step-000000001").mkdir()
+    (tmp_path / "step-000000001/progress.json").write_text(json.dumps(vars(Progress(step=1))))
+    with pytest.raises(InputError, match="was saved by 1 processes and cannot be continued by 2"):
+        Checkpoints(tmp_path, 2, Two()).load()
+
+
+# --- errors before any work
+
+
+def test_an_output_folder_with_a_run_is_not_written_over(finished):
+    folder, _ = finished
+    before = (folder / "metrics.json").read_bytes()
+    with pytest.raises(SystemExit, match="error: The output folder .* is not empty, it holds a run: resume=true"):
+        classify.main(["--config", str(folder.parent / "tiny.yaml")])
+    assert (folder / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("override", ["overwrite=true", "resume=true", "seed=0"])
+def test_a_folder_of_something_else_is_left_alone(config, tmp_path, override):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match="is not empty and holds no run: set out to another"):
+        run(config, override)
+    assert (tmp_path / "out/thesis.tex").read_text() == "precious"
+
+
+def test_a_folder_that_cannot_be_written_is_refused(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"The folder .*file/out cannot be written \(Not a directory\)"):
+        run(config, f"out={tmp_path / 'file/out'}")
+
+
+def test_a_run_that_cannot_start_deletes_nothing_and_leaves_nothing(monkeypatch, finished, config, tmp_path):
+    folder, _ = finished
+    for overwritten in (folder, tmp_path / "out"):
+        before = sorted(overwritten.rglob("*"))
+        with pytest.raises(InputError, match=r"There is no file missing.jsonl"):
+            run(config, "overwrite=true", "data=missing.jsonl", f"out={overwritten}")
+        assert sorted(overwritten.rglob("*")) == before
+
+
+BAD_RUNS = {
+    "length": (["max_length=65"], r"max_length \(65\) must not exceed the model's max_position_embeddings \(64\)"),
+    "field": (["model.hiden_size=4"], "BertConfig has no field 'hiden_size'; did you mean 'hidden_size'"),
+    "type": (["model.model_type=brt"], "The model section cannot be used: .*brt"),
+    "size": (["model.hidden_size=wide"], "The model section cannot be used: .*hidden_size"),
+    "vocabulary": (["model.vocab_size=100"], r"vocab_size \(100\) must be at least the tokenizer's size \(4096\)"),
+    "no tokenizer": (["tokenizer=null"], "A new model needs a tokenizer"),
+    "tokenizer": (["tokenizer=missing/folder"], "The tokenizer 'missing/folder' cannot be loaded"),
+    "checkpoint": (["model.checkpoint=missing/folder"], "The model section cannot be used: .*missing/folder"),
+    "metric": (["best_metric=acuracy"], r"best_metric \('acuracy'\) must be one of loss, accuracy, macro_f1"),
+    "column": (["label_column=kind"], "no column 'kind'; there are: label, text"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_RUNS.values(), ids=BAD_RUNS)
+def test_bad_runs_are_refused_before_training(monkeypatch, config, tmp_path, overrides, message):
+    monkeypatch.setattr(classify, "train", lambda *arguments: pytest.fail("training began"))
+    with pytest.raises(InputError, match=message):
+        run(config, *overrides)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_loss_that_is_not_finite_names_the_step(config, tmp_path):
+    with pytest.raises(InputError, match=r"The loss of step 2 is nan: training has diverged.*lower learning_rate"):
+        run(config, "learning_rate=1e38", "warmup_ratio=0", "checkpoint_steps=1")
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-000000001"]
+
+
+# --- several seeds
+
+
+def test_seeds_compares_lengths_and_repeats_nothing(monkeypatch, capsys, config, tmp_path):
+    def in_this_process(command):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        classify.main(command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(seeds.subprocess, "run", in_this_process)
+    arguments = ["--config", str(config), "--seeds", "0", "1", "--max-lengths", "24", "5", "--out", str(tmp_path / "s")]
+    seeds.main([*arguments, "epochs=1"])
+    table = (tmp_path / "s/table.md").read_text()
+    assert table in capsys.readouterr().out
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ")][2:]
+    assert [row[0].strip() for row in rows] == ["24", "5"]
+    for row in rows:
+        folder = tmp_path / f"s/length-{row[0].strip()}-seed-"
+        found = [json.loads(Path(f"{folder}{seed}/metrics.json").read_text())["test"]["accuracy"] for seed in (0, 1)]
+        assert row[1].strip() == seeds.spread(found)
+
+    monkeypatch.setattr(seeds.subprocess, "run", lambda command: pytest.fail("trained again"))
+    seeds.main([*arguments, "epochs=1"])
+    with pytest.raises(SystemExit, match=r"holds a run with other settings \(epochs: 1 → 2\)"):
+        seeds.main([*arguments, "epochs=2"])
+
+
+def test_spread_is_the_sample_standard_deviation():
+    assert seeds.spread([0.5, 0.6, 0.7]) == "0.600 ± 0.100"
+    assert seeds.spread([0.5]) == "0.500"
+
+
+# --- model cards
+
+
+def test_a_card_carries_its_metadata():
+    result = EvalResult("text-classification", "era", "Eras", "accuracy", 0.875, dataset_split="test")
+    card = model_card(
+        name="et-local",
+        auto_class="AutoModelForSequenceClassification",
+        description="Attention in a window.",
+        results=[result],
+        training={"steps": 10, "seed": 3},
+        command="accelerate launch training/classify.py",
+        limits=["English only."],
+        max_length=4096,
+        license="apache-2.0",
+        language="en",
+        datasets=["somebody/data"],
+        base_model="somebody/model",
+        tags=["local"],
+    )
+    again = ModelCard(str(card)).data
+    assert again.eval_results == [result]
+    assert (again.model_name, again.license, again.language) == ("et-local", "apache-2.0", "en")
+    assert (again.datasets, again.base_model, again.metrics) == (["somebody/data"], "somebody/model", ["accuracy"])
+    assert "local" in again.tags
+    for text in ("| Eras | test | accuracy | 0.875 |", "| seed | 3 |", "- English only.", "max_length=4096"):
+        assert text in card.text
+
+
+def test_a_card_needs_a_known_class():
+    with pytest.raises(ValueError, match=r"auto_class \('AutoModelForFun'\) must be one of AutoModelForMaskedLM"):
+        loading_code("folder", "AutoModelForFun")
+
+
+# --- the command line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", [["--config_file", "configs/accelerate/one_cpu.yaml"], ["--cpu", "--num_processes", "2"]]
+)
+def test_accelerate_launch(config, tmp_path, launcher):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "training/classify.py"]
+    done = subprocess.run([*command, "--config", str(config)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Test: accuracy 1.0000") == 1
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.num_labels == 2

@@ -1,0 +1,559 @@
+"""What every variant promises, run over the table of variants. A capability is a column there, never a skip here."""
+
+import io
+from copy import deepcopy
+
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+from zoo import CASES, CAUSAL, IDS, SETTINGS, SMALL, build, config, inputs, readable
+
+import efficient_transformers
+from efficient_transformers import VARIANTS, costs
+from efficient_transformers.models import sparse_attention as engine
+
+every_case = pytest.mark.parametrize(("variant", "settings"), CASES, ids=IDS)
+every_causal_case = pytest.mark.parametrize(
+    ("variant", "settings"), [case for case, _ in CAUSAL], ids=[name for _, name in CAUSAL]
+)
+every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+every_head = pytest.mark.parametrize(
+    ("variant", "head"), [(v, h) for v in VARIANTS.values() for h in v.heads], ids=lambda x: getattr(x, "slug", x)
+)
+
+
+@pytest.fixture(autouse=True)
+def never_short(monkeypatch):
+    """Let short test sequences take the path of long ones."""
+    monkeypatch.setattr(engine, "is_short", lambda pattern, length: pattern.is_full)
+
+
+def test_the_table_is_complete():
+    assert SETTINGS.keys() == VARIANTS.keys()
+    for variant in VARIANTS.values():
+        assert variant.causal == ("CausalLM" in variant.heads)
+        for head in (None, *variant.heads):
+            name = variant.model_class(head).__name__
+            assert name in efficient_transformers.__all__
+            assert getattr(efficient_transformers, name) is variant.model_class(head)
+
+
+# 1 · equal to its formula -------------------------------------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("length", [1, 2, 67, 125])
+@pytest.mark.parametrize("decoder", [False, True], ids=["both", "causal"])
+def test_the_efficient_path_equals_the_written_out_one(variant, settings, length, decoder):
+    if settings.get("global_token_type") == "external":
+        decoder = False  # the config refuses it, see test_bad_configs
+    model = build(variant, settings, is_decoder=decoder)
+    ids = inputs(2, length)
+    mask = torch.ones_like(ids)
+    mask[1, length // 2 + 1 :] = 0
+    outputs = []
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        hidden = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        outputs.append((hidden, torch.autograd.grad(hidden[-1].square().sum(), list(used_parameters(model)))))
+    (sparse, sparse_grads), (dense, dense_grads) = outputs
+    for a, b in zip(sparse, dense, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    for a, b in zip(sparse_grads, dense_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+
+
+def used_parameters(model):
+    return [parameter for name, parameter in model.named_parameters() if not name.startswith("pooler")]
+
+
+# 2 · padding changes nothing ----------------------------------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_padding_changes_nothing(variant, settings, implementation):
+    model = build(variant, settings)
+    model.set_attn_implementation(implementation)
+    real = inputs(1, 70)
+    alone = model(real)
+    places = {
+        "right": torch.arange(70),
+        "left": torch.arange(70) + 31,
+        "holes": torch.randperm(101)[:70].sort().values,
+    }
+    ids, mask = inputs(5, 101), torch.zeros(5, 101, dtype=torch.long)
+    for row, place in enumerate(places.values()):
+        ids[row, place], mask[row, place] = real, 1
+    mask[3, :99] = 1  # somebody else; the last row is nothing but padding
+    output = model(ids, attention_mask=mask)
+    for row, (where, place) in enumerate(places.items()):
+        torch.testing.assert_close(
+            output.last_hidden_state[row, place], alone.last_hidden_state[0], rtol=1e-10, atol=1e-10, msg=where
+        )
+        torch.testing.assert_close(output.pooler_output[row], alone.pooler_output[0], rtol=1e-10, atol=1e-10, msg=where)
+    assert output.last_hidden_state[4].abs().max() == 0
+    assert output.last_hidden_state.isfinite().all()
+    assert output.pooler_output.isfinite().all()
+    poisoned = torch.where(mask.bool(), ids, inputs(5, 101))
+    assert model(poisoned, attention_mask=mask).last_hidden_state.equal(output.last_hidden_state)
+
+
+@every_case
+def test_gradients_do_not_leave_the_padding(variant, settings):
+    model = build(variant, settings)
+    embeds = torch.randn(1, 50, 32, dtype=torch.float64, requires_grad=True)
+    mask = (torch.arange(50) >= 13).long()[None]
+    model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state.square().sum().backward()
+    assert embeds.grad[0, :13].abs().max() == 0
+    assert embeds.grad.isfinite().all()
+    assert (embeds.grad[0, 13:].abs().sum(-1) > 0).all()
+
+
+# 3, 4 · causal means causal, the pattern is the pattern -------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("decoder", [False, True], ids=["both", "causal"])
+def test_an_output_depends_on_just_what_the_pattern_shows(variant, settings, decoder):
+    if settings.get("global_token_type") == "external":
+        decoder = False
+    one_layer = {"num_hidden_layers": 1, "use_cache": False, "is_decoder": decoder}
+    if isinstance(settings.get("window_size"), list):
+        one_layer["window_size"] = settings["window_size"][:1]
+    model = build(variant, settings, **one_layer)
+    length, external = 24, getattr(model.config, "num_external_tokens", 0)
+    drawn = torch.stack([p.dense(length + external, 4) for p in model.config.attention_patterns(0)])
+    heads = [drawn[head % len(drawn), head] for head in range(4)]
+    if len({p for p in model.config.attention_patterns(0)}) > 1:  # heads of one group are numbered within it
+        heads = [pattern.dense(length + external, 1)[0] for pattern in model.config.attention_patterns(0)]
+    expected = torch.stack(heads).any(0)[external:, external:]
+    assert readable(model, length).equal(expected)
+    if decoder:
+        assert not readable(model, length).triu(1).any()
+
+
+def test_marked_tokens_read_and_are_read_by_everything():
+    model = build(VARIANTS["global"], {"num_global_tokens": 0, "num_hidden_layers": 1})
+    marked = torch.zeros(1, 12, dtype=torch.long)
+    marked[0, [3, 7]] = 1
+    embeds = torch.randn(1, 12, 32, dtype=torch.float64, requires_grad=True)
+    output = model(inputs_embeds=embeds, global_attention_mask=marked).last_hidden_state[0]
+    probe = torch.randn(32, dtype=torch.float64)
+    grads = [torch.autograd.grad(row @ probe, embeds, retain_graph=True)[0][0].abs().sum(-1) > 0 for row in output]
+    expected = torch.eye(12, dtype=torch.bool)
+    expected[[3, 7]] = expected[:, [3, 7]] = True
+    assert torch.stack(grads).equal(expected)
+
+
+@every_variant
+def test_attentions_are_the_weights_of_the_pattern(variant):
+    model = build(variant, SETTINGS[variant.slug][0])
+    ids, mask = inputs(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :6] = 0
+    outputs = model(ids, attention_mask=mask, output_attentions=True)
+    assert len(outputs.attentions) == 2
+    for weights in outputs.attentions:
+        assert weights.shape == (2, 4, 20, 20)
+        assert weights[0, :, :6].abs().max() == weights[0, :, :, :6].abs().max() == 0
+        torch.testing.assert_close(weights.sum(-1), mask[:, None].expand(-1, 4, -1).double())
+    torch.testing.assert_close(outputs.last_hidden_state, model(ids, attention_mask=mask).last_hidden_state)
+
+
+# 5 · any length ------------------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_every_length_up_to_the_stated_one(variant, settings):
+    model = build(variant, settings, max_position_embeddings=40)
+    for length in (*range(1, 41), 3):
+        assert model(inputs(1, length)).last_hidden_state.shape == (1, length, 32)
+    with pytest.raises(ValueError, match="built for 40 positions and got 41: set max_position_embeddings"):
+        model(inputs(1, 41))
+
+
+# 6 · half precision --------------------------------------------------------------------------------------------------
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_at_8192_tokens(variant, dtype):
+    shape = {"max_position_embeddings": 8192, "num_hidden_layers": 1, "initializer_range": 0.1}
+    settings = variant.config_class(**{**SMALL, **shape}).to_dict()
+    model = build(variant, {k: v for k, v in settings.items() if k in ("window_size", "stride", "head_patterns")}, **shape)
+    ids = inputs(1, 8192)
+    with torch.no_grad():
+        exact = model(ids).last_hidden_state
+        rounded = deepcopy(model).to(dtype)(ids).last_hidden_state
+        exact_of_rounded = deepcopy(model).to(dtype).double()(ids).last_hidden_state
+    assert rounded.isfinite().all()
+    error = (rounded.double() - exact_of_rounded).abs().max().item()
+    budget = 16 * torch.finfo(dtype).eps * exact.abs().max().item()  # a layer rounds at some sixteen places
+    assert error <= budget, f"error {error:.2e} over budget {budget:.2e}"
+
+
+# 7 · cost follows the law --------------------------------------------------------------------------------------------
+
+
+def kernel_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+    """torch's counter knows the CUDA kernels of scaled_dot_product_attention and not the one for CPUs."""
+    batch, heads, length, dim = q_shape
+    return 2 * batch * heads * length * k_shape[2] * (dim + v_shape[3])
+
+
+def counted_flops(model, length: int) -> int:
+    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: kernel_flops}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
+        model(inputs(1, length))
+    return counter.get_total_flops()
+
+
+@every_case
+@pytest.mark.parametrize("length", [61, 128])
+def test_counted_flops_equal_costs(variant, settings, length):
+    model = build(variant, settings, "SequenceClassification", dtype=torch.float32)
+    assert counted_flops(model, length) == costs.forward_flops(model, length)
+
+
+@every_case
+def test_the_pairs_in_costs_are_those_of_the_mask(variant, settings):
+    cfg = config(variant, settings)
+    for layer in range(2):
+        for pattern in cfg.attention_patterns(layer):
+            for length in (1, 30, 61):
+                assert costs.pairs(pattern, length) == pattern.dense(length).sum().item()
+
+
+@pytest.mark.parametrize(
+    ("slug", "fields", "most"),
+    [
+        # doubling the length doubles the cost of a window, of some hops, of some global tokens
+        ("local", {"window_size": 64}, 2.1),
+        ("stride", {"stride": 64, "hops": 2}, 2.1),
+        ("global", {"num_global_tokens": 2}, 2.1),
+        ("mixed", {"head_patterns": ["local:64", "stride:64:2", "global:2", "random:2"]}, 2.1),
+    ],
+)
+def test_attention_flops_grow_linearly(slug, fields, most):
+    cfg = config(VARIANTS[slug], fields, max_position_embeddings=32768)
+    short, long = (costs.attention_flops(cfg, length) for length in (8192, 16384))
+    assert 1.8 * short < long < most * short
+    full = config(VARIANTS["full"], {}, max_position_embeddings=32768)
+    assert long < costs.attention_flops(full, 16384) / 10
+
+
+def test_half_the_window_is_half_the_work():
+    narrow, wide = (
+        costs.attention_flops(config(VARIANTS["local"], {"window_size": w}, max_position_embeddings=4096), 4096)
+        for w in (64, 128)
+    )
+    assert narrow < 0.6 * wide
+
+
+@pytest.mark.parametrize("slug", ["local", "stride", "global", "mixed"])
+def test_memory_for_the_backward_grows_linearly(slug):
+    """Bytes that autograd keeps: twice the length, twice the bytes; an N×N tensor would make it four times."""
+    fields = {"hops": 2} if slug == "stride" else {}
+    model = build(VARIANTS[slug], {**fields}, dtype=torch.float32, max_position_embeddings=4096)
+    kept = []
+    for length in (1024, 2048):
+        sizes: dict[int, int] = {}
+
+        def note(x, sizes=sizes):
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            output = model(inputs(1, length)).last_hidden_state
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept.append(sum(size for pointer, size in sizes.items() if pointer not in parameters))
+        del output
+    assert kept[1] < 2.2 * kept[0]
+
+
+# 8 · a good citizen of transformers ----------------------------------------------------------------------------------
+
+
+@every_head
+def test_saving_and_loading_changes_nothing(variant, head, tmp_path):
+    model = build(variant, SETTINGS[variant.slug][0], head, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    auto_class = getattr(transformers, f"AutoModelFor{head}")
+    loaded, report = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is variant.model_class(head)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = inputs(2, 9) if head != "MultipleChoice" else inputs(2, 9).expand(2, 2, 9)
+    for a, b in zip(model(ids).to_tuple(), loaded.eval()(ids).to_tuple(), strict=True):
+        if isinstance(a, torch.Tensor):
+            assert a.equal(b)
+    for name, value in model.config.to_dict().items():
+        assert loaded.config.to_dict()[name] == value or name in ("_name_or_path", "dtype"), name
+    half = auto_class.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+@every_head
+def test_the_meta_device_and_the_same_seed_give_the_same_weights(variant, head, tmp_path):
+    cfg = config(variant, SETTINGS[variant.slug][-1])
+    transformers.set_seed(3)
+    direct = variant.model_class(head)(cfg)
+    with torch.device("meta"):
+        empty = variant.model_class(head)(cfg)
+    assert all(p.is_meta for p in empty.parameters())
+    empty.to_empty(device="cpu")
+    for parameter in empty.parameters():  # whatever is left uninitialised must show
+        torch.nn.init.constant_(parameter, float("nan"))
+    for module in empty.modules():
+        module._is_hf_initialized = False
+    for parameter in empty.parameters():
+        parameter._is_hf_initialized = False
+    transformers.set_seed(3)
+    empty.init_weights()
+    for (name, a), (_, b) in zip(direct.state_dict().items(), empty.state_dict().items(), strict=True):
+        assert b.isfinite().all(), name
+        assert a.equal(b) or a.std() == 0 or abs(a.std() / b.std() - 1) < 0.5, name
+
+
+@every_head
+def test_every_parameter_gets_a_gradient(variant, head):
+    for settings in SETTINGS[variant.slug]:
+        if head == "CausalLM" and settings.get("global_token_type") == "external":
+            continue  # refused by the config
+        model = build(variant, settings, head).train()
+        loss_of(model, head).backward()
+        without = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+        # a softmax over keys, or over choices, does not see what is added to all of them
+        unseen = {"classifier.bias"} if head == "MultipleChoice" else set()
+        assert {name for name in without if not name.endswith("k_proj.bias")} <= unseen
+
+
+def loss_of(model, head: str, length: int = 60):
+    ids = inputs(3, length)
+    types = {"token_type_ids": torch.randint(0, 2, ids.shape)} if model.config.type_vocab_size else {}
+    match head:
+        case "MaskedLM" | "CausalLM":
+            # every position there is, so that learned positions have a gradient
+            ids = inputs(3, model.config.max_position_embeddings)
+            types = {name: torch.randint(0, 2, ids.shape) for name in types}
+            return model(ids, labels=inputs(*ids.shape), **types).loss
+        case "SequenceClassification":
+            labels = {"labels": torch.tensor([0, 1, 1])}
+        case "TokenClassification":
+            labels = {"labels": torch.randint(0, 2, ids.shape)}
+        case "QuestionAnswering":
+            labels = {"start_positions": torch.tensor([3, 0, 7]), "end_positions": torch.tensor([4, 9, 7])}
+        case "MultipleChoice":
+            ids = inputs(6, length).view(3, 2, length)
+            types = {name: torch.randint(0, 2, ids.shape) for name in types}
+            return model(ids, labels=torch.tensor([0, 1, 1]), **types).loss
+    every = model.config.max_position_embeddings
+    ids = inputs(3, every)
+    if head == "TokenClassification":
+        labels = {"labels": torch.randint(0, 2, ids.shape)}
+    types = {name: torch.randint(0, 2, ids.shape) for name in types}
+    return model(ids, **labels, **types).loss
+
+
+@every_variant
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(variant, reentrant):
+    model = build(variant, SETTINGS[variant.slug][0], "SequenceClassification", hidden_dropout_prob=0.1).train()
+    ids = inputs(2, 40)
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(ids, labels=torch.tensor([0, 1])).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@every_case
+def test_hidden_states_are_complete_and_in_the_graph(variant, settings):
+    model = build(variant, settings)
+    ids = inputs(2, 21)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    outputs = model(ids, attention_mask=mask, output_hidden_states=True)
+    assert [tuple(h.shape) for h in outputs.hidden_states] == [(2, 21, 32)] * 3
+    assert outputs.hidden_states[-1].equal(outputs.last_hidden_state)
+    outputs.hidden_states[0].retain_grad()
+    outputs.last_hidden_state.square().sum().backward()
+    assert outputs.hidden_states[0].grad is None or outputs.hidden_states[0].grad.isfinite().all()
+    as_tuple = model(ids, attention_mask=mask, output_hidden_states=True, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert as_tuple[0].equal(outputs.last_hidden_state)
+
+
+@every_head
+def test_tuples_and_embeddings_say_the_same(variant, head):
+    model = build(variant, SETTINGS[variant.slug][0], head)
+    ids = inputs(2, 9) if head != "MultipleChoice" else inputs(4, 9).view(2, 2, 9)
+    expected = model(ids)
+    assert model(ids, return_dict=False)[0].equal(expected[0])
+    embedded = model(inputs_embeds=model.get_input_embeddings()(ids))
+    assert embedded[0].equal(expected[0])
+
+
+@pytest.mark.parametrize("head", ["MaskedLM", "CausalLM"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_are_resized_and_tied(head, tied):
+    model = build(VARIANTS["local"], {}, head, tie_word_embeddings=tied)
+    shared = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert shared == tied
+    for size in (120, 50):
+        model.resize_token_embeddings(size)
+        assert model(inputs(1, 7, 50)).logits.shape[-1] == model.config.vocab_size == size
+        assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("problem", ["regression", "single_label_classification", "multi_label_classification"])
+def test_sequence_classification_honours_the_problem_type(problem):
+    labels = {
+        "regression": torch.randn(3, 3),
+        "single_label_classification": torch.tensor([0, 2, 1]),
+        "multi_label_classification": torch.randint(0, 2, (3, 3)).float(),
+    }[problem]
+    model = build(VARIANTS["local"], {}, "SequenceClassification", num_labels=3, problem_type=problem, dtype=torch.float32)
+    output = model(inputs(3, 9), labels=labels)
+    functions = {
+        "regression": torch.nn.functional.mse_loss,
+        "single_label_classification": torch.nn.functional.cross_entropy,
+        "multi_label_classification": torch.nn.functional.binary_cross_entropy_with_logits,
+    }
+    torch.testing.assert_close(output.loss, functions[problem](output.logits, labels))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_pooling_reads_real_tokens(pooling):
+    model = build(VARIANTS["local"], {}, classifier_pooling=pooling)
+    ids, mask = inputs(1, 12), torch.ones(1, 12, dtype=torch.long)
+    mask[0, :3] = mask[0, 10:] = 0
+    output = model(ids, attention_mask=mask)
+    hidden = output.last_hidden_state[0, 3:10]
+    vector = {"mean": hidden.mean(0), "cls": hidden[0], "last": hidden[-1]}[pooling]
+    torch.testing.assert_close(output.pooler_output[0], torch.tanh(model.pooler.dense(vector)))
+
+
+@every_variant
+def test_chunked_feed_forward_changes_nothing(variant):
+    model = build(variant, SETTINGS[variant.slug][0])
+    chunked = build(variant, SETTINGS[variant.slug][0], chunk_size_feed_forward=7)
+    chunked.load_state_dict(model.state_dict())
+    ids = inputs(2, 30)
+    torch.testing.assert_close(chunked(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
+@every_variant
+def test_export_and_compile_agree_with_eager(variant):
+    """torch.export without a guard on values, at the traced length; torch.compile as one graph."""
+    model = build(variant, {**SETTINGS[variant.slug][0], "head_patterns": ["local:3", "stride:4:2"]} if variant.slug == "mixed" else SETTINGS[variant.slug][0], dtype=torch.float32)  # fmt: skip
+    ids, mask = inputs(2, 50), torch.ones(2, 50, dtype=torch.long)
+    mask[0, :13] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).last_hidden_state
+        program = torch.export.export(model, (ids,), {"attention_mask": mask}, strict=True)
+        other = torch.ones_like(mask)
+        other[1, 20:] = 0
+        for m in (mask, other):
+            exported = program.module()(ids, attention_mask=m).last_hidden_state
+            torch.testing.assert_close(
+                exported, model(ids, attention_mask=m).last_hidden_state, rtol=1e-4, atol=1e-5
+            )
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
+
+
+# 10, 11 · reproducible, learns -----------------------------------------------------------------------------------------
+
+
+@every_case
+def test_eval_is_deterministic_and_dropout_is_not(variant, settings):
+    model = build(variant, settings, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    ids = inputs(2, 30)
+    assert model(ids).last_hidden_state.equal(model(ids).last_hidden_state)
+    model.train()
+    assert not model(ids).last_hidden_state.equal(model(ids).last_hidden_state)
+    torch.manual_seed(5)
+    first = model(ids).last_hidden_state
+    torch.manual_seed(5)
+    assert model(ids).last_hidden_state.equal(first)
+
+
+@every_case
+def test_one_batch_is_learned(variant, settings):
+    model = build(variant, settings, "SequenceClassification", dtype=torch.float32, initializer_range=0.05).train()
+    ids, labels = inputs(8, 60), torch.arange(8) % 2
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        loss = model(ids, labels=labels).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss.item() < 0.05
+
+
+# bad input -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slug", "fields", "message"),
+    [
+        ("full", {"hidden_size": 30}, "hidden_size.*must be a multiple of num_attention_heads.*change either"),
+        ("full", {"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob \(1.0\) must lie in \[0, 1\)"),
+        ("full", {"hidden_size": "32"}, "hidden_size"),
+        ("full", {"hiden_size": 32}, "no field 'hiden_size'; did you mean 'hidden_size'"),
+        ("full", {"position_embedding_type": "rotatory"}, "position_embedding_type"),
+        ("full", {"hidden_size": 12, "position_embedding_type": "rotary"}, r"head_dim \(3\) must be a multiple of 2"),
+        ("local", {"window_size": 0}, r"window_size \(0\) must be at least 1"),
+        ("local", {"window_size": -4}, r"window_size \(-4\) must be at least 1"),
+        ("local", {"widnow_size": 8}, "did you mean 'window_size'"),
+        ("local", {"window_size": [3, 4, 5]}, "window_size has 3 entries and num_hidden_layers is 2"),
+        ("stride", {"stride": 0}, r"stride \(0\) must be at least 1"),
+        ("stride", {"hops": 0}, r"hops \(0\) must be at least 1.*None reads all"),
+        ("global", {"num_global_tokens": -1}, r"num_global_tokens \(-1\) must be at least 0"),
+        ("global", {"global_token_type": "external", "is_decoder": True}, "'external' cannot be causal"),
+        ("mixed", {"head_patterns": ["near:3"]}, "'near:3'.* is no attention pattern"),
+        ("mixed", {"head_patterns": ["local:3"] * 3}, "cannot be tiled over num_attention_heads"),
+        ("mixed", {"head_patterns": []}, "cannot be tiled"),
+    ],
+)
+def test_bad_configs_are_refused(slug, fields, message):
+    with pytest.raises(Exception, match=message):
+        config(VARIANTS[slug], fields)
+
+
+def test_strangers_in_a_config_are_kept():
+    assert config(VARIANTS["local"], {"my_note": "kept", "num_labels": 3}).my_note == "kept"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda: {}, "either input_ids or inputs_embeds"),
+        (lambda: {"input_ids": inputs(1, 4), "inputs_embeds": torch.zeros(1, 4, 32)}, "either input_ids or inputs_embeds"),
+        (lambda: {"input_ids": inputs(2, 4), "attention_mask": torch.ones(2, 5)}, r"attention_mask must have shape .* = \(2, 4\), got \(2, 5\)"),
+        (lambda: {"input_ids": inputs(2, 4), "global_attention_mask": torch.ones(2, 4)}, "takes no global_attention_mask"),
+    ],
+)  # fmt: skip
+def test_bad_inputs_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build(VARIANTS["local"], {}, dtype=torch.float32)(**arguments())
+
+
+def test_a_masked_model_cannot_be_causal():
+    with pytest.raises(ValueError, match="is_decoder=True: set is_decoder=False, or use EtLocalForCausalLM"):
+        build(VARIANTS["local"], {"is_decoder": True}, "MaskedLM")
+
+
+def test_pickling_a_model_keeps_it():
+    model = build(VARIANTS["mixed"], SETTINGS["mixed"][0])
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    ids = inputs(1, 20)
+    assert torch.load(buffer, weights_only=False)(ids).last_hidden_state.equal(model(ids).last_hidden_state)

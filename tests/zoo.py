@@ -1,0 +1,61 @@
+"""Small configs of every variant, and what the tests share to look at a model from outside."""
+
+import torch
+from torch import Tensor
+
+from efficient_transformers import VARIANTS, Variant
+
+SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 37,
+    "max_position_embeddings": 128,
+    "hidden_dropout_prob": 0.0,
+    # large enough for attention to matter: with the usual 0.02 every mixer is nearly the identity
+    "initializer_range": 0.3,
+}
+# Several settings per variant, so that every branch of it meets every law. Sizes divide no test length.
+SETTINGS: dict[str, list[dict]] = {
+    "full": [{}, {"norm_first": False, "position_embedding_type": "sinusoidal"}],
+    "local": [{"window_size": 3, "position_embedding_type": "rotary"}, {"window_size": [2, 70]}],
+    "stride": [{"stride": 5, "hops": None}, {"stride": 3, "hops": 2, "position_embedding_type": "none"}],
+    "global": [{"num_global_tokens": 2}, {"num_global_tokens": 3, "global_token_type": "external"}],
+    "mixed": [
+        {"head_patterns": ["local:3", "stride:4:2", "global:2", "random:2:8"]},
+        {"head_patterns": ["local:2 | global:1", "full"], "type_vocab_size": 0},
+    ],
+}
+CASES = [(VARIANTS[slug], settings) for slug, all_settings in SETTINGS.items() for settings in all_settings]
+IDS = [f"{variant.slug}-{number}" for variant, settings in CASES for number in [SETTINGS[variant.slug].index(settings)]]
+# a causal model has no external tokens
+CAUSAL = [
+    (case, case_id)
+    for case, case_id in zip(CASES, IDS, strict=True)
+    if case[0].causal and case[1].get("global_token_type") != "external"
+]
+
+
+def config(variant: Variant, settings: dict, **changes):
+    return variant.config_class(**{**SMALL, **settings, **changes})
+
+
+def build(variant: Variant, settings: dict, head: str | None = None, **changes):
+    """A small model in eval mode, in float64 unless told otherwise."""
+    dtype = changes.pop("dtype", torch.float64)
+    return variant.model_class(head)(config(variant, settings, **changes)).to(dtype).eval()
+
+
+def inputs(batch: int, length: int, vocab_size: int = 99) -> Tensor:
+    return torch.randint(1, vocab_size, (batch, length))
+
+
+def readable(model, length: int) -> Tensor:
+    """(length, length) bool: does output i depend on input embedding j? Read off gradients, so no formula is trusted."""
+    embeds = torch.randn(1, length, model.config.hidden_size, dtype=model.dtype, requires_grad=True)
+    output = model(inputs_embeds=embeds).last_hidden_state[0]
+    # a random projection of each output: the sum over features of a normalised vector has no gradient
+    probe = torch.randn(output.shape[-1], dtype=output.dtype)
+    rows = [torch.autograd.grad(output[i] @ probe, embeds, retain_graph=True)[0][0] for i in range(length)]
+    return torch.stack(rows).abs().sum(-1) > 0
