@@ -47,15 +47,15 @@ TINY = {
         "hidden_dropout_prob": 0.2,
     },
     "max_length": 24,
-    "epochs": 2,
+    "epochs": 4,
     "batch_size": 4,
     "gradient_accumulation": 2,
-    "learning_rate": 0.01,
+    "learning_rate": 0.03,
     "eval_steps": 5,
     "checkpoint_steps": 3,
     "keep_checkpoints_at_end": True,
     "tracker": "none",
-}  # 42 training documents: 6 steps an epoch, 12 in all
+}  # 42 training documents: 6 steps an epoch, 24 in all
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +64,15 @@ def fresh_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads wait for each other longer than these models compute, above all where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -203,13 +212,8 @@ def test_a_missing_yaml_says_what_is_there(tmp_path):
 
 
 def test_there_are_configs_to_test():
-    assert {path.stem for path in VARIANTS if path.parent.name == "era"} >= {
-        "full",
-        "local",
-        "stride",
-        "global",
-        "mixed",
-    }
+    era = {path.stem for path in VARIANTS if path.parent.name == "era"}
+    assert era >= {"full", "local", "stride", "global", "mixed"}
 
 
 @pytest.mark.parametrize("path", VARIANTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -290,9 +294,9 @@ def test_the_model_has_learnt(finished):
     found = json.loads((finished[0] / "metrics.json").read_text())
     assert found["test"]["accuracy"] == found["test"]["macro_f1"] == 1.0
     assert found["test"]["n"] == 9
-    assert found["training"]["steps"] == 12
-    assert found["training"]["tokens"] > 42 * 5 * 2
-    assert found["settings"]["learning_rate"] == 0.01
+    assert found["training"]["steps"] == 24
+    assert found["training"]["tokens"] > 42 * 5 * 4
+    assert found["settings"]["learning_rate"] == 0.03
     assert set(found["versions"]) >= {"torch", "transformers", "accelerate", "datasets"}
 
 
@@ -365,7 +369,7 @@ def test_the_best_weights_are_saved_and_patience_ends_training(monkeypatch, conf
 
 def test_a_lower_loss_is_better(monkeypatch, config):
     scripted(monkeypatch, [0.5] * 20)
-    losses = iter([3.0, 1.0, 2.0, 0.0])
+    losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 2.0, 0.0])
     scores = classify.Evaluator.__call__
     monkeypatch.setattr(classify.Evaluator, "__call__", lambda *a: {**scores(*a), "loss": next(losses)})
     assert run(config, "eval_steps=4", "best_metric=loss")["validation"]["step"] == 8
@@ -374,7 +378,7 @@ def test_a_lower_loss_is_better(monkeypatch, config):
 def test_the_newest_checkpoints_are_kept_or_none(config, tmp_path):
     run(config, "checkpoint_steps=2", "keep_checkpoints=3")
     kept = sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir())
-    assert kept == ["best.safetensors", "step-000000008", "step-000000010", "step-000000012"]
+    assert kept == ["best.safetensors", "step-000000020", "step-000000022", "step-000000024"]
     AcceleratorState._reset_state(reset_partial_state=True)
     run(config, "overwrite=true", "keep_checkpoints_at_end=false")
     assert not (tmp_path / "out/checkpoints").exists()
@@ -391,11 +395,11 @@ def test_accumulated_batches_make_the_same_steps(config, tmp_path):
 
 def assert_same_run(folder, other):
     """Final and last weights, moments and history are equal, bit for bit."""
-    for name in ("model.safetensors", "checkpoints/step-000000012/model.safetensors"):
+    for name in ("model.safetensors", "checkpoints/step-000000024/model.safetensors"):
         ours, theirs = load_file(folder / name), load_file(other / name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    ours, theirs = (torch.load(path / "checkpoints/step-000000012/optimizer.bin") for path in (folder, other))
+    ours, theirs = (torch.load(path / "checkpoints/step-000000024/optimizer.bin") for path in (folder, other))
     for index, state in ours["state"].items():
         assert all(torch.equal(value, theirs["state"][index][key]) for key, value in state.items())
     ours, theirs = (json.loads((path / "metrics.json").read_text()) for path in (folder, other))
@@ -471,7 +475,7 @@ def test_sigterm_saves_and_says_how_to_go_on(monkeypatch, capsys, finished, conf
     monkeypatch.setattr(loop, "record_step", original)
     AcceleratorState._reset_state(reset_partial_state=True)
     classify.main(["--config", str(config), "--resume"])
-    assert f"Continuing after step {step} of 12" in capsys.readouterr().out
+    assert f"Continuing after step {step} of 24" in capsys.readouterr().out
     assert_same_run(tmp_path / "out", finished[0])
 
 
@@ -487,7 +491,7 @@ def test_a_finished_run_is_not_repeated(monkeypatch, finished):
 
 
 def test_a_run_is_not_continued_with_other_settings(finished):
-    with pytest.raises(InputError, match=r"other settings \(learning_rate: 0.01 → 0.5; seed: 0 → 1\)"):
+    with pytest.raises(InputError, match=r"other settings \(learning_rate: 0.03 → 0.5; seed: 0 → 1\)"):
         run(finished[0].parent / "tiny.yaml", "resume=true", "seed=1", "learning_rate=0.5")
 
 
@@ -509,7 +513,7 @@ def test_a_run_is_not_continued_by_other_processes(tmp_path):
 def test_an_output_folder_with_a_run_is_not_written_over(finished):
     folder, _ = finished
     before = (folder / "metrics.json").read_bytes()
-    with pytest.raises(SystemExit, match="error: The output folder .* is not empty, it holds a run: resume=true"):
+    with pytest.raises(SystemExit, match=r"error: The output folder .* is not empty, it holds a run: resume=true"):
         classify.main(["--config", str(folder.parent / "tiny.yaml")])
     assert (folder / "metrics.json").read_bytes() == before
 
@@ -546,7 +550,7 @@ BAD_RUNS = {
     "vocabulary": (["model.vocab_size=100"], r"vocab_size \(100\) must be at least the tokenizer's size \(4096\)"),
     "no tokenizer": (["tokenizer=null"], "A new model needs a tokenizer"),
     "tokenizer": (["tokenizer=missing/folder"], "The tokenizer 'missing/folder' cannot be loaded"),
-    "checkpoint": (["model.checkpoint=missing/folder"], "The model section cannot be used: .*missing/folder"),
+    "checkpoint": (["model.checkpoint=missing/folder"], "The checkpoint 'missing/folder' cannot be loaded"),
     "metric": (["best_metric=acuracy"], r"best_metric \('acuracy'\) must be one of loss, accuracy, macro_f1"),
     "column": (["label_column=kind"], "no column 'kind'; there are: label, text"),
 }
@@ -562,7 +566,7 @@ def test_bad_runs_are_refused_before_training(monkeypatch, config, tmp_path, ove
 
 def test_a_loss_that_is_not_finite_names_the_step(config, tmp_path):
     with pytest.raises(InputError, match=r"The loss of step 2 is nan: training has diverged.*lower learning_rate"):
-        run(config, "learning_rate=1e38", "warmup_ratio=0", "checkpoint_steps=1")
+        run(config, "learning_rate=1e30", "warmup_ratio=0", "checkpoint_steps=1")
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-000000001"]
 
 

@@ -1,0 +1,108 @@
+"""Tokenizer, config and model of a run, from its settings."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from settings import InputError, Settings, did_you_mean, find_path
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+import efficient_transformers  # noqa: F401 - registers the variants with the Auto classes
+
+
+def local_or_hub(name: str) -> str | Path:
+    return find_path(name) or name
+
+
+def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    name = settings.tokenizer or settings.model.get("checkpoint")
+    if name is None:
+        raise InputError("A new model needs a tokenizer: set tokenizer to a folder or a Hub name, e.g. data/tokenizer.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(local_or_hub(name), trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"The tokenizer {name!r} cannot be loaded: {error}") from error
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"The tokenizer {name!r} has no padding token, so documents cannot be put in batches.")
+    return tokenizer
+
+
+def build_config(settings: Settings, tokenizer: PreTrainedTokenizerBase, **task_fields: Any) -> PreTrainedConfig:
+    """The config of a new model, or of a checkpoint; `task_fields` are the task's, such as `id2label`."""
+    fields = dict(settings.model)
+    checkpoint, model_type = fields.pop("checkpoint", None), fields.pop("model_type", None)
+    try:
+        if checkpoint is not None:
+            config = AutoConfig.from_pretrained(local_or_hub(checkpoint), trust_remote_code=settings.trust_remote_code)
+            _check_fields(type(config), fields)
+            # through the constructor again, so that the class checks the fields that are set here
+            config = type(config).from_dict({**config.to_dict(), **fields, **task_fields})
+        else:
+            config_class = type(AutoConfig.for_model(model_type))
+            _check_fields(config_class, fields)
+            from_tokenizer = {
+                "vocab_size": len(tokenizer),
+                "pad_token_id": tokenizer.pad_token_id,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+            }
+            config = config_class(**{**from_tokenizer, **fields, **task_fields})
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"The checkpoint {checkpoint!r} cannot be loaded: {error}") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise InputError(f"The model section cannot be used: {error}") from error
+    _check_sizes(config, settings, tokenizer)
+    return config
+
+
+def _check_fields(config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> None:
+    """transformers keeps an unknown field silently, and trains a model that nobody asked for."""
+    known = {*getattr(config_class, "__dataclass_fields__", {}), *config_class.attribute_map}
+    known |= set(inspect.signature(config_class.__init__).parameters)
+    for field in fields:
+        if field not in known:
+            raise InputError(f"{config_class.__name__} has no field {field!r}{did_you_mean(field, sorted(known))}")
+
+
+def _check_sizes(config: PreTrainedConfig, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and settings.max_length and settings.max_length > positions:
+        raise InputError(
+            f"max_length ({settings.max_length}) must not exceed the model's max_position_embeddings ({positions}): "
+            "lower the first or raise model.max_position_embeddings."
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"vocab_size ({config.vocab_size}) must be at least the tokenizer's size ({len(tokenizer)}): "
+            "raise model.vocab_size or leave it out."
+        )
+
+
+def visible_length(settings: Settings, config: PreTrainedConfig, default: int | None = None) -> int:
+    """Tokens that the model sees: `max_length`, or `default`, or all positions the model has."""
+    length = settings.max_length or default or getattr(config, "max_position_embeddings", None)
+    if not length:
+        raise InputError(f"A {config.model_type} model has no longest length: set max_length.")
+    positions = getattr(config, "max_position_embeddings", None)
+    return min(length, positions) if positions else length
+
+
+def build_model(settings: Settings, config: PreTrainedConfig, auto_class: Any) -> PreTrainedModel:
+    """A new model from the seed that is set, or the checkpoint with a head of the right size."""
+    if "checkpoint" not in settings.model:
+        return auto_class.from_config(config)
+    name = settings.model["checkpoint"]
+    try:
+        return auto_class.from_pretrained(
+            local_or_hub(name),
+            config=config,
+            dtype=torch.float32,  # small updates are lost in the half precision that some checkpoints are saved in
+            ignore_mismatched_sizes=True,  # a head for other labels is made anew
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"The checkpoint {name!r} cannot be loaded: {error}") from error

@@ -1,0 +1,112 @@
+"""The output folder of a run: refused, begun, continued; and the files that make it ready for the Hub."""
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import tokenizers
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from settings import InputError, Settings
+
+SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpoints", "runs"
+# settings that change neither the data nor the weights, and so may differ when a run is continued
+FREE_TO_CHANGE = {
+    "out", "overwrite", "resume", "checkpoint_steps", "keep_checkpoints", "keep_checkpoints_at_end", "log_steps",
+    "tracker", "eval_batch_size", "license", "language",
+}  # fmt: skip
+
+
+def check_folder(accelerator: Accelerator, settings: Settings) -> bool:
+    """Refuses an unusable folder before any other work; True if the run in it is to be continued and is finished."""
+    error: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            _check_folder(settings)
+        except InputError as refused:
+            error = [str(refused)]
+    broadcast_object_list(error)
+    if error[0] is not None:
+        raise InputError(error[0])
+    return settings.resume and (settings.folder / METRICS).exists()
+
+
+def _check_folder(settings: Settings) -> None:
+    folder = settings.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"The folder {folder} cannot be written ({error.strerror}): set out to another.") from None
+    if not any(path.suffix != ".partial" for path in folder.iterdir()):
+        return
+    # only what a run has written is ever deleted or continued
+    if not (folder / SETTINGS).exists():
+        raise InputError(f"The output folder {folder} is not empty and holds no run: set out to another.")
+    if settings.resume and (different := differences(folder, settings)):
+        raise InputError(
+            f"The run in {folder} was started with other settings ({'; '.join(different)}) and cannot be continued "
+            "with these: give the same ones, another out, or overwrite=true."
+        )
+    if not settings.resume and not settings.overwrite:
+        raise InputError(
+            f"The output folder {folder} is not empty, it holds a run: resume=true continues it, overwrite=true "
+            "deletes it, another out keeps both."
+        )
+
+
+def begin_folder(accelerator: Accelerator, settings: Settings) -> None:
+    """Called when data and model have proved good: a run that cannot start neither deletes nor leaves anything."""
+    if accelerator.is_main_process:
+        if settings.overwrite:
+            shutil.rmtree(settings.folder)
+            settings.folder.mkdir()
+        if not (settings.folder / SETTINGS).exists():
+            write_whole(settings.folder / SETTINGS, settings.to_yaml())
+    accelerator.wait_for_everyone()
+
+
+def differences(folder: Path, settings: Settings) -> list[str]:
+    """Settings with which the run in `folder` was started otherwise, as `name: then → now`."""
+    then = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+    now = yaml.safe_load(settings.to_yaml())
+    names = sorted((then.keys() | now.keys()) - FREE_TO_CHANGE)
+    return [f"{name}: {then.get(name)!r} → {now.get(name)!r}" for name in names if then.get(name) != now.get(name)]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A reader, or a run continued after a kill, finds all of the text or no file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def versions() -> dict[str, str]:
+    modules = (torch, transformers, accelerate, datasets, tokenizers)
+    return {"python": platform.python_version(), **{module.__name__: module.__version__ for module in modules}}
+
+
+def hardware(accelerator: Accelerator) -> str:
+    if accelerator.device.type == "cuda":
+        return f"{accelerator.num_processes}x {torch.cuda.get_device_name(accelerator.device)}"
+    processes = f"{accelerator.num_processes} processes of " if accelerator.num_processes > 1 else ""
+    return f"{processes}{torch.get_num_threads()} CPU threads ({platform.machine()})"
+
+
+def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """Written last: the file says that the run in this folder is finished."""
+    write_whole(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+
+
+def remove_checkpoints(folder: Path) -> None:
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
