@@ -8,8 +8,9 @@ from efficient_transformers.models import sparse_attention as engine
 from efficient_transformers.models.softmax_attention import softmax_attention
 
 PATTERNS = [
-    "full", "local:0", "local:1", "local:3", "local:70", "local:200", "stride:5", "stride:5:2", "stride:200", "global:2",
-    "random:2:8", "random:1:64", "local:7 | global:2", "local:7 | global:3 | random:2:8", "stride:3:2 | global:2",
+    "full", "local:0", "local:1", "local:3", "local:70", "local:200", "stride:5", "stride:5:2", "stride:200",
+    "global:2", "random:2:8", "random:1:64",
+    "local:7 | global:2", "local:7 | global:3 | random:2:8", "stride:3:2 | global:2",
 ]  # fmt: skip
 LENGTHS = [None, (131, 0), (1, 131), (67, 130)]
 MARKED = (0, 5, 17)
@@ -67,20 +68,29 @@ def test_tiles_read_each_pair_of_the_pattern_once(length):
             pattern = parse_pattern(text, causal=causal)
             painted = torch.zeros(2, length, length)
             for tile in engine.tiles(pattern, length, 2, torch.float32, torch.device("cpu")):
-                queries = torch.arange(length)[tile.queries]
-                if tile.is_global:
-                    painted[:, queries] = 0
-                for read in tile.reads:
-                    keys = read.of(torch.arange(length).expand(2, -1)[..., None])[..., 0]  # (h, m)
-                    if isinstance(read, engine.OwnRead):
-                        painted[:, queries, queries] += 1
-                        continue
-                    once = torch.ones(2, len(queries), keys.shape[1])
-                    once = once if read.bias is None else once * read.bias.exp()
-                    for head in range(2):
-                        columns = keys[head].expand(len(queries), -1)
-                        painted[head, queries] += torch.zeros(len(queries), length).scatter_add(1, columns, once[head])
+                for head in tile.heads(2):
+                    paint(painted, tile, head)
             assert painted.equal(pattern.dense(length, 2).float()), (text, causal)
+
+
+def paint(painted, tile, head):
+    """Count the pairs of a tile in `painted` (h, n, n)."""
+    heads, length, _ = painted.shape
+    position = torch.arange(length).expand(heads, -1)[..., None].contiguous()
+    queries = tile.queries.of(position, head)[..., 0]  # (h or count, size)
+    for read in tile.reads:
+        keys = read.keys.of(position, head)[..., 0]  # (h or count, m)
+        once = torch.ones(*queries.shape, 1 if isinstance(read, engine.OwnRead) else keys.shape[1])
+        for patch in read.patches:
+            once[..., patch.columns] *= patch.bias.exp()
+        for batch in range(len(queries)):
+            where = batch if head is None else head
+            if tile.is_global:
+                painted[where, queries[batch]] = 0
+            columns = (
+                keys[batch][:, None] if isinstance(read, engine.OwnRead) else keys[batch].expand(once[batch].shape)
+            )
+            painted[where, queries[batch]] += torch.zeros(len(columns), length).scatter_add(1, columns, once[batch])
 
 
 def test_dropout_is_the_same_in_forward_and_backward():

@@ -22,7 +22,9 @@ def tokenizer():
     """Words to ids; real enough for a pipeline."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
     return PreTrainedTokenizerFast(tokenizer_object=words, **{f"{kind}_token": text for kind, text in special.items()})
 
@@ -43,12 +45,14 @@ def test_trainer_fine_tunes(variant, tokenizer, tmp_path):
         rows.append({**tokenizer(" ".join(words)), "labels": number % 2})
     data = datasets.Dataset.from_list(rows)
     arguments = TrainingArguments(
-        tmp_path, num_train_epochs=12, per_device_train_batch_size=16, learning_rate=3e-3, report_to="none",
+        tmp_path, num_train_epochs=25, per_device_train_batch_size=16, learning_rate=3e-3, report_to="none",
         save_strategy="no", use_cpu=True, disable_tqdm=True, logging_strategy="no", seed=0,
     )  # fmt: skip
-    trainer = Trainer(small(variant, "SequenceClassification"), arguments, train_dataset=data, processing_class=tokenizer)
+    trainer = Trainer(
+        small(variant, "SequenceClassification"), arguments, train_dataset=data, processing_class=tokenizer
+    )
     trainer.train()
-    assert trainer.predict(data).predictions.argmax(1).tolist() == data["labels"]
+    assert trainer.predict(data).predictions.argmax(1).tolist() == list(data["labels"])
     trainer.save_model()
     classify = pipeline("text-classification", str(tmp_path), device="cpu")
     assert [x["label"] for x in classify(["word3 good word4", "word3 bad word4"])] == ["LABEL_1", "LABEL_0"]
@@ -99,7 +103,7 @@ def test_lora_wraps_and_trains(variant):
 def test_a_device_map_splits_between_blocks(variant, tmp_path):
     model = small(variant, "SequenceClassification")
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, device_map="cpu")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, device_map="cpu").eval()
     ids = torch.randint(5, 50, (1, 20))
-    assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     assert set(model._no_split_modules) <= {type(module).__name__ for module in model.modules()}

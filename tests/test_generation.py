@@ -90,7 +90,9 @@ def test_left_padding_does_not_change_what_is_generated(variant, settings):
 )
 def test_memory_of_the_cache_does_not_grow(slug, settings, most):
     model = causal_model(VARIANTS[slug], settings)
-    output = model.generate(inputs(1, 50), max_new_tokens=60, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
+    output = model.generate(
+        inputs(1, 50), max_new_tokens=60, do_sample=False, pad_token_id=0, return_dict_in_generate=True
+    )
     assert all(layer.keys.shape[2] <= most for layer in output.past_key_values.layers)
     assert output.past_key_values.get_seq_length() == 109
 
@@ -127,7 +129,7 @@ def test_logits_to_keep_and_shifted_labels():
     loss = model(ids, labels=ids).loss
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(loss, expected)
-    shifted = torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:]
+    shifted = torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous()
     torch.testing.assert_close(model(ids, labels=None, shift_labels=shifted).logits, logits)
     torch.testing.assert_close(model(ids, labels=ids, shift_labels=shifted).loss, expected)
 

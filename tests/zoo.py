@@ -52,7 +52,7 @@ def inputs(batch: int, length: int, vocab_size: int = 99) -> Tensor:
 
 
 def readable(model, length: int) -> Tensor:
-    """(length, length) bool: does output i depend on input embedding j? Read off gradients, so no formula is trusted."""
+    """(length, length) bool: does output i depend on input embedding j? By gradients, so no formula is trusted."""
     embeds = torch.randn(1, length, model.config.hidden_size, dtype=model.dtype, requires_grad=True)
     output = model(inputs_embeds=embeds).last_hidden_state[0]
     # a random projection of each output: the sum over features of a normalised vector has no gradient

@@ -7,10 +7,10 @@ softmax, norms and the elementwise product of a token with itself are a few perc
 import torch
 from transformers import PreTrainedModel
 
+from .models import sparse_attention as engine
 from .models.attention import group_heads
 from .models.configuration import EtConfig
 from .models.patterns import AttentionPattern
-from .models import sparse_attention as engine
 
 
 def pairs(pattern: AttentionPattern, length: int) -> int:
@@ -34,16 +34,17 @@ def tile_pairs(pattern: AttentionPattern, length: int, num_heads: int) -> int:
     """Pairs per head that the engine multiplies: those of the pattern and the empty corners of its tiles."""
     if engine.is_short(pattern, length):
         return length * length
-    keys_of = torch.empty(num_heads, length, 1, device="meta")
     total = 0
     for tile in engine.tiles(pattern, length, num_heads, torch.float32, torch.device("cpu")):
-        num_queries = len(torch.arange(length)[tile.queries])
         for read in tile.reads:
             if not isinstance(read, engine.OwnRead):
-                keys = read.keys if isinstance(read.keys, slice) else read.keys.to("meta")
-                num_keys = keys_of[:, keys].shape[1] if isinstance(keys, slice) else keys.shape[-1]
-                total += num_queries * num_keys
+                total += tile.queries.count * size_of(tile.queries) * size_of(read.keys)
     return total
+
+
+def size_of(positions: engine.Span | engine.Index) -> int:
+    """Positions of one tile in one head."""
+    return positions.size if isinstance(positions, engine.Span) else positions.positions.shape[-1]
 
 
 def attention_flops(config: EtConfig, length: int) -> int:
@@ -58,7 +59,7 @@ def attention_flops(config: EtConfig, length: int) -> int:
 
 def forward_flops(model: PreTrainedModel, length: int) -> int:
     """Of one forward pass over one sequence of `length` tokens: linear layers and attention."""
-    config = model.config
+    config: EtConfig = model.config  # type: ignore[reportAssignmentType]
     inner = length + getattr(config, "num_external_tokens", 0)
     total = attention_flops(config, length)
     for name, module in model.named_modules():
@@ -67,4 +68,3 @@ def forward_flops(model: PreTrainedModel, length: int) -> int:
             rows = 1 if once else inner if ".layers." in f".{name}" else length
             total += 2 * rows * module.in_features * module.out_features
     return total
-

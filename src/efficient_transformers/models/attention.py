@@ -83,7 +83,7 @@ class PatternAttention(nn.Module):
         positions, seen = sequence.positions, 0
         if sequence.cache is not None:
             seen = sequence.cache.get_seq_length(self.layer)
-            keys, values, positions = sequence.cache.layers[self.layer].update(k, v, sequence.positions)
+            keys, values, positions = sequence.cache.update(k, v, self.layer, sequence.positions)  # type: ignore[reportAssignmentType]
         if seen:  # a few new tokens against what is left of the past: dense, but no longer than the cache is
             mixed, weights = softmax_attention(q, keys, values, self.allowed(sequence, positions), dropout)
         elif sequence.output_attentions or self.config._attn_implementation == "eager":
@@ -94,13 +94,14 @@ class PatternAttention(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceInfo, dropout: float) -> Tensor:
         """All heads through the engine that suits the place, (b, h, n, d)."""
-        mixed = []
+        mixed, keep, marked = [], sequence.keep, sequence.global_mask
         for pattern, heads in self.groups:
-            part = [x if len(heads) == self.num_heads else x[:, as_slice(heads)] for x in (q, k, v)]
+            some = slice(None) if len(heads) == self.num_heads else as_slice(heads)
+            part = q[:, some], k[:, some], v[:, some]
             if self.config._attn_implementation == "flex_attention" and not dropout:
-                out = flex_sparse_attention(*part, pattern, sequence.keep, sequence.global_mask, sequence.block_masks)
+                out = flex_sparse_attention(*part, pattern, keep, marked, sequence.block_masks)
             elif torch.compiler.is_compiling() or q.device.type != "cpu":
-                out = blocked_attention(*part, pattern, sequence.keep, sequence.global_mask, dropout)
+                out = blocked_attention(*part, pattern, keep, marked, dropout)
             else:
                 out = sparse_attention(*part, pattern, sequence.lengths, sequence.global_tokens, dropout)
             mixed.append(out)

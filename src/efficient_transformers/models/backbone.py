@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from .attention import SequenceInfo, rotary_angles
 from .caching import prepare_cache
@@ -189,7 +189,7 @@ class Encoder:
         self.gradient_checkpointing = False
         self.post_init()  # type: ignore[attr-defined]
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
@@ -225,12 +225,13 @@ class Encoder:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, not both and not neither.")
         if inputs_embeds is None:
-            inputs_embeds = self.embeddings.word_embeddings(input_ids)
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         cache = self.open_cache(past_key_values, use_cache)
         seen = 0 if cache is None else cache.get_seq_length()
 
+        assert inputs_embeds is not None
         keep, positions = self.locate(inputs_embeds, attention_mask, seen)
         inputs_embeds, keep, positions, token_type_ids, position_ids, marked, packing = self.pack(
             inputs_embeds, keep, positions, token_type_ids, position_ids, global_attention_mask, bool(seen)

@@ -16,17 +16,21 @@ class PatternCacheLayer(DynamicLayer):
     """
 
     is_croppable = False
+    keys: Tensor  # type: ignore[reportIncompatibleVariableOverride] — there from the first update on
+    values: Tensor  # type: ignore[reportIncompatibleVariableOverride]
+    positions: Tensor
 
     def __init__(self, num_prefix: int, span: int | None):
         super().__init__()
         self.num_prefix, self.span = num_prefix, span
-        self.positions: Tensor | None = None
+        self.is_empty = True
         self.cumulative_length = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, positions: Tensor, *args, **kwargs):  # type: ignore[override]
         """Append (b, h, n, d) keys and values at `positions` (b, n); return all there are, with their positions."""
-        if self.positions is None:
+        if self.is_empty:
             self.lazy_initialization(key_states, value_states)
+            self.is_empty = False
             self.keys, self.values, self.positions = key_states, value_states, positions
         else:
             self.keys = torch.cat([self.keys, key_states], dim=2)
@@ -51,7 +55,7 @@ class PatternCacheLayer(DynamicLayer):
         return self.cumulative_length
 
     def reset(self) -> None:
-        self.positions = None
+        self.is_empty = True
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -59,7 +63,7 @@ class PatternCacheLayer(DynamicLayer):
             raise ValueError("a cache that forgets cannot be rolled back: generate without assistant or look-up.")
 
     def select(self, rows: Tensor) -> None:
-        if self.positions is not None:
+        if not self.is_empty:
             rows = rows.to(self.keys.device)
             self.keys, self.values, self.positions = (
                 x.index_select(0, rows) for x in (self.keys, self.values, self.positions)
@@ -72,7 +76,7 @@ class PatternCacheLayer(DynamicLayer):
         self.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.positions is not None:
+        if not self.is_empty:
             self.select(torch.arange(self.positions.shape[0]).repeat_interleave(repeats))
 
 

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from .configuration import EtConfig
 
@@ -167,9 +167,9 @@ class ForSequenceClassification(Head):
     pools = True
 
     def add_head(self, config: EtConfig) -> None:
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 2
         self.dropout = self.classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
 
     @can_return_tuple
     def forward(
@@ -196,9 +196,9 @@ class ForTokenClassification(Head):
     """Labels every token. Labels (b, n), -100 where there is none."""
 
     def add_head(self, config: EtConfig) -> None:
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 2
         self.dropout = self.classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
 
     @can_return_tuple
     def forward(

@@ -118,17 +118,18 @@ class AttentionPattern:
     def random_blocks(self, num_heads: int, num_blocks: int) -> Tensor:
         """(num_heads, num_blocks, num_random_blocks) key blocks, -1 where there are too few to draw from.
 
-        Without repetition; causal patterns draw from the past and the block itself. A row of a causal table does not
-        depend on `num_blocks`, so a sequence may grow.
+        Without repetition, and never a block that the window of these queries touches. Causal patterns draw from the
+        past; a row of their table does not depend on `num_blocks`, so a sequence may grow.
         """
-        return _draw_blocks(num_heads, num_blocks, self.num_random_blocks, self.seed, self.causal)
+        reach = num_blocks if self.window is None else -(-self.window // self.random_block_size)
+        return _draw_blocks(num_heads, num_blocks, self.num_random_blocks, reach, self.seed, self.causal)
 
 
 FULL = AttentionPattern(window=None)
 
 
 @lru_cache(maxsize=64)
-def _draw_blocks(num_heads: int, num_blocks: int, count: int, seed: int, causal: bool) -> Tensor:
+def _draw_blocks(num_heads: int, num_blocks: int, count: int, reach: int, seed: int, causal: bool) -> Tensor:
     head = torch.arange(num_heads)[:, None, None]
     i, j = torch.arange(num_blocks)[:, None], torch.arange(num_blocks)
     # a counter-based hash (two rounds of xor-shift and multiply, 32 bits) rather than a generator: entry (i, j) must
@@ -137,7 +138,8 @@ def _draw_blocks(num_heads: int, num_blocks: int, count: int, seed: int, causal:
     for multiplier in (0x7FEB352D, 0x2C1B3C6D):
         bits = ((bits ^ (bits >> 16)) * multiplier) & 0xFFFFFFFF
     bits = bits ^ (bits >> 16)
-    forbidden = j > i if causal else torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
+    forbidden = (j - i).abs() <= reach
+    forbidden = forbidden | (j > i) if causal else forbidden
     bits = bits.masked_fill(forbidden, 1 << 32)
     rank, blocks = bits.sort(stable=True, dim=-1)
     blocks = blocks.masked_fill(rank == 1 << 32, -1)[..., :count]

@@ -9,9 +9,11 @@ Three ways to evaluate one sum, all equal to `softmax_attention` under `pattern.
 * `flex_sparse_attention`: FlexAttention's compiled block-sparse kernel, for CUDA.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from .patterns import AttentionPattern
 # Entries of a weight matrix that cost about as much as the fixed price of one tile; decides when a sequence is so
 # short that one dense product is cheaper than a loop.
 TILE_PRICE = 4096
+# Entries of the weight matrices of a run: as many as keep the products busy and still lie in the cache, by measurement.
+RUN_ENTRIES = {torch.float32: 2**16, torch.bfloat16: 2**18, torch.float16: 2**18}
 
 
 def sparse_attention(
@@ -47,13 +51,10 @@ def sparse_attention(
     if len(set(zip(rows, patterns, strict=True))) == 1 and is_short(patterns[0], rows[0]):
         return dense_attention(q, k, v, patterns[0], rows[0], dropout)
     if pattern.is_full:
-        mixed = [
-            F.pad(
-                dense_attention(*(x[None, :, :real] for x in row), pattern, real, dropout)[0], (0, 0, 0, length - real)
-            )
-            for *row, real in zip(q.unbind(), k.unbind(), v.unbind(), rows, strict=True)
-        ]
-        return torch.stack(mixed)
+        # row by row at its own length rather than under a mask; split, because slices of a batch would each fill a
+        # gradient of the whole batch
+        by_row = zip(q.split(1), k.split(1), v.split(1), rows, strict=True)
+        return torch.cat([dense_attention(x, y, z, pattern, real, dropout) for x, y, z, real in by_row])
     seed = int(torch.randint(2**62, ())) if dropout else 0
     return TiledAttention.apply(q, k, v, patterns, rows, dropout, seed)  # type: ignore[return-value]
 
@@ -63,7 +64,7 @@ def is_short(pattern: AttentionPattern, length: int) -> bool:
     if pattern.is_full:
         return True
     per_class = -(-length // pattern.dilation)
-    size = tile_size(pattern, torch.float32)
+    size = tile_size(pattern)
     window = per_class if pattern.window is None else min(per_class, size + 2 * pattern.window)
     keys = window + len(pattern.global_tokens) + pattern.num_random_blocks * pattern.random_block_size
     num_tiles = min(pattern.dilation, length) * -(-per_class // size)
@@ -90,94 +91,157 @@ def dense_mask(pattern: AttentionPattern, length: int, num_heads: int, device: t
     return pattern.dense(length, num_heads, device).contiguous()
 
 
-@dataclass(frozen=True)
-class Read:
-    """Keys that a tile of queries reads: a slice of positions, or an index (m,) or (h, m) of them.
+class Span(NamedTuple):
+    """`size` positions from `start`, `step` apart. In a run of `count` tiles, tile t has them moved by t · `hop`.
 
-    `bias` is 0 where a query may read and -inf elsewhere, broadcastable to (h, queries, m); None allows all.
+    All three methods take `x` (h, n, d) and a head: None works on all heads of a single tile, (h, size, d); a number
+    on all tiles of a run in that head, (count, size, d).
     """
 
-    keys: slice | Tensor
-    bias: Tensor | None = None
+    start: int
+    size: int
+    step: int = 1
+    count: int = 1
+    hop: int = 0
 
-    def of(self, x: Tensor) -> Tensor:
-        """The read rows of `x` (h, n, d): (h, m, d), a view where they are a slice."""
-        if isinstance(self.keys, slice):
-            return x[:, self.keys]
-        return x.gather(1, self.keys.expand(x.shape[0], -1)[..., None].expand(-1, -1, x.shape[-1]))
+    @property
+    def stop(self) -> int:
+        """One past the last position of the last tile."""
+        return self.start + (self.size - 1) * self.step + (self.count - 1) * self.hop + 1
 
-    def width(self, keys: Tensor) -> int:
-        """Columns in the weight matrix."""
-        return keys.shape[1]
+    def of(self, x: Tensor, head: int | None) -> Tensor:
+        """The rows at these positions, as a view."""
+        if head is None:
+            return x[:, self.start : self.stop : self.step]
+        x = x[head]
+        row, column = x.stride()
+        shape, strides = (self.count, self.size, x.shape[1]), (self.hop * row, self.step * row, column)
+        return x.as_strided(shape, strides, x.storage_offset() + self.start * row)
 
-    def score(self, q: Tensor, keys: Tensor, out: Tensor) -> None:
-        """q·k + bias, written into `out` (h, queries, m)."""
-        if self.bias is None:
-            torch.bmm(q, keys.transpose(1, 2), out=out)
+    def put(self, x: Tensor, head: int | None, rows: Tensor) -> None:
+        self.of(x, head).copy_(rows)
+
+    def add(self, x: Tensor, head: int | None, rows: Tensor) -> None:
+        """Add `rows` in place; tiles of a run that share positions take turns."""
+        view, turns = self.of(x, head), 1
+        if self.count > 1 and self.hop % self.step == 0:
+            turns = min(self.count, -(-self.size * self.step // self.hop)) if self.hop else self.count
+        for turn in range(turns):
+            view[turn::turns] += rows[turn::turns]
+
+
+class Index(NamedTuple):
+    """Positions without order: (m,) for all heads and tiles, (h, m) for each head, (h, count, m) for each tile too."""
+
+    positions: Tensor
+    count: int = 1
+
+    def of(self, x: Tensor, head: int | None) -> Tensor:
+        if head is None:
+            return x.gather(1, self.spread(x))
+        return x[head][self.positions if self.positions.dim() == 1 else self.positions[head]].expand(self.count, -1, -1)
+
+    def put(self, x: Tensor, head: int | None, rows: Tensor) -> None:
+        assert head is None  # only the rows of global tokens are written by index
+        x.scatter_(1, self.spread(x), rows)
+
+    def add(self, x: Tensor, head: int | None, rows: Tensor) -> None:
+        if head is None:
+            x.scatter_add_(1, self.spread(x), rows)
         else:
-            torch.baddbmm(self.bias.expand_as(out), q, keys.transpose(1, 2), out=out)
+            positions = self.positions if self.positions.dim() == 1 else self.positions[head]
+            x[head].index_add_(0, positions.expand(self.count, -1).flatten(), rows.flatten(0, 1))
+
+    def spread(self, x: Tensor) -> Tensor:
+        return self.positions.expand(x.shape[0], -1)[..., None].expand(-1, -1, x.shape[-1])
+
+
+class Patch(NamedTuple):
+    """A bias, 0 or -inf, on some columns of a read; broadcastable to (…, queries, columns)."""
+
+    columns: slice
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Read:
+    """Keys that a tile of queries reads, and what of them it must not."""
+
+    keys: Span | Index
+    patches: tuple[Patch, ...] = ()
+
+    def width(self, rows: Tensor) -> int:
+        """Columns in the weight matrix."""
+        return rows.shape[1]
+
+    def dot(self, left: Tensor, rows: Tensor, out: Tensor) -> None:
+        """Inner products of each query's `left` (…, queries, d) with the read rows (…, m, d)."""
+        torch.bmm(left, rows.transpose(1, 2), out=out)
 
     def mix(self, weights: Tensor, rows: Tensor) -> Tensor:
-        """Σ over the keys of weight × row: (h, queries, d)."""
+        """Σ over the keys of weight × row: (…, queries, d)."""
         return weights @ rows
 
-    def dot(self, left: Tensor, rows: Tensor) -> Tensor:
-        """Inner products of each query's `left` (h, queries, d) with the read rows: (h, queries, m)."""
-        return left @ rows.transpose(1, 2)
-
-    def add_to(self, x: Tensor, weights: Tensor, left: Tensor) -> None:
-        """`mix` transposed: x[:, keys] += weightsᵀ left, in place."""
-        if isinstance(self.keys, slice):
-            x[:, self.keys].baddbmm_(weights.transpose(1, 2), left)
+    def add(self, x: Tensor, head: int | None, weights: Tensor, left: Tensor) -> None:
+        """`mix` transposed: x[keys] += weightsᵀ left, in place."""
+        if head is None and isinstance(self.keys, Span):
+            self.keys.of(x, None).baddbmm_(weights.transpose(1, 2), left)
         else:
-            product = weights.transpose(1, 2) @ left
-            x.scatter_add_(1, self.keys.expand(x.shape[0], -1)[..., None].expand_as(product), product)
+            self.keys.add(x, head, weights.transpose(1, 2) @ left)
 
 
 @dataclass(frozen=True)
 class OwnRead(Read):
     """Each query reads the key at its own position: one column, elementwise instead of a product."""
 
-    def width(self, keys: Tensor) -> int:
+    def width(self, rows: Tensor) -> int:
         return 1
 
-    def score(self, q: Tensor, keys: Tensor, out: Tensor) -> None:
-        torch.sum(q * keys, -1, keepdim=True, out=out)
+    def dot(self, left: Tensor, rows: Tensor, out: Tensor) -> None:
+        torch.sum(left * rows, -1, keepdim=True, out=out)
 
     def mix(self, weights: Tensor, rows: Tensor) -> Tensor:
         return weights * rows
 
-    def dot(self, left: Tensor, rows: Tensor) -> Tensor:
-        return (left * rows).sum(-1, keepdim=True)
-
-    def add_to(self, x: Tensor, weights: Tensor, left: Tensor) -> None:
-        x[:, self.keys] += weights * left
+    def add(self, x: Tensor, head: int | None, weights: Tensor, left: Tensor) -> None:
+        self.keys.add(x, head, weights * left)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries (positions) and what they read; no key stands in two reads."""
+    """Queries and what they read, or a run of such tiles that are alike; no key stands in two reads."""
 
-    queries: slice | Tensor
+    queries: Span | Index
     reads: tuple[Read, ...]
     is_global: bool = False
 
-    def weights(self, q: Tensor, keys: list[Tensor]) -> tuple[Tensor, ...]:
-        """softmax(q·k) over all reads together, one (h, queries, m) view per read. `q` is scaled already."""
-        widths = [read.width(key) for read, key in zip(self.reads, keys, strict=True)]
-        scores = q.new_empty(*q.shape[:2], sum(widths))
-        for read, key, columns in zip(self.reads, keys, scores.split(widths, -1), strict=True):
-            read.score(q, key, columns)
-        return torch.softmax(scores, -1).split(widths, -1)
+    def heads(self, num_heads: int) -> Iterable[int | None]:
+        """A single tile does all heads in one product, a run all its tiles, head by head."""
+        return range(num_heads) if self.queries.count > 1 else (None,)
+
+    def dot(self, left: Tensor, rows: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Products of the queries' `left` with the rows of all reads: one matrix, and its columns by read."""
+        widths = [read.width(row) for read, row in zip(self.reads, rows, strict=True)]
+        whole = left.new_empty(*left.shape[:2], sum(widths))
+        columns = whole.split(widths, -1)
+        for read, row, out in zip(self.reads, rows, columns, strict=True):
+            read.dot(left, row, out)
+        return whole, columns
+
+    def weights(self, queries: Tensor, keys: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """softmax(q·k) over all reads together, as `dot`. `queries` are scaled already."""
+        whole, columns = self.dot(queries, keys)
+        for read, scores in zip(self.reads, columns, strict=True):
+            for patch in read.patches:
+                scores[..., patch.columns] += patch.bias
+        return torch.softmax(whole, -1, out=whole), columns
 
 
-def tile_size(pattern: AttentionPattern, dtype: torch.dtype) -> int:
-    """Queries per tile, by measurement: large enough for the product to be fast, small enough to skip most zeros."""
+def tile_size(pattern: AttentionPattern) -> int:
+    """Queries per tile, by measurement: large enough for a fast product, small enough to skip most of the zeros."""
     if pattern.num_random_blocks:
         return pattern.random_block_size  # one draw per tile
-    if pattern.window == 0:
-        return 1024
-    return 64 if dtype == torch.float32 and pattern.window is not None and pattern.window <= 64 else 128
+    return 1024 if pattern.window == 0 else 64
 
 
 def tiles(
@@ -185,45 +249,66 @@ def tiles(
 ) -> Iterator[Tile]:
     """The tiles that make up a pattern over `length` tokens; rows of global tokens last, in a tile of their own."""
     tokens = tuple(token for token in pattern.global_tokens if token < length)
-    size, step = tile_size(pattern, dtype), pattern.dilation
-    for residue in range(min(step, length)):
-        count = -(-(length - residue) // step)  # tokens of this residue class
-        for start in range(0, count, size):
-            stop = min(start + size, count)
-            queries = slice(residue + start * step, residue + (stop - 1) * step + 1, step)
-            reads = [window_read(pattern, queries, residue, start, stop, count, dtype, device)]
+    for run in windows(pattern, length, num_heads, dtype):
+        alike = not (tokens and is_near(pattern, run[0], tokens))
+        if alike and pattern.num_random_blocks:
+            alike = not random_read(pattern, run[0], length, num_heads, dtype, device).patches
+        for queries, keys in [run] if alike else one_by_one(*run):
+            if pattern.window == 0:
+                reads: list[Read] = [OwnRead(queries)]
+            else:
+                offset = (queries.start - keys.start) // queries.step
+                patches = band(queries.size, keys.size, offset, pattern.window, pattern.causal, dtype, device)
+                reads = [Read(keys, patches)]
             if tokens:
                 reads.append(global_read(pattern, queries, tokens, dtype, device))
             if pattern.num_random_blocks:
                 reads.append(random_read(pattern, queries, length, num_heads, dtype, device))
             yield Tile(queries, tuple(reads))
     if tokens:
-        index = as_keys(tokens, device)
-        bias = None
+        patches = ()
         if pattern.causal:
             allowed = torch.arange(length, device=device) <= torch.tensor(tokens, device=device)[:, None]
-            bias = as_bias(allowed, dtype)
-        yield Tile(index, (Read(slice(0, length), bias),), is_global=True)
+            patches = (Patch(slice(None), as_bias(allowed, dtype)),)
+        yield Tile(as_positions(tokens, 1, device), (Read(Span(0, length), patches),), is_global=True)
 
 
-def window_read(
-    pattern: AttentionPattern,
-    queries: slice,
-    residue: int,
-    start: int,
-    stop: int,
-    count: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Read:
-    """The window of the queries start … stop-1 of a residue class with `count` tokens."""
-    if pattern.window == 0:
-        return OwnRead(queries)
-    first = 0 if pattern.window is None else max(0, start - pattern.window)
-    last = count if pattern.window is None else min(count, stop + pattern.window)
-    last = stop if pattern.causal else last
-    keys = slice(residue + first * pattern.dilation, residue + (last - 1) * pattern.dilation + 1, pattern.dilation)
-    return Read(keys, band(stop - start, last - first, start - first, pattern.window, pattern.causal, dtype, device))
+def windows(pattern: AttentionPattern, length: int, num_heads: int, dtype: torch.dtype) -> Iterator[tuple[Span, Span]]:
+    """Queries and the keys in their windows; equal tiles in runs, where one tile of all heads is a small product."""
+    size, step = tile_size(pattern), pattern.dilation
+    longer = length % step
+    # residue classes modulo the dilation: those with one token more, then the others; without one, the sequence
+    for residue, classes in ((0, longer), (longer, step - longer)):
+        count = -(-(length - residue) // step) if classes else 0  # tokens of each class
+        pairs = []
+        for start in range(0, count, size):
+            stop = min(start + size, count)
+            first = 0 if pattern.window is None else max(0, start - pattern.window)
+            last = count if pattern.window is None else min(count, stop + pattern.window)
+            last = stop if pattern.causal else last
+            spans = ((start, stop - start), (first, last - first))
+            pairs.append([Span(residue + begin * step, width, step, classes, 1) for begin, width in spans])
+        if step == 1:  # neighbouring tiles of the same shape
+            shapes = groupby(pairs, key=lambda pair: (pair[0].size, pair[1].size, pair[0].start - pair[1].start))
+            groups = [list(group) for _, group in shapes]
+            pairs = [[span._replace(count=len(group), hop=size) for span in group[0]] for group in groups]
+        for queries, keys in pairs:
+            entries = queries.size * (1 if pattern.window == 0 else keys.size)
+            limit = RUN_ENTRIES.get(dtype, RUN_ENTRIES[torch.float32])
+            together = 1 if num_heads * entries > limit else limit // entries
+            for tile in range(0, queries.count, together):
+                part = min(together, queries.count - tile)
+                yield part_of(queries, tile, part), part_of(keys, tile, part)
+
+
+def part_of(run: Span, tile: int, count: int) -> Span:
+    """`count` tiles of a run from number `tile` on."""
+    return run._replace(start=run.start + tile * run.hop, count=count)
+
+
+def one_by_one(queries: Span, keys: Span) -> Iterator[tuple[Span, Span]]:
+    for tile in range(queries.count):
+        yield part_of(queries, tile, 1), part_of(keys, tile, 1)
 
 
 @lru_cache(maxsize=256)
@@ -235,62 +320,75 @@ def band(
     causal: bool,
     dtype: torch.dtype,
     device: torch.device,
-) -> Tensor | None:
-    """Bias of a window: query i stands at key offset + i. The same for all inner tiles, so it is made once."""
-    distance = (
-        torch.arange(num_keys, device=device) - torch.arange(offset, offset + num_queries, device=device)[:, None]
-    )
-    allowed = torch.ones_like(distance, dtype=torch.bool) if window is None else distance.abs() <= window
-    if causal:
-        allowed &= distance <= 0
-    return None if bool(allowed.all()) else as_bias(allowed, dtype)
+) -> tuple[Patch, ...]:
+    """What a tile must not read: query i stands at key offset + i, and only the corners of its keys lie too far off.
+
+    The same for all inner tiles, so it is made once.
+    """
+    after = 0 if causal else window
+    query = torch.arange(offset, offset + num_queries, device=device)[:, None]
+    patches = []
+    if window is not None and offset + num_queries - 1 > window:
+        columns = slice(0, offset + num_queries - 1 - window)
+        patches.append((columns, lambda key: query - key <= window))
+    if after is not None and offset + after + 1 < num_keys:
+        columns = slice(offset + after + 1, num_keys)
+        patches.append((columns, lambda key: key - query <= after))
+    key = torch.arange(num_keys, device=device)
+    return tuple(Patch(columns, as_bias(allowed(key[columns]), dtype)) for columns, allowed in patches)
+
+
+def is_near(pattern: AttentionPattern, queries: Span, tokens: tuple[int, ...]) -> bool:
+    """May a window of these queries hold a global token, or causality forbid them one?"""
+    if pattern.window is None or (pattern.causal and tokens[-1] > queries.start):
+        return True
+    reach = pattern.window * pattern.dilation
+    return any(queries.start - reach <= token < queries.stop + reach for token in tokens)
 
 
 def global_read(
-    pattern: AttentionPattern, queries: slice, tokens: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    pattern: AttentionPattern, queries: Span, tokens: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Read:
     """The columns of the global tokens, less those the window reads already."""
-    reach = None if pattern.window is None else pattern.window * pattern.dilation
-    close = reach is None or any(queries.start - reach <= token < queries.stop + reach for token in tokens)
-    bias = None
-    if close or (pattern.causal and tokens[-1] > queries.start):
+    patches = ()
+    if is_near(pattern, queries, tokens):
         i = torch.arange(queries.start, queries.stop, queries.step, device=device)[:, None]
         j = torch.tensor(tokens, device=device)
         allowed = ~pattern.in_window(i, j)
-        bias = as_bias(allowed & (j <= i) if pattern.causal else allowed, dtype)
-    return Read(as_keys(tokens, device), bias)
+        patches = (Patch(slice(None), as_bias(allowed & (j <= i) if pattern.causal else allowed, dtype)),)
+    return Read(as_positions(tokens, queries.count, device), patches)
 
 
 def random_read(
-    pattern: AttentionPattern,
-    queries: slice,
-    length: int,
-    num_heads: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    pattern: AttentionPattern, queries: Span, length: int, num_heads: int, dtype: torch.dtype, device: torch.device
 ) -> Read:
-    """The drawn blocks of the block that `queries` are, less what the window and the global tokens read already."""
+    """The blocks drawn for the blocks that `queries` are. Drawn blocks lie outside the window, so only a global token,
+    the end of the sequence and a draw from too few have to be masked."""
     size = pattern.random_block_size
-    drawn = pattern.random_blocks(num_heads, -(-length // size)).to(device)[:, queries.start // size]  # (h, blocks)
-    i = torch.arange(queries.start, queries.stop, device=device)[:, None]
-    j = (drawn[..., None] * size + torch.arange(size, device=device)).flatten(1)  # (h, m); negative where none is drawn
-    keys, j = j.clamp(0, length - 1), j[:, None]
-    allowed = (j >= 0) & (j < length) & ~pattern.in_window(i, j)
-    allowed &= ~pattern.is_global(j)
-    if pattern.causal:
-        allowed &= j <= i
-    return Read(keys, as_bias(allowed, dtype))
+    drawn = pattern.random_blocks(num_heads, -(-length // size)).to(device)
+    drawn = drawn[:, queries.start // size :][:, : queries.count]  # (h, count, blocks)
+    keys = (drawn[..., None] * size + torch.arange(size, device=device)).flatten(2)  # (h, count, m); negative: none
+    allowed = (keys >= 0) & (keys < length)
+    if pattern.global_tokens:
+        allowed &= ~pattern.is_global(keys)
+    positions = keys.clamp(0, length - 1)
+    if queries.count == 1:
+        positions, allowed = positions[:, 0], allowed[:, 0, None]
+    return Read(
+        Index(positions, queries.count),
+        () if bool(allowed.all()) else (Patch(slice(None), as_bias(allowed, dtype)),),
+    )
 
 
 def as_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
 
 
-def as_keys(tokens: tuple[int, ...], device: torch.device) -> slice | Tensor:
-    """Ascending positions as a slice where they have no gap, which saves the copy."""
+def as_positions(tokens: tuple[int, ...], count: int, device: torch.device) -> Span | Index:
+    """Ascending positions, as a span where they have no gap: that is a view."""
     if tokens[-1] - tokens[0] == len(tokens) - 1:
-        return slice(tokens[0], tokens[-1] + 1, 1)
-    return torch.tensor(tokens, device=device)
+        return Span(tokens[0], len(tokens), count=count)
+    return Index(torch.tensor(tokens, device=device), count)
 
 
 class TiledAttention(torch.autograd.Function):
@@ -313,15 +411,14 @@ class TiledAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.settings = patterns, lengths, dropout, seed
-        out, scale, masks = torch.zeros_like(q), q.shape[-1] ** -0.5, DropoutMasks(dropout, seed, q.device)
-        for row, (pattern, length) in enumerate(zip(patterns, lengths, strict=True)):
-            for tile in tiles(pattern, length, q.shape[1], q.dtype, q.device):
-                keys = [read.of(k[row]) for read in tile.reads]
-                weights = tile.weights(q[row, :, tile.queries] * scale, keys)
-                if dropout:
-                    weights = [w * mask for w, mask in zip(weights, masks.like(weights), strict=True)]
-                mixed = [r.mix(w, r.of(v[row])) for r, w in zip(tile.reads, weights, strict=True)]
-                out[row, :, tile.queries] = mixed[0] if len(mixed) == 1 else torch.stack(mixed).sum(0)
+        out, scaled, masks = torch.zeros_like(q), q * q.shape[-1] ** -0.5, DropoutMasks(dropout, seed, q.device)
+        for row, tile, head in tiles_of_batch(patterns, lengths, q):
+            keys = [read.keys.of(k[row], head) for read in tile.reads]
+            whole, weights = tile.weights(tile.queries.of(scaled[row], head), keys)
+            if dropout:
+                whole *= masks.like(whole)
+            mixed = [r.mix(w, r.keys.of(v[row], head)) for r, w in zip(tile.reads, weights, strict=True)]
+            tile.queries.put(out[row], head, sum(mixed[1:], mixed[0]))
         return out
 
     @staticmethod
@@ -331,47 +428,56 @@ class TiledAttention(torch.autograd.Function):
         patterns, lengths, dropout, seed = ctx.settings
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
         scale, masks = q.shape[-1] ** -0.5, DropoutMasks(dropout, seed, q.device)
-        for row, (pattern, length) in enumerate(zip(patterns, lengths, strict=True)):
-            grad_global = grad_local = grad[row]
-            if pattern.global_tokens:  # the rows of global tokens come from their own tile alone
-                grad_local = grad_local.clone()
-                grad_local[:, [token for token in pattern.global_tokens if token < length]] = 0
-            for tile in tiles(pattern, length, q.shape[1], q.dtype, q.device):
-                grad_out = (grad_global if tile.is_global else grad_local)[:, tile.queries]
-                queries = q[row, :, tile.queries] * scale
-                keys = [read.of(k[row]) for read in tile.reads]
-                weights = tile.weights(queries, keys)
-                grad_weights = [r.dot(grad_out, r.of(v[row])) for r in tile.reads]
-                used = weights
-                if dropout:
-                    drop = masks.like(weights)
-                    used = [w * mask for w, mask in zip(weights, drop, strict=True)]
-                    grad_weights = [g * mask for g, mask in zip(grad_weights, drop, strict=True)]
-                grad_scores = softmax_backward(grad_weights, weights)
-                grad_queries = [r.mix(g, key) for r, g, key in zip(tile.reads, grad_scores, keys, strict=True)]
-                for read, weight, grad_score in zip(tile.reads, used, grad_scores, strict=True):
-                    read.add_to(grad_v[row], weight, grad_out)
-                    read.add_to(grad_k[row], grad_score, queries)
-                grad_q[row, :, tile.queries] += sum(grad_queries[1:], grad_queries[0]) * scale
-        return grad_q, grad_k, grad_v, None, None, None, None
+        scaled, grad_local = q * scale, grad
+        if any(pattern.global_tokens for pattern in patterns):
+            grad_local = grad.clone()  # the rows of global tokens come from their own tile alone
+            for row, (pattern, length) in enumerate(zip(patterns, lengths, strict=True)):
+                grad_local[row, :, [token for token in pattern.global_tokens if token < length]] = 0
+        for row, tile, head in tiles_of_batch(patterns, lengths, q):
+            queries = tile.queries.of(scaled[row], head)
+            keys = [read.keys.of(k[row], head) for read in tile.reads]
+            whole, weights = tile.weights(queries, keys)
+            grad_out = tile.queries.of((grad if tile.is_global else grad_local)[row], head)
+            grad_whole, grad_scores = tile.dot(grad_out, [read.keys.of(v[row], head) for read in tile.reads])
+            used = weights
+            if dropout:
+                mask = masks.like(whole)
+                grad_whole *= mask
+                used = (whole * mask).split([w.shape[-1] for w in weights], -1)
+            for read, weight in zip(tile.reads, used, strict=True):
+                read.add(grad_v[row], head, weight, grad_out)
+            softmax_backward_(grad_whole, whole)
+            for read, grad_score in zip(tile.reads, grad_scores, strict=True):
+                read.add(grad_k[row], head, grad_score, queries)
+            mixed = [r.mix(g, key) for r, g, key in zip(tile.reads, grad_scores, keys, strict=True)]
+            tile.queries.add(grad_q[row], head, sum(mixed[1:], mixed[0]))
+        return grad_q.mul_(scale), grad_k, grad_v, None, None, None, None
 
 
-def softmax_backward(grads: list[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
-    """Gradient of the scores of one softmax over several groups of columns; overwrites `grads`."""
-    inner = sum((g * w).sum(-1, keepdim=True) for g, w in zip(grads, weights, strict=True))
-    return [g.sub_(inner).mul_(w) for g, w in zip(grads, weights, strict=True)]
+def tiles_of_batch(
+    patterns: list[AttentionPattern], lengths: list[int], q: Tensor
+) -> Iterator[tuple[int, Tile, int | None]]:
+    """(row, tile, head) of all products of a batch."""
+    for row, (pattern, length) in enumerate(zip(patterns, lengths, strict=True)):
+        for tile in tiles(pattern, length, q.shape[1], q.dtype, q.device):
+            for head in tile.heads(q.shape[1]):
+                yield row, tile, head
+
+
+def softmax_backward_(grad: Tensor, weights: Tensor) -> None:
+    """From the gradient of softmax weights to that of the scores, in place."""
+    torch._softmax_backward_data(grad, weights, -1, weights.dtype, grad_input=grad)
 
 
 class DropoutMasks:
     """Dropout masks in the order of the tiles, the same ones in forward and backward."""
 
     def __init__(self, rate: float, seed: int, device: torch.device):
-        self.rate = rate
+        self.kept = 1 - rate
         self.generator = torch.Generator(device).manual_seed(seed)
 
-    def like(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        kept = 1 - self.rate
-        return [torch.empty_like(w).bernoulli_(kept, generator=self.generator).div_(kept) for w in weights]
+    def like(self, weights: Tensor) -> Tensor:
+        return torch.empty_like(weights).bernoulli_(self.kept, generator=self.generator).div_(self.kept)
 
 
 def blocked_attention(
@@ -526,7 +632,7 @@ def flex_sparse_attention(
     block_masks = {} if block_masks is None else block_masks
     key = (pattern, num_heads)
     if key not in block_masks:
-        drawn = [None] * batch
+        drawn = torch.empty(0)
         rows = [length] * batch if keep is None else keep.sum(1).tolist()
         if pattern.num_random_blocks:
             most = -(-length // pattern.random_block_size)

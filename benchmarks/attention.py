@@ -1,0 +1,252 @@
+"""Time and memory of one attention layer against length, side by side and interleaved.
+
+    python benchmarks/attention.py [--lengths 512 1024 …] [--dtypes float32 bfloat16] [--out docs/attention]
+
+One layer with its projections: hidden size 256, 4 heads, batch 1, no padding, weights and inputs drawn from a seed.
+Every repeat runs all contenders one after another, so that a slow moment of the machine meets all of them; what is
+compared are medians, and times relative to full attention through torch's SDPA in the same run.
+Writes <out>.json with every single time and a description of the machine, and <out>.md with the tables.
+"""
+
+import argparse
+import ctypes
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import LongformerConfig
+from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+
+from efficient_transformers import VARIANTS
+from efficient_transformers.models.attention import PatternAttention, SequenceInfo
+
+HIDDEN, HEADS = 256, 4
+YARDSTICK = "full"
+OURS = {
+    "full": ("full", {}),
+    "local ±128": ("local", {"window_size": 128}),
+    "local ±64": ("local", {"window_size": 64}),
+    "stride 64, 2 hops": ("stride", {"stride": 64, "hops": 2}),
+    "global, 2 tokens": ("global", {"num_global_tokens": 2}),
+    "mixed": ("mixed", {"head_patterns": ["local:128", "stride:64:2", "global:2", "random:3"]}),
+}
+PROJECTIONS, LONGFORMER = "projections alone", "transformers Longformer ±128"
+
+
+class Projections(nn.Module):
+    """The four linear layers that every contender has."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(3))
+        self.outer = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.outer(sum(layer(hidden) for layer in self.inner))
+
+
+class Ours(nn.Module):
+    def __init__(self, slug: str, fields: dict, length: int):
+        super().__init__()
+        sizes = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "max_position_embeddings": length}
+        config = VARIANTS[slug].config_class(**sizes, **fields)
+        config._attn_implementation = "sdpa"
+        self.layer = PatternAttention(config, 0)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        return self.layer(hidden, SequenceInfo(positions))[0]
+
+
+class TheirLongformer(nn.Module):
+    """transformers' layer with the first token global, and an output projection as the others have."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        config = LongformerConfig(
+            hidden_size=HIDDEN, num_attention_heads=HEADS, num_hidden_layers=1, attention_window=[256],
+            attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        self.layer, self.out = LongformerSelfAttention(config, 0), nn.Linear(HIDDEN, HIDDEN)
+        mask = torch.zeros(1, length)
+        mask[0, 0] = 10000
+        self.register_buffer("mask", mask)
+        self.register_buffer("is_global", mask > 0)
+        self.register_buffer("is_masked", mask < 0)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        mixed = self.layer(
+            hidden,
+            attention_mask=self.mask,
+            is_index_masked=self.is_masked,
+            is_index_global_attn=self.is_global,
+            is_global_attn=True,
+        )[0]
+        return self.out(mixed)
+
+
+def contenders(length: int) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {PROJECTIONS: Projections()}
+    layers |= {name: Ours(slug, fields, length) for name, (slug, fields) in OURS.items()}
+    if length % 256 == 0:  # theirs pads to its window outside the layer
+        layers[LONGFORMER] = TheirLongformer(length)
+    return layers
+
+
+def run_forward(layer: nn.Module, hidden: Tensor) -> None:
+    with torch.no_grad():
+        layer(hidden)
+
+
+def run_training(layer: nn.Module, hidden: Tensor) -> None:
+    """Forward and backward, to the inputs and all weights."""
+    hidden = hidden.detach().requires_grad_()
+    layer(hidden).sum().backward()
+    layer.zero_grad()
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], None], device: torch.device) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def peak_megabytes(run: Callable[[], None], device: torch.device) -> float | None:
+    """Highest memory during a run over that before it; on a CPU the resident set, on Linux only."""
+    if device.type == "cuda":
+        synchronise(device)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and kept would hide a peak
+    reset.write_text("5")  # the high-water mark starts again from here
+
+    def kilobytes(key: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
+
+    before = kilobytes("VmRSS")
+    run()
+    return max(0, kilobytes("VmHWM") - before) / 2**10
+
+
+def measure(length: int, dtype: torch.dtype, device: torch.device, repeats: int, budget: float) -> list[dict]:
+    """Times of all contenders at one length: `repeats` rounds, fewer (at least 3) when `budget` seconds are over."""
+    torch.manual_seed(0)
+    hidden = torch.randn(1, length, HIDDEN, dtype=dtype, device=device)
+    layers = {name: layer.to(device, dtype) for name, layer in contenders(length).items()}
+    runs = {
+        (name, mode): (lambda layer=layer, run=run: run(layer, hidden))
+        for name, layer in layers.items()
+        for mode, run in (("forward", run_forward), ("training", run_training))
+    }
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    for run in runs.values():
+        run()  # masks are made, memory is touched, on CUDA kernels are compiled
+    start = time.perf_counter()
+    for number in range(repeats):
+        for key, run in runs.items():
+            times[key].append(seconds(run, device))
+        if number >= 2 and time.perf_counter() - start > budget:
+            break
+    rows = []
+    for (name, mode), values in times.items():
+        rows.append({
+            "layer": name, "mode": mode, "length": length, "dtype": str(dtype).removeprefix("torch."),
+            "milliseconds": [round(1e3 * value, 4) for value in values],
+            "median": 1e3 * statistics.median(values),
+            "of_full": statistics.median(
+                value / full for value, full in zip(values, times[YARDSTICK, mode], strict=True)
+            ),
+            "megabytes": peak_megabytes(runs[name, mode], device),
+        })  # fmt: skip
+    return rows
+
+
+def spread(row: dict) -> str:
+    """Half the distance between the quartiles, as a share of the median."""
+    values = row["milliseconds"]
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return f"±{50 * (high - low) / row['median']:.0f} %"
+
+
+def table(rows: list[dict], dtype: str, mode: str) -> str:
+    """Markdown: a row a layer, a column a length; milliseconds, share of full attention, megabytes."""
+    rows = [row for row in rows if row["dtype"] == dtype and row["mode"] == mode]
+    lengths = sorted({row["length"] for row in rows})
+    by_key = {(row["layer"], row["length"]): row for row in rows}
+    lines = [
+        f"### {mode}, {dtype}: milliseconds (share of full attention), MB over the input",
+        "| layer | " + " | ".join(f"N = {length:,}" for length in lengths) + " |",
+        "|---|" + "---|" * len(lengths),
+    ]
+    for name in dict.fromkeys(row["layer"] for row in rows):
+        cells = []
+        for length in lengths:
+            row = by_key.get((name, length))
+            if row is None:
+                cells.append("–")
+                continue
+            memory = "" if row["megabytes"] is None else f", {row['megabytes']:,.0f} MB"
+            cells.append(f"{row['median']:,.1f} {spread(row)} ({row['of_full']:.3f}){memory}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def machine(device: torch.device) -> dict:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return {
+        "device": name, "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384, 32768])
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--budget", type=float, default=40, help="seconds a length may take beyond its three rounds")
+    parser.add_argument("--out", type=Path, help="write <out>.json and <out>.md")
+    arguments = parser.parse_args()
+    device, rows = torch.device(arguments.device), []
+    for length in arguments.lengths:
+        for dtype in arguments.dtypes:
+            found = measure(length, getattr(torch, dtype), device, arguments.repeats, arguments.budget)
+            rows += found
+            for mode in ("forward", "training"):
+                print("\n" + table(found, dtype, mode), flush=True)
+    described = machine(device)
+    parts = [table(rows, dtype, mode) for dtype in arguments.dtypes for mode in ("forward", "training")]
+    text = "\n\n".join([", ".join(f"{key} {value}" for key, value in described.items()), *parts])
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.with_suffix(".json").write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
+        arguments.out.with_suffix(".md").write_text(text + "\n")
+    print("\n" + text)
+
+
+if __name__ == "__main__":
+    main()
