@@ -201,7 +201,7 @@ def table(rows: list[dict], dtype: str, mode: str) -> str:
         for length in lengths:
             row = by_key.get((name, length))
             if row is None:
-                cells.append("–")
+                cells.append("-")
                 continue
             memory = "" if row["megabytes"] is None else f", {row['megabytes']:,.0f} MB"
             cells.append(f"{row['median']:,.1f} {spread(row)} ({row['of_full']:.3f}){memory}")
