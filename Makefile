@@ -10,8 +10,11 @@ export TOKENIZERS_PARALLELISM = false
 	.venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-train: .venv/installed  ## train a local-attention classifier on 4,096-token documents, evaluate and save it
-	.venv/bin/accelerate launch --config_file configs/accelerate/one_cpu.yaml training/classify.py --config configs/era/local.yaml
+# A local-attention classifier on 4,096-token documents: trained, evaluated, saved. Given again it goes on where it was.
+train: .venv/installed
+	.venv/bin/accelerate launch --config_file configs/accelerate/one_cpu.yaml \
+		--num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN) \
+		training/classify.py --config configs/era/local.yaml resume=true
 
 test: .venv/installed
 	.venv/bin/python -m pytest -m "not slow"

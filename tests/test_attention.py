@@ -5,7 +5,10 @@ import torch
 
 from efficient_transformers import parse_pattern
 from efficient_transformers.models import sparse_attention as engine
+from efficient_transformers.models.blocked_attention import blocked_attention
+from efficient_transformers.models.flex_attention import flex_sparse_attention
 from efficient_transformers.models.softmax_attention import softmax_attention
+from efficient_transformers.models.tiles import OwnRead, tiles
 
 PATTERNS = [
     "full", "local:0", "local:1", "local:3", "local:70", "local:200", "stride:5", "stride:5:2", "stride:200",
@@ -37,7 +40,7 @@ def blocked(q, k, v, pattern, lengths, marked):
     if marked:
         mask = torch.isin(position, torch.tensor(marked)).expand(len(q), -1)
         mask = mask if keep is None else mask & keep
-    return engine.blocked_attention(q, k, v, pattern, keep, mask)
+    return blocked_attention(q, k, v, pattern, keep, mask)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["both", "causal"])
@@ -67,7 +70,7 @@ def test_tiles_read_each_pair_of_the_pattern_once(length):
         for causal in (False, True):
             pattern = parse_pattern(text, causal=causal)
             painted = torch.zeros(2, length, length)
-            for tile in engine.tiles(pattern, length, 2, torch.float32, torch.device("cpu")):
+            for tile in tiles(pattern, length, 2, torch.float32, torch.device("cpu")):
                 for head in tile.heads(2):
                     paint(painted, tile, head)
             assert painted.equal(pattern.dense(length, 2).float()), (text, causal)
@@ -80,16 +83,14 @@ def paint(painted, tile, head):
     queries = tile.queries.of(position, head)[..., 0]  # (h or count, size)
     for read in tile.reads:
         keys = read.keys.of(position, head)[..., 0]  # (h or count, m)
-        once = torch.ones(*queries.shape, 1 if isinstance(read, engine.OwnRead) else keys.shape[1])
+        once = torch.ones(*queries.shape, 1 if isinstance(read, OwnRead) else keys.shape[1])
         for patch in read.patches:
             once[..., patch.columns] *= patch.bias.exp()
         for batch in range(len(queries)):
             where = batch if head is None else head
             if tile.is_global:
                 painted[where, queries[batch]] = 0
-            columns = (
-                keys[batch][:, None] if isinstance(read, engine.OwnRead) else keys[batch].expand(once[batch].shape)
-            )
+            columns = keys[batch][:, None] if isinstance(read, OwnRead) else keys[batch].expand(once[batch].shape)
             painted[where, queries[batch]] += torch.zeros(len(columns), length).scatter_add(1, columns, once[batch])
 
 
@@ -134,11 +135,11 @@ def test_flex_attention_equals_the_tiles(text, causal):
     q, k, v = (torch.randn(2, 2, 130, 16) for _ in range(3))
     lengths = (130, 77)
     keep = torch.arange(130) < torch.tensor(lengths)[:, None]
-    actual = engine.flex_sparse_attention(q, k, v, pattern, keep)
+    actual = flex_sparse_attention(q, k, v, pattern, keep)
     torch.testing.assert_close(actual, engine.sparse_attention(q, k, v, pattern, lengths), rtol=1e-4, atol=1e-5)
 
 
 def test_flex_attention_says_that_it_cannot_train_on_a_cpu():
     q = torch.randn(1, 1, 8, 16, requires_grad=True)
     with pytest.raises(ValueError, match="no backward: use attn_implementation='sdpa'"):
-        engine.flex_sparse_attention(q, q, q, parse_pattern("local:2"))
+        flex_sparse_attention(q, q, q, parse_pattern("local:2"))

@@ -13,7 +13,8 @@ FILES = sorted(path for path in MODELS.glob("*.py") if path.stem != "__init__")
 TIERS = [
     ["checks", "packing"],
     ["patterns"],
-    ["softmax_attention", "sparse_attention"],
+    ["tiles"],
+    ["softmax_attention", "sparse_attention", "blocked_attention", "flex_attention"],
     ["configuration", "caching"],
     ["attention"],
     ["backbone"],

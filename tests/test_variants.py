@@ -158,6 +158,10 @@ def test_attentions_are_the_weights_of_the_pattern(variant):
         assert weights[0, :, :6].abs().max() == weights[0, :, :, :6].abs().max() == 0
         torch.testing.assert_close(weights.sum(-1), mask[:, None].expand(-1, 4, -1).double())
     torch.testing.assert_close(outputs.last_hidden_state, model(ids, attention_mask=mask).last_hidden_state)
+    outputs = model(ids, output_attentions=True)
+    outputs.attentions[0].retain_grad()
+    outputs.last_hidden_state.square().sum().backward()
+    assert outputs.attentions[0].grad.abs().max() > 0
 
 
 # 5 · any length ------------------------------------------------------------------------------------------------------
@@ -249,7 +253,7 @@ def test_half_the_window_is_half_the_work():
         costs.attention_flops(config(VARIANTS["local"], {"window_size": w}, max_position_embeddings=4096), 4096)
         for w in (64, 128)
     )
-    assert narrow < 0.6 * wide
+    assert narrow < 0.61 * wide  # tiles of 64 queries read 192 keys and 320
 
 
 @pytest.mark.parametrize("slug", ["local", "stride", "global", "mixed"])
@@ -384,7 +388,8 @@ def test_hidden_states_are_complete_and_in_the_graph(variant, settings):
     assert outputs.hidden_states[-1].equal(outputs.last_hidden_state)
     outputs.hidden_states[0].retain_grad()
     outputs.last_hidden_state.square().sum().backward()
-    assert outputs.hidden_states[0].grad is None or outputs.hidden_states[0].grad.isfinite().all()
+    grad = outputs.hidden_states[0].grad
+    assert (grad.abs().sum(-1) > 0).equal(mask.bool())
     as_tuple = model(ids, attention_mask=mask, output_hidden_states=True, return_dict=False)
     assert isinstance(as_tuple, tuple)
     assert as_tuple[0].equal(outputs.last_hidden_state)
@@ -449,6 +454,20 @@ def test_chunked_feed_forward_changes_nothing(variant):
     chunked.load_state_dict(model.state_dict())
     ids = inputs(2, 30)
     torch.testing.assert_close(chunked(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
+@pytest.mark.slow  # compiles a kernel for every pattern
+@every_variant
+def test_flex_attention_is_chosen_by_name(variant):
+    model = build(variant, SETTINGS[variant.slug][0], dtype=torch.float32, hidden_size=64)
+    ids, mask = inputs(2, 50), torch.ones(2, 50, dtype=torch.long)
+    mask[0, :13] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).last_hidden_state
+        model.set_attn_implementation("flex_attention")
+        assert model.config._attn_implementation == "flex_attention"
+        actual = model(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @every_variant

@@ -228,6 +228,7 @@ def card(
         max_length=model["max_length"],
         license=settings.license,
         language=settings.language,
+        notes=settings.card_notes or "",
         datasets=[settings.data] if on_hub else [],
         tags=[model["model_type"]],
     )

@@ -22,7 +22,7 @@ SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpo
 # settings that change neither the data nor the weights, and so may differ when a run is continued
 FREE_TO_CHANGE = {
     "out", "overwrite", "resume", "checkpoint_steps", "keep_checkpoints", "keep_checkpoints_at_end", "log_steps",
-    "tracker", "eval_batch_size", "license", "language",
+    "tracker", "eval_batch_size", "license", "language", "card_notes",
 }  # fmt: skip
 
 

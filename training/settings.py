@@ -63,8 +63,9 @@ class Settings:
     checkpoint_steps: int | None = None  # default: after every evaluation
     keep_checkpoints: int = 2
     keep_checkpoints_at_end: bool = False
-    license: str | None = None  # these two go into the model card
+    license: str | None = None  # these three go into the model card
     language: str | None = None
+    card_notes: str | None = None  # Markdown: what was measured beyond this run
 
     @classmethod
     def from_yaml(cls: type[SettingsType], path: str | Path, overrides: Iterable[str] = ()) -> SettingsType:

@@ -48,6 +48,7 @@ def model_card(
     max_length: int | None = None,
     license: str | None = None,
     language: str | None = None,
+    notes: str = "",
     datasets: Sequence[str] = (),
     base_model: str | None = None,
     tags: Sequence[str] = (),
@@ -55,8 +56,8 @@ def model_card(
     """The card of the model called `name`, whose class is opened by `auto_class`.
 
     `training` is shown as a table, in its order. `results` become the measured results and the `model-index`;
-    `command` is the one that gives them. `datasets` and `base_model` are Hub ids. `description` and `limits` are
-    Markdown.
+    `command` is the one that gives them. `datasets` and `base_model` are Hub ids. `description`, `limits`
+    and `notes`, which stand behind the results, are Markdown.
     """
     data = ModelCardData(
         model_name=name,
@@ -85,6 +86,7 @@ def model_card(
             ],
         ),
         f"Measured by\n\n```bash\n{command}\n```",
+        *([notes.strip()] if notes else []),
         "## Training",
         _table(("setting", "value"), [(key, _number(value)) for key, value in training.items()]),
         "## Limits",

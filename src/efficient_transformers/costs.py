@@ -11,6 +11,7 @@ from .models import sparse_attention as engine
 from .models.attention import group_heads
 from .models.configuration import EtConfig
 from .models.patterns import AttentionPattern
+from .models.tiles import Index, OwnRead, Span, tiles
 
 
 def pairs(pattern: AttentionPattern, length: int) -> int:
@@ -35,16 +36,16 @@ def tile_pairs(pattern: AttentionPattern, length: int, num_heads: int) -> int:
     if engine.is_short(pattern, length):
         return length * length
     total = 0
-    for tile in engine.tiles(pattern, length, num_heads, torch.float32, torch.device("cpu")):
+    for tile in tiles(pattern, length, num_heads, torch.float32, torch.device("cpu")):
         for read in tile.reads:
-            if not isinstance(read, engine.OwnRead):
+            if not isinstance(read, OwnRead):
                 total += tile.queries.count * size_of(tile.queries) * size_of(read.keys)
     return total
 
 
-def size_of(positions: engine.Span | engine.Index) -> int:
+def size_of(positions: Span | Index) -> int:
     """Positions of one tile in one head."""
-    return positions.size if isinstance(positions, engine.Span) else positions.positions.shape[-1]
+    return positions.size if isinstance(positions, Span) else positions.positions.shape[-1]
 
 
 def attention_flops(config: EtConfig, length: int) -> int:

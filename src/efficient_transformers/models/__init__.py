@@ -3,8 +3,8 @@
 It is flat and imports only `from .sibling import name`, the standard library, torch, transformers and huggingface_hub,
 because that is what transformers can copy beside a checkpoint. Imports point downwards through four tiers:
 
-    0  arithmetic of tensors and descriptions     checks, patterns, packing
-    1  whole attention rules                      softmax_attention, sparse_attention
+    0  arithmetic of tensors and descriptions     checks, packing, patterns, tiles
+    1  whole attention rules                      softmax_, sparse_, blocked_ and flex_attention
     2  what every model shares                    configuration, caching, attention, backbone, heads
     3  one page per variant                       modeling_<variant>
 

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from .blocked_attention import blocked_attention
+from .caching import PatternCacheLayer
+from .flex_attention import flex_sparse_attention
 from .patterns import AttentionPattern
 from .softmax_attention import softmax_attention
-from .sparse_attention import blocked_attention, flex_sparse_attention, sparse_attention
+from .sparse_attention import sparse_attention
 
 
 @dataclass
@@ -83,7 +86,8 @@ class PatternAttention(nn.Module):
         positions, seen = sequence.positions, 0
         if sequence.cache is not None:
             seen = sequence.cache.get_seq_length(self.layer)
-            keys, values, positions = sequence.cache.update(k, v, self.layer, sequence.positions)  # type: ignore[reportAssignmentType]
+            memory: PatternCacheLayer = sequence.cache.layers[self.layer]  # type: ignore[assignment]
+            keys, values, positions = memory.update(k, v, sequence.positions)
         if seen:  # a few new tokens against what is left of the past: dense, but no longer than the cache is
             mixed, weights = softmax_attention(q, keys, values, self.allowed(sequence, positions), dropout)
         elif sequence.output_attentions or self.config._attn_implementation == "eager":

@@ -29,6 +29,7 @@ class EtPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["EtBlock", "EtEmbeddings"]
     _supports_sdpa = True
+    _supports_flex_attn = True
     mixer_class: ClassVar[type[nn.Module]]
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -152,15 +153,23 @@ class Packing:
 
     def restore(self, hidden: Tensor) -> Tensor:
         """(b, g + n, e) packed -> (b, n, e) in the caller's order, zeros at padding."""
-        hidden = hidden[:, self.num_external :]
+        if self.num_external:
+            hidden = hidden[:, self.num_external :]
         if self.order is not None:
             hidden = unpack(hidden, self.order)
         return hidden if self.keep is None else hidden * self.keep[..., None]
 
+    def again(self, restored: Tensor, hidden: Tensor) -> Tensor:
+        """The inverse of `restore`, with the external tokens of `hidden`."""
+        if self.order is not None:
+            restored = pack(restored, self.order)
+        return torch.cat([hidden[:, : self.num_external], restored], 1) if self.num_external else restored
+
     def restore_weights(self, weights: Tensor) -> Tensor:
         """(b, h, g + n, m) -> (b, h, n, m'): both axes for a whole sequence, queries alone against a cache."""
         whole = weights.shape[2] == weights.shape[3]
-        weights = weights[:, :, self.num_external :, self.num_external if whole else 0 :]
+        if self.num_external:
+            weights = weights[:, :, self.num_external :, self.num_external if whole else 0 :]
         if self.order is not None:
             back = self.order.argsort(1)[:, None, :, None]
             weights = weights.gather(2, back.expand_as(weights))
@@ -247,6 +256,7 @@ class Encoder:
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(packing.restore(hidden))
+                hidden = packing.again(hidden_states[-1], hidden)  # what is given out gets the gradient, too
             hidden, weights = layer(hidden, sequence)
             if output_attentions and weights is not None:
                 attentions.append(packing.restore_weights(weights))
