@@ -6,6 +6,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+torch.set_num_threads(1)  # two threads wait for each other longer than models of this size compute
+
 
 @pytest.fixture(autouse=True)
 def seeded():

@@ -48,7 +48,7 @@ def blocked(q, k, v, pattern, lengths, marked):
 @pytest.mark.parametrize("text", PATTERNS)
 @pytest.mark.parametrize("evaluate", [tiled, blocked], ids=["tiled", "blocked"])
 def test_engine_equals_the_dense_formula(evaluate, text, lengths, causal, monkeypatch):
-    monkeypatch.setattr(engine, "is_short", lambda pattern, length: pattern.is_full)
+    monkeypatch.setattr(engine, "is_short", lambda pattern, *sizes: pattern.is_full)
     pattern = parse_pattern(text, causal=causal)
     marked = () if causal or pattern.is_full else MARKED
     # (b, n, h, d) memory as a projection leaves it; all sizes differ, so no swapped axis can pass
@@ -61,6 +61,19 @@ def test_engine_equals_the_dense_formula(evaluate, text, lengths, causal, monkey
     expected_grads = torch.autograd.grad(expected, (q, k, v), direction)
     for grad, expected_grad in zip(torch.autograd.grad(actual, (q, k, v), direction), expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+@pytest.mark.parametrize("causal", [False, True], ids=["both", "causal"])
+def test_a_short_sequence_equals_the_dense_formula(text, causal):
+    """As above, through one dense product where that is cheaper."""
+    pattern = parse_pattern(text, causal=causal)
+    for length in (1, 9, 70):
+        assert length > 20 or engine.is_short(pattern, length, 3)
+        q, k, v = (torch.randn(2, length, 3, 5, dtype=torch.float64).transpose(1, 2) for _ in range(3))
+        for lengths in (None, (length,) * 2, (max(1, length - 2),) * 2):
+            actual = engine.sparse_attention(q, k, v, pattern, lengths)
+            torch.testing.assert_close(actual, oracle(q, k, v, pattern, lengths, ()), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 128, 129, 300])

@@ -13,7 +13,7 @@ from efficient_transformers.models.caching import PatternCacheLayer
 
 @pytest.fixture(autouse=True)
 def never_short(monkeypatch):
-    monkeypatch.setattr(engine, "is_short", lambda pattern, length: pattern.is_full)
+    monkeypatch.setattr(engine, "is_short", lambda pattern, *sizes: pattern.is_full)
 
 
 def causal_model(variant, settings, **changes):

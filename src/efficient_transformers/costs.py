@@ -33,7 +33,7 @@ def pairs(pattern: AttentionPattern, length: int) -> int:
 
 def tile_pairs(pattern: AttentionPattern, length: int, num_heads: int) -> int:
     """Pairs per head that the engine multiplies: those of the pattern and the empty corners of its tiles."""
-    if engine.is_short(pattern, length):
+    if engine.is_short(pattern, length, num_heads):
         return length * length
     total = 0
     for tile in tiles(pattern, length, num_heads, torch.float32, torch.device("cpu")):

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .patterns import AttentionPattern
-from .tiles import Tile, tile_size, tiles
+from .tiles import Tile, as_bias, tiles, windows
 
-# Entries of a weight matrix that cost about as much as the fixed price of one tile; decides when a sequence is so
-# short that one dense product is cheaper than a loop.
-TILE_PRICE = 4096
+# Entries of a weight matrix that cost about as much as the fixed price of one turn of the loop, by measurement; decides
+# when a sequence is so short that one dense product is cheaper. Nothing longer than ALWAYS_LONG is.
+PRODUCT_PRICE, ALWAYS_LONG = 2**15, 4096
 
 
 def sparse_attention(
@@ -39,7 +39,7 @@ def sparse_attention(
     batch, _, length, _ = q.shape
     rows = [length] * batch if lengths is None else list(lengths)
     patterns = [pattern] * batch if global_tokens is None else [pattern.with_global(t) for t in global_tokens]
-    if len(set(zip(rows, patterns, strict=True))) == 1 and is_short(patterns[0], rows[0]):
+    if len(set(zip(rows, patterns, strict=True))) == 1 and is_short(patterns[0], rows[0], q.shape[1]):
         return dense_attention(q, k, v, patterns[0], rows[0], dropout)
     if pattern.is_full:
         # row by row at its own length rather than under a mask; split, because slices of a batch would each fill a
@@ -60,26 +60,32 @@ def dense_attention(
     if pattern.is_full:
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=pattern.causal)
     else:
-        mask = dense_mask(pattern, length, q.shape[1] if pattern.num_random_blocks else 1, q.device)
+        mask = dense_bias(pattern, length, q.shape[1] if pattern.num_random_blocks else 1, q.dtype, q.device)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return F.pad(out, (0, 0, 0, padding)) if padding else out
 
 
 @lru_cache(maxsize=32)
-def dense_mask(pattern: AttentionPattern, length: int, num_heads: int, device: torch.device) -> Tensor:
-    return pattern.dense(length, num_heads, device).contiguous()
+def dense_bias(
+    pattern: AttentionPattern, length: int, num_heads: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """0 where the pattern reads and -inf elsewhere, (h, n, n); None if it reads everything. n is short here."""
+    allowed = pattern.dense(length, num_heads, device)
+    return None if bool(allowed.all()) else as_bias(allowed, dtype)
 
 
-def is_short(pattern: AttentionPattern, length: int) -> bool:
+def is_short(pattern: AttentionPattern, length: int, num_heads: int) -> bool:
     """Is one dense product over `length` tokens at most as dear as the tiles of the pattern?"""
     if pattern.is_full:
         return True
-    per_class = -(-length // pattern.dilation)
-    size = tile_size(pattern)
-    window = per_class if pattern.window is None else min(per_class, size + 2 * pattern.window)
-    keys = window + len(pattern.global_tokens) + pattern.num_random_blocks * pattern.random_block_size
-    num_tiles = min(pattern.dilation, length) * -(-per_class // size)
-    return length * length <= length * keys + num_tiles * TILE_PRICE
+    if length > ALWAYS_LONG:
+        return False
+    others = len(pattern.global_tokens) + pattern.num_random_blocks * pattern.random_block_size
+    entries = products = 0
+    for queries, keys in windows(pattern, length, num_heads, torch.float32):
+        entries += queries.count * queries.size * (others + (1 if pattern.window == 0 else keys.size))
+        products += num_heads if queries.count > 1 else 1
+    return num_heads * length**2 <= num_heads * entries + products * PRODUCT_PRICE
 
 
 class TiledAttention(torch.autograd.Function):
