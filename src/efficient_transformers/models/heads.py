@@ -161,15 +161,19 @@ class ForCausalLM(Head):
         )
 
 
-class ForSequenceClassification(Head):
-    """Judges a whole sequence: classes, several labels at once or numbers, by `config.problem_type`."""
-
-    pools = True
+class Classifier(Head):
+    """A head of dropout and one linear layer onto the labels."""
 
     def add_head(self, config: EtConfig) -> None:
         self.num_labels = config.num_labels or 2
         self.dropout = self.classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+
+
+class ForSequenceClassification(Classifier):
+    """Judges a whole sequence: classes, several labels at once or numbers, by `config.problem_type`."""
+
+    pools = True
 
     @can_return_tuple
     def forward(
@@ -192,13 +196,8 @@ class ForSequenceClassification(Head):
         )
 
 
-class ForTokenClassification(Head):
+class ForTokenClassification(Classifier):
     """Labels every token. Labels (b, n), -100 where there is none."""
-
-    def add_head(self, config: EtConfig) -> None:
-        self.num_labels = config.num_labels or 2
-        self.dropout = self.classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
 
     @can_return_tuple
     def forward(
