@@ -7,13 +7,15 @@ from transformers import DynamicCache
 from zoo import CAUSAL, SETTINGS, build, inputs
 
 from efficient_transformers import VARIANTS
+from efficient_transformers.models import attention
 from efficient_transformers.models import sparse_attention as engine
 from efficient_transformers.models.caching import PatternCacheLayer
 
 
 @pytest.fixture(autouse=True)
 def never_short(monkeypatch):
-    monkeypatch.setattr(engine, "is_short", lambda pattern, *sizes: pattern.is_full)
+    for module in (engine, attention):
+        monkeypatch.setattr(module, "is_short", lambda pattern, *sizes: pattern.is_full)
 
 
 def causal_model(variant, settings, **changes):

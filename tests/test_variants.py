@@ -11,6 +11,7 @@ from zoo import CASES, CAUSAL, IDS, SETTINGS, SMALL, build, config, inputs, read
 
 import efficient_transformers
 from efficient_transformers import VARIANTS, costs
+from efficient_transformers.models import attention
 from efficient_transformers.models import sparse_attention as engine
 from efficient_transformers.models.attention import group_heads
 
@@ -27,7 +28,8 @@ every_head = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def never_short(monkeypatch):
     """Let short test sequences take the path of long ones."""
-    monkeypatch.setattr(engine, "is_short", lambda pattern, *sizes: pattern.is_full)
+    for module in (engine, attention):
+        monkeypatch.setattr(module, "is_short", lambda pattern, *sizes: pattern.is_full)
 
 
 def test_the_table_is_complete():
@@ -67,6 +69,18 @@ def test_the_efficient_path_equals_the_written_out_one(variant, settings, length
 
 def used_parameters(model):
     return [parameter for name, parameter in model.named_parameters() if not name.startswith("pooler")]
+
+
+def test_short_mixed_heads_take_one_dense_product(monkeypatch):
+    """All kinds of heads in one call, the same numbers."""
+    model = build(VARIANTS["mixed"], SETTINGS["mixed"][0])
+    ids = inputs(2, 40)
+    expected = model(ids).last_hidden_state
+    for module in (engine, attention):
+        monkeypatch.setattr(module, "is_short", lambda *sizes: True)
+    assert all(layer.mixer.kept_bias is None for layer in model.layers)
+    torch.testing.assert_close(model(ids).last_hidden_state, expected, rtol=1e-10, atol=1e-10)
+    assert all(layer.mixer.kept_bias is not None for layer in model.layers)
 
 
 # 2 · padding changes nothing ----------------------------------------------------------------------------------------

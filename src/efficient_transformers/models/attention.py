@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from .blocked_attention import blocked_attention
@@ -12,7 +13,8 @@ from .caching import PatternCacheLayer
 from .flex_attention import flex_sparse_attention
 from .patterns import AttentionPattern
 from .softmax_attention import softmax_attention
-from .sparse_attention import sparse_attention
+from .sparse_attention import is_short, sparse_attention
+from .tiles import as_bias
 
 
 @dataclass
@@ -74,6 +76,7 @@ class PatternAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.groups = group_heads(config.attention_patterns(layer), self.num_heads)
+        self.kept_bias: tuple[tuple[int, torch.dtype], Tensor] | None = None
 
     def forward(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
         """(b, n, e) -> (b, n, e) and, if asked for, the weights (b, h, n, m)."""
@@ -99,17 +102,29 @@ class PatternAttention(nn.Module):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceInfo, dropout: float) -> Tensor:
         """All heads through the engine that suits the place, (b, h, n, d)."""
         mixed, keep, marked = [], sequence.keep, sequence.global_mask
+        length, traced = q.shape[2], torch.compiler.is_compiling() or q.device.type != "cpu"
+        if len(self.groups) > 1 and keep is None and marked is None and not traced:
+            if all(is_short(pattern, length, len(heads)) for pattern, heads in self.groups):
+                bias = self.dense_bias(length, q.dtype)  # one call for all heads instead of one for each kind
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         for pattern, heads in self.groups:
             some = slice(None) if len(heads) == self.num_heads else as_slice(heads)
             part = q[:, some], k[:, some], v[:, some]
             if self.config._attn_implementation == "flex_attention" and not dropout:
                 out = flex_sparse_attention(*part, pattern, keep, marked, sequence.block_masks)
-            elif torch.compiler.is_compiling() or q.device.type != "cpu":
+            elif traced:
                 out = blocked_attention(*part, pattern, keep, marked, dropout)
             else:
                 out = sparse_attention(*part, pattern, sequence.lengths, sequence.global_tokens, dropout)
             mixed.append(out)
         return self.in_order(mixed)
+
+    def dense_bias(self, length: int, dtype: torch.dtype) -> Tensor:
+        """0 where a head reads and -inf elsewhere, (1, h, n, n); the last one is kept, for the next layer call."""
+        if self.kept_bias is None or self.kept_bias[0] != (length, dtype):
+            masks = [pattern.dense(length, len(heads))[None] for pattern, heads in self.groups]
+            self.kept_bias = (length, dtype), as_bias(self.in_order(masks), dtype)
+        return self.kept_bias[1]
 
     def allowed(self, sequence: SequenceInfo, key_positions: Tensor) -> Tensor:
         """The dense mask of all heads, (b, h or 1, n, m), from the positions of queries and keys."""

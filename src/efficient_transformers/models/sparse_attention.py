@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from .patterns import AttentionPattern
 from .tiles import Tile, as_bias, tiles, windows
 
-# Entries of a weight matrix that cost about as much as the fixed price of one turn of the loop, by measurement; decides
-# when a sequence is so short that one dense product is cheaper. Nothing longer than ALWAYS_LONG is.
-PRODUCT_PRICE, ALWAYS_LONG = 2**15, 4096
+# What a turn of the loop costs beyond its products, and the loop to begin with, in entries of a weight matrix, by
+# measurement. They decide when a sequence is so short that one dense product is cheaper; none above ALWAYS_LONG is.
+TURN_PRICE, START_PRICE, ALWAYS_LONG = 2**16, 3 * 2**16, 4096
 
 
 def sparse_attention(
@@ -69,8 +69,8 @@ def dense_attention(
 def dense_bias(
     pattern: AttentionPattern, length: int, num_heads: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
-    """0 where the pattern reads and -inf elsewhere, (h, n, n); None if it reads everything. n is short here."""
-    allowed = pattern.dense(length, num_heads, device)
+    """0 where the pattern reads and -inf elsewhere, (1, h, n, n); None if it reads everything. n is short here."""
+    allowed = pattern.dense(length, num_heads, device)[None]  # of three axes torch's fast kernel takes no mask
     return None if bool(allowed.all()) else as_bias(allowed, dtype)
 
 
@@ -81,11 +81,11 @@ def is_short(pattern: AttentionPattern, length: int, num_heads: int) -> bool:
     if length > ALWAYS_LONG:
         return False
     others = len(pattern.global_tokens) + pattern.num_random_blocks * pattern.random_block_size
-    entries = products = 0
+    entries = turns = 0
     for queries, keys in windows(pattern, length, num_heads, torch.float32):
         entries += queries.count * queries.size * (others + (1 if pattern.window == 0 else keys.size))
-        products += num_heads if queries.count > 1 else 1
-    return num_heads * length**2 <= num_heads * entries + products * PRODUCT_PRICE
+        turns += queries.count if pattern.num_random_blocks else (num_heads if queries.count > 1 else 1)
+    return num_heads * length**2 <= num_heads * entries + turns * TURN_PRICE + START_PRICE
 
 
 class TiledAttention(torch.autograd.Function):
@@ -108,10 +108,11 @@ class TiledAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.settings = patterns, lengths, dropout, seed
-        out, scaled, masks = torch.zeros_like(q), q * q.shape[-1] ** -0.5, DropoutMasks(dropout, seed, q.device)
+        out = torch.empty_like(q) if min(lengths) == q.shape[2] else torch.zeros_like(q)
+        scale, masks = q.shape[-1] ** -0.5, DropoutMasks(dropout, seed, q.device)
         for row, tile, head in tiles_of_batch(patterns, lengths, q):
             keys = [read.keys.of(k[row], head) for read in tile.reads]
-            whole, weights = tile.weights(tile.queries.of(scaled[row], head), keys)
+            whole, weights = tile.weights(tile.queries.of(q[row], head) * scale, keys)
             if dropout:
                 whole *= masks.like(whole)
             mixed = [r.mix(w, r.keys.of(v[row], head)) for r, w in zip(tile.reads, weights, strict=True)]
@@ -125,13 +126,13 @@ class TiledAttention(torch.autograd.Function):
         patterns, lengths, dropout, seed = ctx.settings
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
         scale, masks = q.shape[-1] ** -0.5, DropoutMasks(dropout, seed, q.device)
-        scaled, grad_local = q * scale, grad
+        grad_local = grad
         if any(pattern.global_tokens for pattern in patterns):
             grad_local = grad.clone()  # the rows of global tokens come from their own tile alone
             for row, (pattern, length) in enumerate(zip(patterns, lengths, strict=True)):
                 grad_local[row, :, [token for token in pattern.global_tokens if token < length]] = 0
         for row, tile, head in tiles_of_batch(patterns, lengths, q):
-            queries = tile.queries.of(scaled[row], head)
+            queries = tile.queries.of(q[row], head) * scale
             keys = [read.keys.of(k[row], head) for read in tile.reads]
             whole, weights = tile.weights(queries, keys)
             grad_out = tile.queries.of((grad if tile.is_global else grad_local)[row], head)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .patterns import AttentionPattern
 
-# Entries of the weight matrices of a run: as many as keep the products busy and still lie in the cache, by measurement.
-RUN_ENTRIES = {torch.float32: 2**16, torch.bfloat16: 2**18, torch.float16: 2**18}
+# Entries of the weight matrices of a run of tiles, by measurement: enough to keep the products busy, few enough to stay
+# in the cache.
+RUN_ENTRIES = 2**19
 
 
 class Span(NamedTuple):
@@ -54,7 +55,7 @@ class Span(NamedTuple):
         if self.count > 1 and self.hop % self.step == 0:
             turns = min(self.count, -(-self.size * self.step // self.hop)) if self.hop else self.count
         for turn in range(turns):
-            view[turn::turns] += rows[turn::turns]
+            view[turn::turns].add_(rows[turn::turns])
 
 
 class Index(NamedTuple):
@@ -107,14 +108,14 @@ class Read:
 
     def mix(self, weights: Tensor, rows: Tensor) -> Tensor:
         """Σ over the keys of weight × row: (…, queries, d)."""
-        return weights @ rows
+        return torch.bmm(weights, rows)
 
     def add(self, x: Tensor, head: int | None, weights: Tensor, left: Tensor) -> None:
         """`mix` transposed: x[keys] += weightsᵀ left, in place."""
         if head is None and isinstance(self.keys, Span):
             self.keys.of(x, None).baddbmm_(weights.transpose(1, 2), left)
         else:
-            self.keys.add(x, head, weights.transpose(1, 2) @ left)
+            self.keys.add(x, head, torch.bmm(weights.transpose(1, 2), left))
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Tile:
         """Products of the queries' `left` with the rows of all reads: one matrix, and its columns by read."""
         widths = [read.width(row) for read, row in zip(self.reads, rows, strict=True)]
         whole = left.new_empty(*left.shape[:2], sum(widths))
-        columns = whole.split(widths, -1)
+        columns = whole.split(widths, -1) if len(widths) > 1 else (whole,)
         for read, row, out in zip(self.reads, rows, columns, strict=True):
             read.dot(left, row, out)
         return whole, columns
@@ -160,15 +161,17 @@ class Tile:
         whole, columns = self.dot(queries, keys)
         for read, scores in zip(self.reads, columns, strict=True):
             for patch in read.patches:
-                scores[..., patch.columns] += patch.bias
+                scores[..., patch.columns].add_(patch.bias)  # `+=` would write the columns a second time
         return torch.softmax(whole, -1, out=whole), columns
 
 
-def tile_size(pattern: AttentionPattern) -> int:
+def tile_size(pattern: AttentionPattern, dtype: torch.dtype) -> int:
     """Queries per tile, by measurement: large enough for a fast product, small enough to skip most of the zeros."""
     if pattern.num_random_blocks:
         return pattern.random_block_size  # one draw per tile
-    return 1024 if pattern.window == 0 else 64
+    if pattern.window == 0:
+        return 1024
+    return 128 if dtype in (torch.bfloat16, torch.float16) else 64  # half precision multiplies faster than it starts
 
 
 def tiles(
@@ -202,7 +205,7 @@ def tiles(
 
 def windows(pattern: AttentionPattern, length: int, num_heads: int, dtype: torch.dtype) -> Iterator[tuple[Span, Span]]:
     """Queries and the keys in their windows; equal tiles in runs, where one tile of all heads is a small product."""
-    size, step = tile_size(pattern), pattern.dilation
+    size, step = tile_size(pattern, dtype), pattern.dilation
     longer = length % step
     # residue classes modulo the dilation: those with one token more, then the others; without one, the sequence
     for residue, classes in ((0, longer), (longer, step - longer)):
@@ -221,8 +224,7 @@ def windows(pattern: AttentionPattern, length: int, num_heads: int, dtype: torch
             pairs = [[span._replace(count=len(group), hop=size) for span in group[0]] for group in groups]
         for queries, keys in pairs:
             entries = queries.size * (1 if pattern.window == 0 else keys.size)
-            limit = RUN_ENTRIES.get(dtype, RUN_ENTRIES[torch.float32])
-            together = 1 if num_heads * entries > limit else limit // entries
+            together = 1 if num_heads * entries > RUN_ENTRIES else RUN_ENTRIES // entries
             for tile in range(0, queries.count, together):
                 part = min(together, queries.count - tile)
                 yield part_of(queries, tile, part), part_of(keys, tile, part)
@@ -255,14 +257,19 @@ def band(
     after = 0 if causal else window
     query = torch.arange(offset, offset + num_queries, device=device)[:, None]
     patches = []
-    if window is not None and offset + num_queries - 1 > window:
-        columns = slice(0, offset + num_queries - 1 - window)
+    if window is not None and (width := offset + num_queries - 1 - window) > 0:
+        columns = slice(0, min(num_keys, round_up(width)))
         patches.append((columns, lambda key: query - key <= window))
-    if after is not None and offset + after + 1 < num_keys:
-        columns = slice(offset + after + 1, num_keys)
+    if after is not None and (width := num_keys - 1 - offset - after) > 0:
+        columns = slice(max(0, num_keys - round_up(width)), num_keys)
         patches.append((columns, lambda key: key - query <= after))
     key = torch.arange(num_keys, device=device)
     return tuple(Patch(columns, as_bias(allowed(key[columns]), dtype)) for columns, allowed in patches)
+
+
+def round_up(width: int) -> int:
+    """Columns of a patch in whole vectors: a sum over 127 columns in bfloat16 takes three times that over 128."""
+    return -(-width // 32) * 32
 
 
 def is_near(pattern: AttentionPattern, queries: Span, tokens: tuple[int, ...]) -> bool:
