@@ -5,7 +5,8 @@
 One layer with its projections: hidden size 256, 4 heads, batch 1, no padding, weights and inputs drawn from a seed.
 Every repeat runs all contenders one after another, so that a slow moment of the machine meets all of them; what is
 compared are medians, and times relative to full attention through torch's SDPA in the same run.
-Writes <out>.json with every single time and a description of the machine, and <out>.md with the tables.
+Writes <out>.json with every single time and a description of the machine, and <out>.md with the tables; lengths and
+dtypes that <out>.json has from the same machine and versions are kept unless they are measured again.
 """
 
 import argparse
@@ -192,7 +193,7 @@ def table(rows: list[dict], dtype: str, mode: str) -> str:
     lengths = sorted({row["length"] for row in rows})
     by_key = {(row["layer"], row["length"]): row for row in rows}
     lines = [
-        f"### {mode}, {dtype}: milliseconds (share of full attention), MB over the input",
+        f"### {mode}, {dtype}: milliseconds (share of full attention), MB over the input\n",
         "| layer | " + " | ".join(f"N = {length:,}" for length in lengths) + " |",
         "|---|" + "---|" * len(lengths),
     ]
@@ -239,7 +240,13 @@ def main() -> None:
             for mode in ("forward", "training"):
                 print("\n" + table(found, dtype, mode), flush=True)
     described = machine(device)
-    parts = [table(rows, dtype, mode) for dtype in arguments.dtypes for mode in ("forward", "training")]
+    if arguments.out and (before := arguments.out.with_suffix(".json")).exists():
+        earlier = json.loads(before.read_text())
+        again = {(row["length"], row["dtype"]) for row in rows}
+        if earlier["machine"] == described:
+            rows += [row for row in earlier["rows"] if (row["length"], row["dtype"]) not in again]
+    dtypes = dict.fromkeys(row["dtype"] for row in sorted(rows, key=lambda row: row["dtype"] != "float32"))
+    parts = [table(rows, dtype, mode) for dtype in dtypes for mode in ("forward", "training")]
     text = "\n\n".join([", ".join(f"{key} {value}" for key, value in described.items()), *parts])
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,6 @@ class PatternAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.groups = group_heads(config.attention_patterns(layer), self.num_heads)
-        self.kept_bias: tuple[tuple[int, torch.dtype], Tensor] | None = None
 
     def forward(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
         """(b, n, e) -> (b, n, e) and, if asked for, the weights (b, h, n, m)."""
@@ -103,10 +103,10 @@ class PatternAttention(nn.Module):
         """All heads through the engine that suits the place, (b, h, n, d)."""
         mixed, keep, marked = [], sequence.keep, sequence.global_mask
         length, traced = q.shape[2], torch.compiler.is_compiling() or q.device.type != "cpu"
-        if len(self.groups) > 1 and keep is None and marked is None and not traced:
-            if all(is_short(pattern, length, len(heads)) for pattern, heads in self.groups):
-                bias = self.dense_bias(length, q.dtype)  # one call for all heads instead of one for each kind
-                return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        plain = len(self.groups) > 1 and keep is None and marked is None and not traced
+        if plain and all(is_short(pattern, length, len(heads)) for pattern, heads in self.groups):
+            bias = dense_bias(self.groups, length, q.dtype)  # one call for all heads instead of one for each kind
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         for pattern, heads in self.groups:
             some = slice(None) if len(heads) == self.num_heads else as_slice(heads)
             part = q[:, some], k[:, some], v[:, some]
@@ -117,14 +117,7 @@ class PatternAttention(nn.Module):
             else:
                 out = sparse_attention(*part, pattern, sequence.lengths, sequence.global_tokens, dropout)
             mixed.append(out)
-        return self.in_order(mixed)
-
-    def dense_bias(self, length: int, dtype: torch.dtype) -> Tensor:
-        """0 where a head reads and -inf elsewhere, (1, h, n, n); the last one is kept, for the next layer call."""
-        if self.kept_bias is None or self.kept_bias[0] != (length, dtype):
-            masks = [pattern.dense(length, len(heads))[None] for pattern, heads in self.groups]
-            self.kept_bias = (length, dtype), as_bias(self.in_order(masks), dtype)
-        return self.kept_bias[1]
+        return in_order(self.groups, mixed)
 
     def allowed(self, sequence: SequenceInfo, key_positions: Tensor) -> Tensor:
         """The dense mask of all heads, (b, h or 1, n, m), from the positions of queries and keys."""
@@ -139,30 +132,41 @@ class PatternAttention(nn.Module):
             else:
                 allowed = pattern.allows(head, i, j, 0)
             masks.append(allowed if len(self.groups) == 1 else allowed.expand(-1, len(heads), -1, -1))
-        mask = self.in_order(masks)
+        mask = in_order(self.groups, masks)
         if sequence.global_mask is not None:
             mask = mask | sequence.global_mask[:, None, :, None] | sequence.global_mask[:, None, None, :]
         return mask & (i >= 0) & (j >= 0)
 
-    def in_order(self, parts: list[Tensor]) -> Tensor:
-        """Tensors of the groups, (b, heads of the group, …), as one in the order of the heads."""
-        if len(parts) == 1:
-            return parts[0]
-        order = [head for _, heads in self.groups for head in heads]
-        together = torch.cat(parts, 1)
-        if order == sorted(order):
-            return together
-        return together.index_select(1, torch.tensor(order, device=together.device).argsort())
+
+Groups = tuple[tuple[AttentionPattern, tuple[int, ...]], ...]
 
 
-def group_heads(patterns: Sequence[AttentionPattern], num_heads: int) -> list[tuple[AttentionPattern, list[int]]]:
+def group_heads(patterns: Sequence[AttentionPattern], num_heads: int) -> Groups:
     """Heads by pattern, in order of first appearance; `patterns` are tiled over the heads."""
-    groups: dict[AttentionPattern, list[int]] = {}
+    groups: dict[AttentionPattern, tuple[int, ...]] = {}
     for head in range(num_heads):
-        groups.setdefault(patterns[head % len(patterns)], []).append(head)
-    return list(groups.items())
+        pattern = patterns[head % len(patterns)]
+        groups[pattern] = (*groups.get(pattern, ()), head)
+    return tuple(groups.items())
 
 
-def as_slice(heads: list[int]) -> slice | list[int]:
+def in_order(groups: Groups, parts: list[Tensor]) -> Tensor:
+    """Tensors of the groups, (b, heads of the group, …), as one in the order of the heads."""
+    if len(parts) == 1:
+        return parts[0]
+    order = [head for _, heads in groups for head in heads]
+    together = torch.cat(parts, 1)
+    if order == sorted(order):
+        return together
+    return together.index_select(1, torch.tensor(order, device=together.device).argsort())
+
+
+@lru_cache(maxsize=16)
+def dense_bias(groups: Groups, length: int, dtype: torch.dtype) -> Tensor:
+    """0 where a head reads and -inf elsewhere, (1, h, n, n); n is short here."""
+    return as_bias(in_order(groups, [pattern.dense(length, len(heads))[None] for pattern, heads in groups]), dtype)
+
+
+def as_slice(heads: tuple[int, ...]) -> slice | list[int]:
     """Neighbouring heads as a slice, which is a view."""
-    return slice(heads[0], heads[-1] + 1) if heads[-1] - heads[0] == len(heads) - 1 else heads
+    return slice(heads[0], heads[-1] + 1) if heads[-1] - heads[0] == len(heads) - 1 else list(heads)
