@@ -1,4 +1,4 @@
-"""What a config costs at a length, by arithmetic: multiply-adds of its matrix products, pairs, parameters.
+"""What a config costs at a length, by arithmetic: pairs of its pattern, and FLOPs of its matrix products.
 
 A multiplication and an addition are two FLOPs, as everywhere. Only matrix products count, as in torch's own counter:
 softmax, norms and the elementwise product of a token with itself are a few percent. The tests compare both numbers.
