@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .patterns import AttentionPattern
-from .tiles import Tile, as_bias, tiles, windows
+from .tiles import Tile, as_bias, load, tiles, windows
 
 # What a turn of the loop costs beyond its products, and the loop to begin with, in entries of a weight matrix, by
 # measurement. They decide when a sequence is so short that one dense product is cheaper; none above ALWAYS_LONG is.
@@ -111,11 +111,11 @@ class TiledAttention(torch.autograd.Function):
         out = torch.empty_like(q) if min(lengths) == q.shape[2] else torch.zeros_like(q)
         scale, masks = q.shape[-1] ** -0.5, DropoutMasks(dropout, seed, q.device)
         for row, tile, head in tiles_of_batch(patterns, lengths, q):
-            keys = [read.keys.of(k[row], head) for read in tile.reads]
+            keys = [load(read.keys, k[row], head) for read in tile.reads]
             whole, weights = tile.weights(tile.queries.of(q[row], head) * scale, keys)
             if dropout:
                 whole *= masks.like(whole)
-            mixed = [r.mix(w, r.keys.of(v[row], head)) for r, w in zip(tile.reads, weights, strict=True)]
+            mixed = [r.mix(w, load(r.keys, v[row], head)) for r, w in zip(tile.reads, weights, strict=True)]
             tile.queries.put(out[row], head, sum(mixed[1:], mixed[0]))
         return out
 
@@ -133,10 +133,10 @@ class TiledAttention(torch.autograd.Function):
                 grad_local[row, :, [token for token in pattern.global_tokens if token < length]] = 0
         for row, tile, head in tiles_of_batch(patterns, lengths, q):
             queries = tile.queries.of(q[row], head) * scale
-            keys = [read.keys.of(k[row], head) for read in tile.reads]
+            keys = [load(read.keys, k[row], head) for read in tile.reads]
             whole, weights = tile.weights(queries, keys)
-            grad_out = tile.queries.of((grad if tile.is_global else grad_local)[row], head)
-            grad_whole, grad_scores = tile.dot(grad_out, [read.keys.of(v[row], head) for read in tile.reads])
+            grad_out = load(tile.queries, (grad if tile.is_global else grad_local)[row], head)
+            grad_whole, grad_scores = tile.dot(grad_out, [load(read.keys, v[row], head) for read in tile.reads])
             used = weights
             if dropout:
                 mask = masks.like(whole)
