@@ -17,6 +17,7 @@ import sys
 sys.modules["efficient_transformers"] = None  # an editable install must not hide a leak
 import json, pathlib, torch, transformers
 
+torch.set_num_threads(1)  # as in the process that saved: two threads add up in another order
 root = pathlib.Path(sys.argv[1])
 for case in json.loads((root / "cases.json").read_text()):
     folder, auto_class = root / case["folder"], getattr(transformers, case["auto_class"])

@@ -196,7 +196,8 @@ def card(
         for key, value in metrics["test"].items()
         if key not in ("n", "loss")
     ]
-    cut = f", of which the model sees the first {model['max_length']:,}" if settings.window_length else ""
+    is_cut = settings.window_length and model["max_length"] < settings.window_length
+    cut = f", of which the model sees the first {model['max_length']:,}" if is_cut else ""
     unit = f"windows of {settings.window_length:,} tokens{cut}" if settings.window_length else "documents"
     return model_card(
         name=settings.folder.name,
