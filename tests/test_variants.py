@@ -82,6 +82,23 @@ def test_short_mixed_heads_take_one_dense_product(monkeypatch):
     torch.testing.assert_close(model(ids).last_hidden_state, expected, rtol=1e-10, atol=1e-10)
 
 
+@every_case
+@pytest.mark.parametrize("short", [False, True], ids=["long", "short"])
+def test_training_follows_inference(variant, settings, short, monkeypatch):
+    """Masks are kept between calls; those made in inference mode must not spoil a backward."""
+    if short:
+        for module in (engine, attention):
+            monkeypatch.setattr(module, "is_short", lambda *sizes: True)
+    model = build(variant, settings)
+    length = 71 if short else 73  # lengths that no other test has made masks for
+    ids = inputs(2, length)
+    with torch.inference_mode():
+        expected = model(ids).last_hidden_state
+    output = model(ids).last_hidden_state
+    output.square().sum().backward()
+    assert output.equal(expected)
+
+
 # 2 · padding changes nothing ----------------------------------------------------------------------------------------
 
 

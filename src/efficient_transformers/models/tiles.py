@@ -321,7 +321,9 @@ def random_read(
 
 
 def as_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
+    """0 where allowed and -inf elsewhere."""
+    with torch.inference_mode(False):  # biases are kept: one made during inference must serve training, too
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
 
 
 def as_positions(tokens: tuple[int, ...], count: int, device: torch.device) -> Span | Index:
