@@ -228,6 +228,22 @@ def test_half_precision_at_8192_tokens(variant, dtype):
     assert error <= budget, f"error {error:.2e} over budget {budget:.2e}"
 
 
+@every_case
+def test_autocast_trains(variant, settings):
+    """Mixed precision as accelerate does it: products in bfloat16, weights and their gradients in float32."""
+    model = build(variant, settings, "SequenceClassification", dtype=torch.float32, initializer_range=0.1).train()
+    ids, labels = inputs(2, 60), torch.tensor([0, 1])
+    grads = []
+    for mixed in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = model(ids, labels=labels).loss
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert grads[1].dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.98
+
+
 # 7 · cost follows the law --------------------------------------------------------------------------------------------
 
 

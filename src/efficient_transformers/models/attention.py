@@ -55,7 +55,7 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Turn feature pairs (i, i + d/2) of `x` (b, n, h, d); the paper pairs (2i, 2i+1), a permutation of the same."""
-    cos, sin = rotary
+    cos, sin = (angle.to(x.dtype) for angle in rotary)  # under autocast `x` is narrower than the embeddings
     left, right = x.chunk(2, -1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
