@@ -105,7 +105,7 @@ class PatternAttention(nn.Module):
         length, traced = q.shape[2], torch.compiler.is_compiling() or q.device.type != "cpu"
         plain = len(self.groups) > 1 and keep is None and marked is None and not traced
         if plain and all(is_short(pattern, length, len(heads)) for pattern, heads in self.groups):
-            bias = dense_bias(self.groups, length, q.dtype)  # one call for all heads instead of one for each kind
+            bias = bias_of_heads(self.groups, length, q.dtype)  # one call for all heads instead of one for each kind
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         for pattern, heads in self.groups:
             some = slice(None) if len(heads) == self.num_heads else as_slice(heads)
@@ -162,7 +162,7 @@ def in_order(groups: Groups, parts: list[Tensor]) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def dense_bias(groups: Groups, length: int, dtype: torch.dtype) -> Tensor:
+def bias_of_heads(groups: Groups, length: int, dtype: torch.dtype) -> Tensor:
     """0 where a head reads and -inf elsewhere, (1, h, n, n); n is short here."""
     return as_bias(in_order(groups, [pattern.dense(length, len(heads))[None] for pattern, heads in groups]), dtype)
 

@@ -186,9 +186,10 @@ def tiles(
     """The tiles that make up a pattern over `length` tokens; rows of global tokens last, in a tile of their own."""
     tokens = tuple(token for token in pattern.global_tokens if token < length)
     for run in windows(pattern, length, num_heads, dtype):
-        alike = not (tokens and is_near(pattern, run[0], tokens))
-        if alike and pattern.num_random_blocks:
-            alike = not random_read(pattern, run[0], length, num_heads, dtype, device).patches
+        alike, drawn = not (tokens and is_near(pattern, run[0], tokens)), None
+        if pattern.num_random_blocks:
+            drawn = random_read(pattern, run[0], length, num_heads, dtype, device)
+            alike = alike and not drawn.patches
         for queries, keys in [run] if alike else one_by_one(*run):
             if pattern.window == 0:
                 reads: list[Read] = [OwnRead(queries)]
@@ -198,8 +199,9 @@ def tiles(
                 reads = [Read(keys, patches)]
             if tokens:
                 reads.append(global_read(pattern, queries, tokens, dtype, device))
-            if pattern.num_random_blocks:
-                reads.append(random_read(pattern, queries, length, num_heads, dtype, device))
+            if drawn is not None:
+                whole = queries == run[0]
+                reads.append(drawn if whole else random_read(pattern, queries, length, num_heads, dtype, device))
             yield Tile(queries, tuple(reads))
     if tokens:
         patches = ()
