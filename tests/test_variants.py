@@ -2,12 +2,13 @@
 
 import io
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import CASES, CAUSAL, IDS, SETTINGS, SMALL, build, config, inputs, readable
+from zoo import CASES, CAUSAL, IDS, MODES, SETTINGS, SMALL, build, can_be_causal, config, inputs, one_layer, readable
 
 import efficient_transformers
 from efficient_transformers import VARIANTS, costs
@@ -45,12 +46,9 @@ def test_the_table_is_complete():
 # 1 · equal to its formula -------------------------------------------------------------------------------------------
 
 
-@every_case
+@pytest.mark.parametrize(("variant", "settings", "decoder"), MODES)
 @pytest.mark.parametrize("length", [1, 2, 67, 125])
-@pytest.mark.parametrize("decoder", [False, True], ids=["both", "causal"])
 def test_the_efficient_path_equals_the_written_out_one(variant, settings, length, decoder):
-    if settings.get("global_token_type") == "external":
-        decoder = False  # the config refuses it, see test_bad_configs
     model = build(variant, settings, is_decoder=decoder)
     ids = inputs(2, length)
     mask = torch.ones_like(ids)
@@ -145,22 +143,30 @@ def test_gradients_do_not_leave_the_padding(variant, settings):
 # 3, 4 · causal means causal, the pattern is the pattern -------------------------------------------------------------
 
 
-@every_case
-@pytest.mark.parametrize("decoder", [False, True], ids=["both", "causal"])
+@pytest.mark.parametrize(("variant", "settings", "decoder"), MODES)
 def test_an_output_depends_on_just_what_the_pattern_shows(variant, settings, decoder):
-    if settings.get("global_token_type") == "external":
-        decoder = False
-    one_layer = {"num_hidden_layers": 1, "use_cache": False, "is_decoder": decoder}
-    if isinstance(settings.get("window_size"), list):
-        one_layer["window_size"] = settings["window_size"][:1]
-    model = build(variant, settings, **one_layer)
+    model = build(variant, settings, **one_layer(settings), use_cache=False, is_decoder=decoder)
     length, external = 24, getattr(model.config, "num_external_tokens", 0)
-    groups = group_heads(model.config.attention_patterns(0), 4)
-    drawn = torch.cat([pattern.dense(length + external, len(heads)) for pattern, heads in groups])
-    expected = drawn.any(0)[external:, external:]
+    expected = drawn_mask(model, length + external).any(0)[external:, external:]
     assert readable(model, length).equal(expected)
     if decoder:
         assert not readable(model, length).triu(1).any()
+
+
+def drawn_mask(model, length):
+    """(h, n, n) of the first layer, with the heads in the order of their groups."""
+    table, masks = (model.layers[0].mixer.random_blocks if len(model.layers) else None), []
+    for pattern, heads in group_heads(model.config.attention_patterns(0), 4):
+        if table is None:
+            masks.append(pattern.dense(length, len(heads)))
+            continue
+        mask = replace(pattern, num_random_blocks=0).dense(length, len(heads))
+        for head, block, key in ((h, i, j) for h in heads for i in range(table.shape[1]) for j in table[h, i].tolist()):
+            rows, columns = (slice(b * pattern.block_size, (b + 1) * pattern.block_size) for b in (block, key))
+            mask = mask.clone()
+            mask[heads.index(head), rows, columns] |= key >= 0
+        masks.append(mask)
+    return torch.cat(masks)
 
 
 def test_marked_tokens_read_and_are_read_by_everything():
@@ -369,7 +375,7 @@ def test_the_meta_device_and_the_same_seed_give_the_same_weights(variant, head, 
 @every_head
 def test_every_parameter_gets_a_gradient(variant, head):
     for settings in SETTINGS[variant.slug]:
-        if head == "CausalLM" and settings.get("global_token_type") == "external":
+        if head == "CausalLM" and not can_be_causal(variant, settings):
             continue  # refused by the config
         model = build(variant, settings, head).train()
         loss_of(model, head).backward()

@@ -1,5 +1,6 @@
 """Small configs of every variant, and what the tests share to look at a model from outside."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -26,15 +27,31 @@ SETTINGS: dict[str, list[dict]] = {
         {"head_patterns": ["local:3", "stride:4:2", "global:2", "random:2:8"]},
         {"head_patterns": ["local:2 | global:1", "full"], "type_vocab_size": 0},
     ],
+    "longformer": [
+        {"attention_window": 6, "num_global_tokens": 1},
+        {"attention_window": [4, 20], "attention_dilation": [[1, 2, 3, 2], [1] * 4], "num_global_tokens": 2},
+        {"attention_window": 6, "head_layout": "per_head", "stride": 5, "position_embedding_type": "rotary"},
+        {"attention_window": 6, "num_global_tokens": 2, "position_embedding_type": "rotary"},
+    ],
+    "big_bird": [
+        {"block_size": 4, "num_random_blocks": 2},
+        {"block_size": 5, "global_token_type": "external", "num_global_tokens": 3},
+        {"block_size": 4, "random_blocks": "stored"},
+        {"block_size": 4, "head_layout": "per_head", "stride": 5},
+    ],
 }
 CASES = [(VARIANTS[slug], settings) for slug, all_settings in SETTINGS.items() for settings in all_settings]
 IDS = [f"{variant.slug}-{number}" for variant, settings in CASES for number in [SETTINGS[variant.slug].index(settings)]]
-# a causal model has no external tokens
-CAUSAL = [
-    (case, case_id)
-    for case, case_id in zip(CASES, IDS, strict=True)
-    if case[0].causal and case[1].get("global_token_type") != "external"
-]
+
+
+def can_be_causal(variant: Variant, settings: dict) -> bool:
+    return variant.causal and settings.get("global_token_type") != "external"
+
+
+CAUSAL = [(case, case_id) for case, case_id in zip(CASES, IDS, strict=True) if can_be_causal(*case)]
+# every case as an encoder, and those that can as decoders
+MODES = [pytest.param(*case, False, id=f"{name}-both") for case, name in zip(CASES, IDS, strict=True)]
+MODES += [pytest.param(*case, True, id=f"{name}-causal") for case, name in CAUSAL]
 
 
 def config(variant: Variant, settings: dict, **changes):
@@ -45,6 +62,14 @@ def build(variant: Variant, settings: dict, head: str | None = None, **changes):
     """A small model in eval mode, in float64 unless told otherwise."""
     dtype = changes.pop("dtype", torch.float64)
     return variant.model_class(head)(config(variant, settings, **changes)).to(dtype).eval()
+
+
+def one_layer(settings: dict) -> dict:
+    """The settings of the first layer alone, where they are given for each."""
+    fields = {
+        name: value[:1] for name, value in settings.items() if isinstance(value, list) and name != "head_patterns"
+    }
+    return {"num_hidden_layers": 1, **fields}
 
 
 def inputs(batch: int, length: int, vocab_size: int = 99) -> Tensor:

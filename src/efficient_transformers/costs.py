@@ -23,20 +23,22 @@ def pairs(pattern: AttentionPattern, length: int) -> int:
         reach = min(window, count - 1)
         one_side = count * reach - reach * (reach + 1) // 2
         total += count + one_side * (1 if pattern.causal else 2)
-    tokens = [token for token in pattern.global_tokens if token < length]
-    if not tokens and not pattern.num_random_blocks:
+    if not pattern.global_spans(length) and not pattern.num_random_blocks and not pattern.in_blocks:
         return total
     # global tokens and random blocks overlap with the window and each other: count row by row
     position = torch.arange(length)
     return sum(int(pattern.allows(torch.zeros(1, dtype=torch.long), i, position, length).sum()) for i in position)
 
 
-def tile_pairs(pattern: AttentionPattern, length: int, num_heads: int) -> int:
-    """Pairs per head that the engine multiplies: those of the pattern and the empty corners of its tiles."""
+def tile_pairs(pattern: AttentionPattern, length: int, num_heads: int, global_rows: bool = True) -> int:
+    """Pairs per head that the engine multiplies: those of the pattern and the empty corners of its tiles.
+
+    Without the rows of global tokens where the variant computes them apart.
+    """
     if engine.is_short(pattern, length, num_heads):
         return length * length
     total = 0
-    for tile in tiles(pattern, length, num_heads, torch.float32, torch.device("cpu")):
+    for tile in tiles(pattern, length, num_heads, torch.float32, torch.device("cpu"), global_rows=global_rows):
         for read in tile.reads:
             if not isinstance(read, OwnRead):
                 total += tile.queries.count * size_of(tile.queries) * size_of(read.keys)
@@ -51,11 +53,22 @@ def size_of(positions: Span | Index) -> int:
 def attention_flops(config: EtConfig, length: int) -> int:
     """Of QKᵀ and of the weights times V, in all layers, for one sequence of `length` tokens."""
     length += getattr(config, "num_external_tokens", 0)
+    apart = getattr(config, "has_global_projections", False)
     total = 0
     for layer in range(config.num_hidden_layers):
         for pattern, heads in group_heads(config.attention_patterns(layer), config.num_attention_heads):  # type: ignore[attr-defined]
-            total += 2 * 2 * config.head_dim * len(heads) * tile_pairs(pattern, length, len(heads))
+            total += 2 * 2 * config.head_dim * len(heads) * tile_pairs(pattern, length, len(heads), not apart)
+        if apart:
+            total += global_row_flops(config, length)
     return total
+
+
+def global_row_flops(config: EtConfig, length: int) -> int:
+    """Of the rows of Longformer's own global tokens in one layer, with their projections."""
+    size, count = config.hidden_size, min(getattr(config, "num_global_tokens", None) or 0, length)
+    if config.folds_global_rows(count):  # type: ignore[attr-defined]
+        return 2 * count * size * (3 * size + 2 * config.num_attention_heads * length)
+    return 2 * size * (count * size + 2 * length * size + 2 * count * length) * bool(count)
 
 
 def forward_flops(model: PreTrainedModel, length: int) -> int:
@@ -64,7 +77,7 @@ def forward_flops(model: PreTrainedModel, length: int) -> int:
     inner = length + getattr(config, "num_external_tokens", 0)
     total = attention_flops(config, length)
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) and ".global_" not in name:  # those are in global_row_flops
             once = name.endswith("pooler.dense") or (name == "classifier" and getattr(model, "pools", False))
             rows = 1 if once else inner if ".layers." in f".{name}" else length
             total += 2 * rows * module.in_features * module.out_features

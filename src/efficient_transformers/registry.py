@@ -5,7 +5,15 @@ from types import ModuleType
 
 import transformers
 
-from .models import modeling_full, modeling_global, modeling_local, modeling_mixed, modeling_stride
+from .models import (
+    modeling_big_bird,
+    modeling_full,
+    modeling_global,
+    modeling_local,
+    modeling_longformer,
+    modeling_mixed,
+    modeling_stride,
+)
 from .models.configuration import EtConfig
 
 
@@ -55,6 +63,8 @@ VARIANTS = {
         Variant("stride", modeling_stride, "strided", "arXiv:1904.10509", "n·hops·d, or n²/stride·d"),
         Variant("global", modeling_global, "global tokens", "arXiv:2004.08483", "n·num_global_tokens·d"),
         Variant("mixed", modeling_mixed, "a pattern per head", "arXiv:1904.10509", "mean of the heads"),
+        Variant("longformer", modeling_longformer, "Longformer", "arXiv:2004.05150", "n·attention_window·d"),
+        Variant("big_bird", modeling_big_bird, "BigBird", "arXiv:2007.14062", "n·block_size·d", causal=False),
     )
 }
 

@@ -1,7 +1,7 @@
 """Multi-head attention over drawn patterns: projections, rotary positions, cache, and the choice of the engine."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from .blocked_attention import blocked_attention
 from .caching import PatternCacheLayer
 from .flex_attention import flex_sparse_attention
-from .patterns import AttentionPattern
+from .patterns import AttentionPattern, times_drawn
 from .softmax_attention import softmax_attention
 from .sparse_attention import is_short, sparse_attention
 from .tiles import as_bias
@@ -65,10 +65,18 @@ class PatternAttention(nn.Module):
 
     `attn_implementation` decides how: `eager` writes the matrix out, `sdpa` is the engine, `flex_attention` the
     block-sparse kernel. Heads with the same pattern run together.
+
+    random_blocks: (h, blocks, r) blocks that take the place of the patterns' draw, a buffer of the variants that store
+        them; None draws.
+    global_rows: are the rows of global tokens computed as all others? False leaves them to the variant.
     """
+
+    random_blocks: Tensor | None
+    global_rows: bool = True
 
     def __init__(self, config, layer: int):
         super().__init__()
+        self.register_buffer("random_blocks", None)
         self.config, self.layer = config, layer
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.dropout = config.attention_probs_dropout_prob
@@ -80,10 +88,18 @@ class PatternAttention(nn.Module):
 
     def forward(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
         """(b, n, e) -> (b, n, e) and, if asked for, the weights (b, h, n, m)."""
-        q, k, v = (x(hidden).unflatten(-1, (-1, self.head_dim)) for x in (self.q_proj, self.k_proj, self.v_proj))
-        if sequence.rotary is not None:
-            q, k = rotate(q, sequence.rotary), rotate(k, sequence.rotary)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (b, h, n, d)
+        mixed, weights = self.attend(hidden, sequence)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2)), weights
+
+    def split_heads(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(b, n, e) -> (b, h, n, d), turned by the rotary angles if there are any."""
+        x = x.unflatten(-1, (-1, self.head_dim))
+        return (x if rotary is None else rotate(x, rotary)).transpose(1, 2)
+
+    def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
+        """What each head has read, (b, h, n, d), and the weights."""
+        q = self.split_heads(self.q_proj(hidden), sequence.rotary)
+        k, v = self.split_heads(self.k_proj(hidden), sequence.rotary), self.split_heads(self.v_proj(hidden))
         dropout = self.dropout if self.training else 0.0
 
         positions, seen = sequence.positions, 0
@@ -92,50 +108,64 @@ class PatternAttention(nn.Module):
             memory: PatternCacheLayer = sequence.cache.layers[self.layer]  # type: ignore[assignment]
             keys, values, positions = memory.update(k, v, sequence.positions)
         if seen:  # a few new tokens against what is left of the past: dense, but no longer than the cache is
-            mixed, weights = softmax_attention(q, keys, values, self.allowed(sequence, positions), dropout)
-        elif sequence.output_attentions or self.config._attn_implementation == "eager":
-            mixed, weights = softmax_attention(q, k, v, self.allowed(sequence, sequence.positions), dropout)
-        else:
-            mixed, weights = self.mix(q, k, v, sequence, dropout), None
-        return self.o_proj(mixed.transpose(1, 2).flatten(2)), weights
+            return softmax_attention(q, keys, values, self.allowed(sequence, positions), dropout)
+        if sequence.output_attentions or self.config._attn_implementation == "eager":
+            return softmax_attention(q, k, v, self.allowed(sequence, sequence.positions), dropout)
+        return self.mix(q, k, v, sequence, dropout), None
+
+    def takes_marks(self, pattern: AttentionPattern) -> bool:
+        """Do the tokens that the caller marked become global in heads with this pattern?"""
+        return True
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceInfo, dropout: float) -> Tensor:
         """All heads through the engine that suits the place, (b, h, n, d)."""
-        mixed, keep, marked = [], sequence.keep, sequence.global_mask
+        mixed, keep, table = [], sequence.keep, self.random_blocks
         length, traced = q.shape[2], torch.compiler.is_compiling() or q.device.type != "cpu"
-        plain = len(self.groups) > 1 and keep is None and marked is None and not traced
+        plain = len(self.groups) > 1 and keep is None and sequence.global_mask is None and not traced and table is None
         if plain and all(is_short(pattern, length, len(heads)) for pattern, heads in self.groups):
             bias = bias_of_heads(self.groups, length, q.dtype)  # one call for all heads instead of one for each kind
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         for pattern, heads in self.groups:
             some = slice(None) if len(heads) == self.num_heads else as_slice(heads)
             part = q[:, some], k[:, some], v[:, some]
-            if self.config._attn_implementation == "flex_attention" and not dropout:
+            blocks = table[some] if table is not None and pattern.num_random_blocks else None
+            marked, tokens = sequence.global_mask, sequence.global_tokens
+            if not self.takes_marks(pattern):
+                marked = tokens = None
+            if self.config._attn_implementation == "flex_attention" and not dropout and blocks is None:
                 out = flex_sparse_attention(*part, pattern, keep, marked, sequence.block_masks)
             elif traced:
-                out = blocked_attention(*part, pattern, keep, marked, dropout)
+                out = blocked_attention(*part, pattern, keep, marked, dropout, blocks, self.global_rows)
             else:
-                out = sparse_attention(*part, pattern, sequence.lengths, sequence.global_tokens, dropout)
+                out = sparse_attention(*part, pattern, sequence.lengths, tokens, dropout, blocks, self.global_rows)
             mixed.append(out)
         return in_order(self.groups, mixed)
 
     def allowed(self, sequence: SequenceInfo, key_positions: Tensor) -> Tensor:
-        """The dense mask of all heads, (b, h or 1, n, m), from the positions of queries and keys."""
+        """The dense mask of all heads, (b, h or 1, n, m), from the positions of queries and keys.
+
+        Bool, or int64 where stored random blocks may give a query a key several times.
+        """
         i, j = sequence.positions[:, None, :, None], key_positions[:, None, None, :]
+        lengths = (j.flatten(1).amax(1) + 1).clamp(min=1)  # real tokens of each row
         masks = []
         for pattern, heads in self.groups:
+            table = self.random_blocks if pattern.num_random_blocks else None
+            drawn = replace(pattern, num_random_blocks=0) if table is not None else pattern
             head = torch.arange(len(heads) if pattern.num_random_blocks else 1, device=i.device)[:, None, None]
-            if pattern.num_random_blocks:  # the draw depends on how many blocks a row has
-                lengths = (j.flatten(1).amax(1) + 1).clamp(min=1).tolist()
-                rows = [pattern.allows(head, i[b], j[b], length) for b, length in enumerate(lengths)]
+            if drawn.depends_on_length:
+                rows = [drawn.allows(head, i[b], j[b], length) for b, length in enumerate(lengths.tolist())]
                 allowed = torch.stack(rows)
             else:
-                allowed = pattern.allows(head, i, j, 0)
+                allowed = drawn.allows(head, i, j, 0)
+            if sequence.global_mask is not None and self.takes_marks(pattern):
+                allowed = allowed | sequence.global_mask[:, None, :, None] | sequence.global_mask[:, None, None, :]
+            if table is not None:  # global tokens read everything once
+                times = times_drawn(table[list(heads)].to(i.device), head, i, j, pattern.block_size)
+                allowed = allowed + times * ~pattern.is_global(i, lengths[:, None, None, None])
             masks.append(allowed if len(self.groups) == 1 else allowed.expand(-1, len(heads), -1, -1))
         mask = in_order(self.groups, masks)
-        if sequence.global_mask is not None:
-            mask = mask | sequence.global_mask[:, None, :, None] | sequence.global_mask[:, None, None, :]
-        return mask & (i >= 0) & (j >= 0)
+        return mask * ((i >= 0) & (j >= 0))
 
 
 Groups = tuple[tuple[AttentionPattern, tuple[int, ...]], ...]

@@ -122,12 +122,13 @@ class EtBlock(GradientCheckpointingLayer):
 
 
 class EtPooler(nn.Module):
-    """One vector per sequence: its mean, first or last real token, then BERT's dense layer and tanh."""
+    """One vector per sequence: its mean, first or last real token, then BERT's dense layer and (there) tanh."""
 
     def __init__(self, config: EtConfig):
         super().__init__()
         self.pooling = config.classifier_pooling
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.pooler_act]
 
     def forward(self, hidden: Tensor, keep: Tensor | None) -> Tensor:
         if keep is None:
@@ -140,7 +141,7 @@ class EtPooler(nn.Module):
             case "last":
                 last = (keep * torch.arange(keep.shape[1], device=hidden.device)).argmax(1)
                 pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        return torch.tanh(self.dense(pooled))
+        return self.activation(self.dense(pooled))
 
 
 @dataclass

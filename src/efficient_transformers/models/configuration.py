@@ -29,6 +29,7 @@ class EtConfig(PreTrainedConfig):
         hidden_dropout_prob, attention_probs_dropout_prob: as in BERT.
         classifier_dropout: in front of a classifier; None takes hidden_dropout_prob.
         classifier_pooling: what a sequence is judged by: the mean of its tokens, its first (`cls`) or its last one.
+        pooler_act: activation behind the pooler's dense layer, a name that transformers knows.
         is_decoder: causal attention, everywhere in the model. `…ForCausalLM` sets it.
         use_cache: let a causal model return its cache.
     """
@@ -44,15 +45,16 @@ class EtConfig(PreTrainedConfig):
     hidden_act: str = "gelu"
     max_position_embeddings: int = 4096
     position_embedding_type: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
-    rope_theta: float = 10000.0
+    rope_theta: float | int = 10000.0
     type_vocab_size: int = 2
     norm_first: bool = True
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.0
-    classifier_dropout: float | None = None
+    layer_norm_eps: float | int = 1e-12
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.0
+    classifier_dropout: float | int | None = None
     classifier_pooling: Literal["mean", "cls", "last"] = "mean"
-    initializer_range: float = 0.02
+    pooler_act: str = "tanh"
+    initializer_range: float | int = 0.02
     tie_word_embeddings: bool = True
     is_decoder: bool = False
     use_cache: bool = True

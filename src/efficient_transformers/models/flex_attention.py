@@ -1,6 +1,5 @@
 """Softmax attention over a drawn pattern by FlexAttention, torch's compiled block-sparse kernel; meant for CUDA."""
 
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -38,21 +37,19 @@ def flex_sparse_attention(
     block_masks = {} if block_masks is None else block_masks
     key = (pattern, num_heads)
     if key not in block_masks:
+        rows, size = [length] * batch if keep is None else keep.sum(1).tolist(), pattern.block_size
         drawn = torch.empty(0)
-        rows = [length] * batch if keep is None else keep.sum(1).tolist()
         if pattern.num_random_blocks:
-            most = -(-length // pattern.random_block_size)
-            tables = [pattern.random_blocks(num_heads, -(-row // pattern.random_block_size)) for row in rows]
+            tables = [pattern.random_blocks(num_heads, -(-row // size)) for row in rows]
+            most = -(-length // size)
             drawn = torch.stack([F.pad(t, (0, 0, 0, most - t.shape[1]), value=-1) for t in tables]).to(q.device)
-        base = replace(pattern, num_random_blocks=0)
         real = torch.tensor(rows, device=q.device)
 
         def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            allowed = base.in_window(i, j) | base.is_global(i) | base.is_global(j)
+            allowed = pattern.in_window(i, j) | pattern.is_global(i, real[b]) | pattern.is_global(j, real[b])
             if global_mask is not None:
                 allowed = allowed | global_mask[b, i] | global_mask[b, j]
             for draw in range(pattern.num_random_blocks):
-                size = pattern.random_block_size
                 allowed = allowed | (drawn[b, h, i // size, draw] == j // size)
             if pattern.causal:
                 allowed = allowed & (j <= i)

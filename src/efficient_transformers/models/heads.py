@@ -32,13 +32,23 @@ class Head:
     model: PreTrainedModel
 
     def __init__(self, config: EtConfig):
+        config = self.own_config(config)
         super().__init__(config)  # type: ignore[call-arg]
         self.model = self.model_class(config, add_pooling_layer=self.pools)  # type: ignore[call-arg]
         self.add_head(config)
         self.post_init()  # type: ignore[attr-defined]
 
+    @classmethod
+    def own_config(cls, config: EtConfig) -> EtConfig:
+        """The config this head works with: the one given, or a copy in which the head has settled something."""
+        return config
+
     def add_head(self, config: EtConfig) -> None:
         raise NotImplementedError
+
+    def mark(self, input_ids: Tensor | None, marked: Tensor | None) -> Tensor | None:
+        """The global_attention_mask: what the caller gave, or this head's own choice, (b, n) or None."""
+        return marked
 
     def classifier_dropout(self, config: EtConfig) -> nn.Dropout:
         rate = config.classifier_dropout
@@ -87,9 +97,11 @@ class ForMaskedLM(Head):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
-        outputs = self.model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        outputs = self.model(*inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), **kwargs)
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
@@ -107,11 +119,14 @@ class ForCausalLM(Head):
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
 
-    def __init__(self, config: EtConfig):
-        if not config.is_decoder:
-            config = deepcopy(config)
-            config.is_decoder = True
-        super().__init__(config)
+    @classmethod
+    def own_config(cls, config: EtConfig) -> EtConfig:
+        config = super().own_config(config)
+        if config.is_decoder:
+            return config
+        config = deepcopy(config)
+        config.is_decoder = True
+        return config
 
     def add_head(self, config: EtConfig) -> None:
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -184,9 +199,11 @@ class ForSequenceClassification(Classifier):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        outputs = self.model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        outputs = self.model(*inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output))
         loss = None
         if labels is not None:
@@ -208,9 +225,11 @@ class ForTokenClassification(Classifier):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
-        outputs = self.model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        outputs = self.model(*inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), **kwargs)
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else self.loss_function(logits, labels, self.config)  # type: ignore[attr-defined]
         return TokenClassifierOutput(
@@ -234,9 +253,11 @@ class ForQuestionAnswering(Head):
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
-        outputs = self.model(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        outputs = self.model(*inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), **kwargs)
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
@@ -268,13 +289,16 @@ class ForMultipleChoice(Head):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> MultipleChoiceModelOutput:
         first = inputs_embeds if input_ids is None else input_ids
         if first is None or first.dim() < 3:
             raise ValueError("multiple choice takes inputs of shape (batch, choices, length): add the axis of choices.")
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        outputs = self.model(*(None if x is None else x.flatten(0, 1) for x in inputs), **kwargs)
+        marked = self.mark(input_ids, global_attention_mask)
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, marked
+        *inputs, marked = (None if x is None else x.flatten(0, 1) for x in inputs)
+        outputs = self.model(*inputs, global_attention_mask=marked, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(first.shape[:2])
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return MultipleChoiceModelOutput(

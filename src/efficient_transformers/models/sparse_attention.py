@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .patterns import AttentionPattern
-from .tiles import Tile, as_bias, load, tiles, windows
+from .tiles import Tile, as_bias, columns_of, load, tiles, windows
 
 # What a turn of the loop costs beyond its products, and the loop to begin with, in entries of a weight matrix, by
 # measurement. They decide when a sequence is so short that one dense product is cheaper; none above ALWAYS_LONG is.
@@ -27,19 +27,24 @@ def sparse_attention(
     lengths: Sequence[int] | None = None,
     global_tokens: Sequence[tuple[int, ...]] | None = None,
     dropout: float = 0.0,
+    random_blocks: Tensor | None = None,
+    global_rows: bool = True,
 ) -> Tensor:
     r"""Softmax over the keys of a pattern, O(n·w·d) for a window w; `AttentionPattern` has the formula.
 
     `q`, `k`, `v` (b, h, n, d), best as the transposed view of (b, n, h, d) memory: then nothing is copied. `lengths`
     counts the real tokens of each row, the rest is padding on the right; None means all n. `global_tokens` adds
-    positions to the pattern's own, row by row.
+    positions to the pattern's own, row by row. `random_blocks` (h, blocks, r) int64 takes the place of the pattern's
+    draw: each entry is one read of that block, whatever else reads it, a negative one is none. Without `global_rows`
+    the caller computes what global tokens read, and their rows here mean nothing.
     Returns (b, h, n, d) in `v.dtype`, zeros at padding. Products run in the input's dtype, the softmax inside is
     float32 or wider.
     """
     batch, _, length, _ = q.shape
     rows = [length] * batch if lengths is None else list(lengths)
     patterns = [pattern] * batch if global_tokens is None else [pattern.with_global(t) for t in global_tokens]
-    if len(set(zip(rows, patterns, strict=True))) == 1 and is_short(patterns[0], rows[0], q.shape[1]):
+    alike = random_blocks is None and len(set(zip(rows, patterns, strict=True))) == 1
+    if alike and is_short(patterns[0], rows[0], q.shape[1]):
         return dense_attention(q, k, v, patterns[0], rows[0], dropout)
     if pattern.is_full:
         # row by row at its own length rather than under a mask; split, because slices of a batch would each fill a
@@ -47,7 +52,7 @@ def sparse_attention(
         by_row = zip(q.split(1), k.split(1), v.split(1), rows, strict=True)
         return torch.cat([dense_attention(x, y, z, pattern, real, dropout) for x, y, z, real in by_row])
     seed = int(torch.randint(2**62, ())) if dropout else 0
-    return TiledAttention.apply(q, k, v, patterns, rows, dropout, seed)  # type: ignore[return-value]
+    return TiledAttention.apply(q, k, v, patterns, rows, dropout, seed, random_blocks, global_rows)  # type: ignore[return-value]
 
 
 def dense_attention(
@@ -80,7 +85,8 @@ def is_short(pattern: AttentionPattern, length: int, num_heads: int) -> bool:
         return True
     if length > ALWAYS_LONG:
         return False
-    others = len(pattern.global_tokens) + pattern.num_random_blocks * pattern.random_block_size
+    others = sum(stop - start for start, stop in pattern.global_spans(length))
+    others += pattern.num_random_blocks * pattern.block_size
     entries = turns = 0
     for queries, keys in windows(pattern, length, num_heads, torch.float32):
         entries += queries.count * queries.size * (others + (1 if pattern.window == 0 else keys.size))
@@ -105,14 +111,16 @@ class TiledAttention(torch.autograd.Function):
         lengths: list[int],
         dropout: float,
         seed: int,
+        random_blocks: Tensor | None = None,
+        global_rows: bool = True,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.settings = patterns, lengths, dropout, seed
+        ctx.settings = patterns, lengths, dropout, seed, random_blocks, global_rows
         out = torch.empty_like(q) if min(lengths) == q.shape[2] else torch.zeros_like(q)
         scale, masks = q.shape[-1] ** -0.5, DropoutMasks(dropout, seed, q.device)
-        for row, tile, head in tiles_of_batch(patterns, lengths, q):
+        for row, tile, head in tiles_of_batch(patterns, lengths, q, random_blocks, global_rows):
             keys = [load(read.keys, k[row], head) for read in tile.reads]
-            whole, weights = tile.weights(tile.queries.of(q[row], head) * scale, keys)
+            whole, weights = tile.weights(tile.queries.of(q[row], head) * scale, keys, head)
             if dropout:
                 whole *= masks.like(whole)
             mixed = [r.mix(w, load(r.keys, v[row], head)) for r, w in zip(tile.reads, weights, strict=True)]
@@ -123,25 +131,26 @@ class TiledAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         q, k, v = ctx.saved_tensors
-        patterns, lengths, dropout, seed = ctx.settings
+        patterns, lengths, dropout, seed, random_blocks, global_rows = ctx.settings
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
         scale, masks = q.shape[-1] ** -0.5, DropoutMasks(dropout, seed, q.device)
         grad_local = grad
-        if any(pattern.global_tokens for pattern in patterns):
-            grad_local = grad.clone()  # the rows of global tokens come from their own tile alone
-            for row, (pattern, length) in enumerate(zip(patterns, lengths, strict=True)):
-                grad_local[row, :, [token for token in pattern.global_tokens if token < length]] = 0
-        for row, tile, head in tiles_of_batch(patterns, lengths, q):
+        spans = [pattern.global_spans(length) for pattern, length in zip(patterns, lengths, strict=True)]
+        if global_rows and any(spans):
+            grad_local = grad.clone()  # the rows of global tokens come from their own tiles alone
+            for row, start, stop in ((row, *span) for row, of_row in enumerate(spans) for span in of_row):
+                grad_local[row, :, start:stop] = 0
+        for row, tile, head in tiles_of_batch(patterns, lengths, q, random_blocks, global_rows):
             queries = tile.queries.of(q[row], head) * scale
             keys = [load(read.keys, k[row], head) for read in tile.reads]
-            whole, weights = tile.weights(queries, keys)
+            whole, weights = tile.weights(queries, keys, head)
             grad_out = load(tile.queries, (grad if tile.is_global else grad_local)[row], head)
             grad_whole, grad_scores = tile.dot(grad_out, [load(read.keys, v[row], head) for read in tile.reads])
             used = weights
             if dropout:
                 mask = masks.like(whole)
                 grad_whole *= mask
-                used = (whole * mask).split([w.shape[-1] for w in weights], -1)
+                used = columns_of(whole * mask, [weight.shape[-1] for weight in weights])
             for read, weight in zip(tile.reads, used, strict=True):
                 read.add(grad_v[row], head, weight, grad_out)
             softmax_backward_(grad_whole, whole)
@@ -149,15 +158,15 @@ class TiledAttention(torch.autograd.Function):
                 read.add(grad_k[row], head, grad_score, queries)
             mixed = [r.mix(g, key) for r, g, key in zip(tile.reads, grad_scores, keys, strict=True)]
             tile.queries.add(grad_q[row], head, sum(mixed[1:], mixed[0]))
-        return grad_q.mul_(scale), grad_k, grad_v, None, None, None, None
+        return grad_q.mul_(scale), grad_k, grad_v, *[None] * 6
 
 
 def tiles_of_batch(
-    patterns: list[AttentionPattern], lengths: list[int], q: Tensor
+    patterns: list[AttentionPattern], lengths: list[int], q: Tensor, random_blocks: Tensor | None, global_rows: bool
 ) -> Iterator[tuple[int, Tile, int | None]]:
     """(row, tile, head) of all products of a batch."""
     for row, (pattern, length) in enumerate(zip(patterns, lengths, strict=True)):
-        for tile in tiles(pattern, length, q.shape[1], q.dtype, q.device):
+        for tile in tiles(pattern, length, q.shape[1], q.dtype, q.device, random_blocks, global_rows):
             for head in tile.heads(q.shape[1]):
                 yield row, tile, head
 

@@ -17,6 +17,14 @@ from .patterns import AttentionPattern
 # Entries of the weight matrices of a run of tiles, by measurement: enough to keep the products busy, few enough to stay
 # in the cache.
 RUN_ENTRIES = 2**19
+# Columns of a weight matrix come in whole vectors of so many numbers: a softmax over 321 columns takes half as long
+# again as one over 336.
+VECTOR = 16
+
+
+# Stretches of global tokens beyond which one gather is cheaper than a product for each.
+MANY_SPANS = 4
+Spans = tuple[tuple[int, int], ...]  # (start, stop), ascending
 
 
 class Span(NamedTuple):
@@ -85,10 +93,17 @@ class Index(NamedTuple):
 
 
 class Patch(NamedTuple):
-    """A bias, 0 or -inf, on some columns of a read; broadcastable to (…, queries, columns)."""
+    """A bias, 0 or -inf, on some columns of a read; broadcastable to (…, queries, columns).
+
+    `by_head`: its first axis is the head, and for a run the second one the tile.
+    """
 
     columns: slice
     bias: Tensor
+    by_head: bool = False
+
+    def of(self, head: int | None) -> Tensor:
+        return self.bias if head is None or not self.by_head else self.bias[head]
 
 
 @dataclass(frozen=True)
@@ -147,22 +162,33 @@ class Tile:
         """A single tile does all heads in one product, a run all its tiles, head by head."""
         return range(num_heads) if self.queries.count > 1 else (None,)
 
-    def dot(self, left: Tensor, rows: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Products of the queries' `left` with the rows of all reads: one matrix, and its columns by read."""
+    def dot(self, left: Tensor, rows: list[Tensor], fill: float = 0.0) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Products of the queries' `left` with the rows of all reads: one matrix, and its columns by read.
+
+        The matrix is as wide as whole vectors are; the columns beyond the reads hold `fill`.
+        """
         widths = [read.width(row) for read, row in zip(self.reads, rows, strict=True)]
-        whole = left.new_empty(*left.shape[:2], sum(widths))
-        columns = whole.split(widths, -1) if len(widths) > 1 else (whole,)
+        total = sum(widths)
+        whole = left.new_empty(*left.shape[:2], round_up(total, VECTOR) if len(widths) > 1 else total)
+        if whole.shape[-1] > total:
+            whole[..., total:] = fill
+        columns = columns_of(whole, widths)
         for read, row, out in zip(self.reads, rows, columns, strict=True):
             read.dot(left, row, out)
         return whole, columns
 
-    def weights(self, queries: Tensor, keys: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def weights(self, queries: Tensor, keys: list[Tensor], head: int | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """softmax(q·k) over all reads together, as `dot`. `queries` are scaled already."""
-        whole, columns = self.dot(queries, keys)
+        whole, columns = self.dot(queries, keys, float("-inf"))
         for read, scores in zip(self.reads, columns, strict=True):
             for patch in read.patches:
-                scores[..., patch.columns].add_(patch.bias)  # `+=` would write the columns a second time
+                scores[..., patch.columns].add_(patch.of(head))  # `+=` would write the columns a second time
         return torch.softmax(whole, -1, out=whole), columns
+
+
+def columns_of(whole: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
+    """The columns of each read, as views; `whole` may be wider than they are together."""
+    return whole[..., : sum(widths)].split(widths, -1) if len(widths) > 1 else (whole,)
 
 
 def load(positions: Span | Index, x: Tensor, head: int | None) -> Tensor:
@@ -173,47 +199,69 @@ def load(positions: Span | Index, x: Tensor, head: int | None) -> Tensor:
 
 def tile_size(pattern: AttentionPattern, dtype: torch.dtype) -> int:
     """Queries per tile, by measurement: large enough for a fast product, small enough to skip most of the zeros."""
-    if pattern.num_random_blocks:
-        return pattern.random_block_size  # one draw per tile
+    if pattern.num_random_blocks or pattern.in_blocks:
+        return pattern.block_size  # one draw per tile
     if pattern.window == 0:
         return 1024
     return 128 if dtype in (torch.bfloat16, torch.float16) else 64  # half precision multiplies faster than it starts
 
 
 def tiles(
-    pattern: AttentionPattern, length: int, num_heads: int, dtype: torch.dtype, device: torch.device
+    pattern: AttentionPattern,
+    length: int,
+    num_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    random_blocks: Tensor | None = None,
+    global_rows: bool = True,
 ) -> Iterator[Tile]:
-    """The tiles that make up a pattern over `length` tokens; rows of global tokens last, in a tile of their own."""
-    tokens = tuple(token for token in pattern.global_tokens if token < length)
+    """The tiles that make up a pattern over `length` tokens; rows of global tokens last, in tiles of their own.
+
+    `random_blocks` (h, blocks, r) takes the place of the pattern's draw: each entry is one read of that block, whatever
+    else reads it; negative ones are none. Without `global_rows`, global tokens read as all others do.
+    """
+    spans = pattern.global_spans(length)
     for run in windows(pattern, length, num_heads, dtype):
-        alike, drawn = not (tokens and is_near(pattern, run[0], tokens)), None
-        if pattern.num_random_blocks:
-            drawn = random_read(pattern, run[0], length, num_heads, dtype, device)
-            alike = alike and not drawn.patches
-        for queries, keys in [run] if alike else one_by_one(*run):
-            if pattern.window == 0:
+        for queries, keys in apart(pattern, *run, spans):
+            if pattern.window == 0 and not pattern.in_blocks:
                 reads: list[Read] = [OwnRead(queries)]
             else:
                 offset = (queries.start - keys.start) // queries.step
-                patches = band(queries.size, keys.size, offset, pattern.window, pattern.causal, dtype, device)
-                reads = [Read(keys, patches)]
-            if tokens:
-                reads.append(global_read(pattern, queries, tokens, dtype, device))
-            if drawn is not None:
-                whole = queries == run[0]
-                reads.append(drawn if whole else random_read(pattern, queries, length, num_heads, dtype, device))
+                window = None if pattern.in_blocks else pattern.window
+                reads = [Read(keys, band(queries.size, keys.size, offset, window, pattern.causal, dtype, device))]
+            if spans:
+                reads.extend(global_reads(pattern, queries, spans, dtype, device))
+            if pattern.num_random_blocks:
+                reads.append(random_read(pattern, queries, length, num_heads, dtype, device, random_blocks))
             yield Tile(queries, tuple(reads))
-    if tokens:
-        patches = ()
-        if pattern.causal:
-            allowed = torch.arange(length, device=device) <= torch.tensor(tokens, device=device)[:, None]
-            patches = (Patch(slice(None), as_bias(allowed, dtype)),)
-        yield Tile(as_positions(tokens, 1, device), (Read(Span(0, length), patches),), is_global=True)
+    if spans and global_rows:
+        yield from tiles_of_global(pattern, spans, length, num_heads, dtype, device)
+
+
+def tiles_of_global(
+    pattern: AttentionPattern, spans: Spans, length: int, num_heads: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[Tile]:
+    """The rows of global tokens against the whole sequence."""
+    together = max(16, RUN_ENTRIES // (num_heads * length))
+    for queries in as_positions(spans, 1, device):
+        parts = [queries]
+        if isinstance(queries, Span):
+            firsts = range(queries.start, queries.stop, together)
+            parts = [Span(first, min(together, queries.stop - first)) for first in firsts]
+        for part in parts:
+            patches = ()
+            if pattern.causal:
+                i = torch.arange(part.start, part.stop, device=device) if isinstance(part, Span) else part.positions
+                allowed = torch.arange(length, device=device) <= i[:, None]
+                patches = (Patch(slice(None), as_bias(allowed, dtype)),)
+            yield Tile(part, (Read(Span(0, length), patches),), is_global=True)
 
 
 def windows(pattern: AttentionPattern, length: int, num_heads: int, dtype: torch.dtype) -> Iterator[tuple[Span, Span]]:
     """Queries and the keys in their windows; equal tiles in runs, where one tile of all heads is a small product."""
-    size, step = tile_size(pattern, dtype), pattern.dilation
+    size, step, reach = tile_size(pattern, dtype), pattern.dilation, pattern.window
+    if pattern.in_blocks and reach is not None:
+        reach *= size
     longer = length % step
     # residue classes modulo the dilation: those with one token more, then the others; without one, the sequence
     for residue, classes in ((0, longer), (longer, step - longer)):
@@ -221,8 +269,8 @@ def windows(pattern: AttentionPattern, length: int, num_heads: int, dtype: torch
         pairs = []
         for start in range(0, count, size):
             stop = min(start + size, count)
-            first = 0 if pattern.window is None else max(0, start - pattern.window)
-            last = count if pattern.window is None else min(count, stop + pattern.window)
+            first = 0 if reach is None else max(0, start - reach)
+            last = count if reach is None else min(count, stop + reach)
             last = stop if pattern.causal else last
             spans = ((start, stop - start), (first, last - first))
             pairs.append([Span(residue + begin * step, width, step, classes, 1) for begin, width in spans])
@@ -231,7 +279,7 @@ def windows(pattern: AttentionPattern, length: int, num_heads: int, dtype: torch
             groups = [list(group) for _, group in shapes]
             pairs = [[span._replace(count=len(group), hop=size) for span in group[0]] for group in groups]
         for queries, keys in pairs:
-            entries = queries.size * (1 if pattern.window == 0 else keys.size)
+            entries = queries.size * (1 if reach == 0 and not pattern.in_blocks else keys.size)
             together = 1 if num_heads * entries > RUN_ENTRIES else RUN_ENTRIES // entries
             for tile in range(0, queries.count, together):
                 part = min(together, queries.count - tile)
@@ -243,9 +291,16 @@ def part_of(run: Span, tile: int, count: int) -> Span:
     return run._replace(start=run.start + tile * run.hop, count=count)
 
 
-def one_by_one(queries: Span, keys: Span) -> Iterator[tuple[Span, Span]]:
-    for tile in range(queries.count):
-        yield part_of(queries, tile, 1), part_of(keys, tile, 1)
+def apart(pattern: AttentionPattern, queries: Span, keys: Span, spans: Spans) -> Iterator[tuple[Span, Span]]:
+    """A run cut into the tiles near a global token, which need a mask of their own, and runs of the others."""
+    near = [any(is_near(pattern, part_of(queries, t, 1), *span) for span in spans) for t in range(queries.count)]
+    start = 0
+    for is_near_one, tiles_alike in groupby(near):
+        count = len(list(tiles_alike))
+        step = 1 if is_near_one else count
+        for tile in range(start, start + count, step):
+            yield part_of(queries, tile, step), part_of(keys, tile, step)
+        start += count
 
 
 @lru_cache(maxsize=256)
@@ -275,51 +330,60 @@ def band(
     return tuple(Patch(columns, as_bias(allowed(key[columns]), dtype)) for columns, allowed in patches)
 
 
-def round_up(width: int) -> int:
-    """Columns of a patch in whole vectors: a sum over 127 columns in bfloat16 takes three times that over 128."""
-    return -(-width // 32) * 32
+def round_up(width: int, to: int = 32) -> int:
+    """Columns in whole vectors: a sum over 127 columns in bfloat16 takes three times that over 128."""
+    return -(-width // to) * to
 
 
-def is_near(pattern: AttentionPattern, queries: Span, tokens: tuple[int, ...]) -> bool:
-    """May a window of these queries hold a global token, or causality forbid them one?"""
-    if pattern.window is None or (pattern.causal and tokens[-1] > queries.start):
+def is_near(pattern: AttentionPattern, queries: Span, start: int, stop: int) -> bool:
+    """May a window of these queries hold one of the global tokens start … stop, or causality forbid them one?"""
+    if pattern.window is None or (pattern.causal and stop > queries.start + 1):
         return True
-    reach = pattern.window * pattern.dilation
-    return any(queries.start - reach <= token < queries.stop + reach for token in tokens)
+    reach = pattern.window * (pattern.block_size if pattern.in_blocks else pattern.dilation)
+    return queries.start - reach < stop and start < queries.stop + reach
 
 
-def global_read(
-    pattern: AttentionPattern, queries: Span, tokens: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Read:
+def global_reads(
+    pattern: AttentionPattern, queries: Span, spans: Spans, dtype: torch.dtype, device: torch.device
+) -> Iterator[Read]:
     """The columns of the global tokens, less those the window reads already."""
-    patches = ()
-    if is_near(pattern, queries, tokens):
+    for tokens in as_positions(spans, queries.count, device):
+        near = [span for span in spans if is_near(pattern, queries, *span)]
+        if not near or (isinstance(tokens, Span) and not is_near(pattern, queries, tokens.start, tokens.stop)):
+            yield Read(tokens)
+            continue
         i = torch.arange(queries.start, queries.stop, queries.step, device=device)[:, None]
-        j = torch.tensor(tokens, device=device)
+        j = torch.arange(tokens.start, tokens.stop, device=device) if isinstance(tokens, Span) else tokens.positions
         allowed = ~pattern.in_window(i, j)
-        patches = (Patch(slice(None), as_bias(allowed & (j <= i) if pattern.causal else allowed, dtype)),)
-    return Read(as_positions(tokens, queries.count, device), patches)
+        allowed = allowed & (j <= i) if pattern.causal else allowed
+        if bool(allowed.any()):
+            yield Read(tokens, (Patch(slice(None), as_bias(allowed, dtype)),))
 
 
 def random_read(
-    pattern: AttentionPattern, queries: Span, length: int, num_heads: int, dtype: torch.dtype, device: torch.device
+    pattern: AttentionPattern,
+    queries: Span,
+    length: int,
+    num_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    table: Tensor | None,
 ) -> Read:
     """The blocks drawn for the blocks that `queries` are. Drawn blocks lie outside the window, so only a global token,
     the end of the sequence and a draw from too few have to be masked."""
-    size = pattern.random_block_size
-    drawn = pattern.random_blocks(num_heads, -(-length // size)).to(device)
+    size = pattern.block_size
+    drawn = pattern.random_blocks(num_heads, -(-length // size)).to(device) if table is None else table
     drawn = drawn[:, queries.start // size :][:, : queries.count]  # (h, count, blocks)
     keys = (drawn[..., None] * size + torch.arange(size, device=device)).flatten(2)  # (h, count, m); negative: none
     allowed = (keys >= 0) & (keys < length)
-    if pattern.global_tokens:
-        allowed &= ~pattern.is_global(keys)
+    if pattern.global_tokens and table is None:
+        allowed &= ~pattern.is_global(keys, length)
     positions = keys.clamp(0, length - 1)
+    bias = None if bool(allowed.all()) else as_bias(allowed[:, :, None], dtype)
     if queries.count == 1:
-        positions, allowed = positions[:, 0], allowed[:, 0, None]
-    return Read(
-        Index(positions, queries.count),
-        () if bool(allowed.all()) else (Patch(slice(None), as_bias(allowed, dtype)),),
-    )
+        positions, bias = positions[:, 0], None if bias is None else bias[:, 0]
+    patches = () if bias is None else (Patch(slice(None), bias, by_head=True),)
+    return Read(Index(positions, queries.count), patches)
 
 
 def as_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -328,8 +392,8 @@ def as_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
 
 
-def as_positions(tokens: tuple[int, ...], count: int, device: torch.device) -> Span | Index:
-    """Ascending positions, as a span where they have no gap: that is a view."""
-    if tokens[-1] - tokens[0] == len(tokens) - 1:
-        return Span(tokens[0], len(tokens), count=count)
-    return Index(torch.tensor(tokens, device=device), count)
+def as_positions(spans: Spans, count: int, device: torch.device) -> list[Span | Index]:
+    """Global tokens as spans, which are views, or where they are scattered as one list of positions."""
+    if len(spans) <= MANY_SPANS:
+        return [Span(start, stop - start, count=count) for start, stop in spans]
+    return [Index(torch.cat([torch.arange(*span, device=device) for span in spans]), count)]
