@@ -70,17 +70,20 @@ def test_pipelines_run_on_saved_checkpoints(variant, tokenizer, tmp_path):
     assert len(answers) == 3
     assert all(answer["token_str"] in WORDS for answer in answers)
 
+    model = small(variant, "TokenClassification")
+    model.save_pretrained(tmp_path / "tags")
+    tokenizer.save_pretrained(tmp_path / "tags")
+    assert len(pipeline("token-classification", str(tmp_path / "tags"), device="cpu")("word1 good")) == 2
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS.values() if v.causal], ids=lambda variant: variant.slug)
+def test_generation_pipelines_run_on_saved_checkpoints(variant, tokenizer, tmp_path):
     model = small(variant, "CausalLM")
     model.save_pretrained(tmp_path / "clm")
     tokenizer.save_pretrained(tmp_path / "clm")
     generate = pipeline("text-generation", str(tmp_path / "clm"), device="cpu")
     texts = generate(["word1 word2", "word3"], max_new_tokens=4, batch_size=2, pad_token_id=0, do_sample=False)
     assert [len(text[0]["generated_text"].split()) for text in texts] > [2, 1]
-
-    model = small(variant, "TokenClassification")
-    model.save_pretrained(tmp_path / "tags")
-    tokenizer.save_pretrained(tmp_path / "tags")
-    assert len(pipeline("token-classification", str(tmp_path / "tags"), device="cpu")("word1 good")) == 2
 
 
 @every_variant
