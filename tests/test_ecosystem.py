@@ -14,6 +14,8 @@ from transformers import (
 )
 from zoo import SETTINGS, build
 
+from efficient_transformers import VARIANTS
+
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", *(f"word{i}" for i in range(50))]
 
 

@@ -105,10 +105,10 @@ class AttentionPattern:
     def in_window(self, i: Tensor, j: Tensor) -> Tensor:
         """Is key j inside the (dilated) window of query i? Broadcasts; causality is not looked at."""
         near = torch.ones_like(i - j, dtype=torch.bool)
-        if self.in_blocks:
-            near = (i // self.block_size - j // self.block_size).abs() <= self.window
-        elif self.window is not None:
-            near = (i - j).abs() <= self.window * self.dilation
+        if self.window is not None:
+            size = self.block_size
+            distance = (i // size - j // size if self.in_blocks else i - j).abs()
+            near = distance <= self.window * self.dilation
         return near if self.dilation == 1 else near & ((i - j) % self.dilation == 0)
 
     def is_global(self, i: Tensor, length: int | Tensor) -> Tensor:
