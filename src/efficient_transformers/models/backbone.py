@@ -17,7 +17,7 @@ from .attention import SequenceInfo, rotary_angles
 from .caching import prepare_cache
 from .checks import check_length, check_shape
 from .configuration import EtConfig
-from .packing import pack, packing_order, unpack
+from .packing import inverse, pack, packing_order, unpack
 
 
 class EtPreTrainedModel(PreTrainedModel):
@@ -172,7 +172,7 @@ class Packing:
         if self.num_external:
             weights = weights[:, :, self.num_external :, self.num_external if whole else 0 :]
         if self.order is not None:
-            back = self.order.argsort(1)[:, None, :, None]
+            back = inverse(self.order)[:, None, :, None]
             weights = weights.gather(2, back.expand_as(weights))
             if whole:
                 weights = weights.gather(3, back.transpose(2, 3).expand_as(weights))

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from .patterns import AttentionPattern
 
+TILE = 64  # queries of a tile where blocks do not say otherwise; it reads so many keys and the window on either side
+
 
 def blocked_attention(
     q: Tensor,
@@ -30,44 +32,40 @@ def blocked_attention(
     if pattern.is_full:
         return masked_attention(q, k, v, pattern, keep, dropout)
     step, reach, size = pattern.dilation, pattern.window, pattern.block_size
-    per_class = (length + step - 1) // step
+    per_class = (length + step - 1) // step  # tokens of a residue class modulo the dilation
     if reach is None:
         size, reach = per_class, 0
-    elif pattern.num_random_blocks and not pattern.in_blocks:
-        reach = -(-reach // size)
-    elif not pattern.in_blocks:
-        # a length that is traced as a symbol must not be compared
-        size = max(min(reach, per_class) if isinstance(length, int) else reach, 16)
-        reach = min(reach, 1)
-    count = (per_class + size - 1) // size
-    neighbours = range(1 + reach * (1 if pattern.causal else 2))
+    elif pattern.in_blocks:
+        reach *= size
+    elif not pattern.num_random_blocks:
+        size = TILE
+    # of a traced length one more, in one division: a count that may be 1 would be taken for 1
+    count = (per_class + (1 if isinstance(length, int) else 2) * size - 1) // size
+    device, last = q.device, length - 1
 
-    def fold(x: Tensor) -> Tensor:
-        """(…, n, d) -> (…, residue classes, blocks, size, d), zeros behind the end."""
-        x = F.pad(x, (0, 0, 0, step * count * size - length))
-        return x.unflatten(-2, (count, size, step)).movedim(-2, -4)
+    def tiles_of(x: Tensor, index: Tensor) -> Tensor:
+        """(b, …, n, d) -> (b, …, s, c, m, d) at `index` (s, c, m), clamped to the ends; those have to be masked."""
+        # selected by index, where folding a padded sequence would make a traced length a multiple of the tile
+        return x.index_select(-2, index.clamp(0, last).flatten()).unflatten(-2, (step, -1, index.shape[-1]))
 
-    def with_neighbours(x: Tensor) -> Tensor:
-        """(…, blocks, size, d) -> (…, blocks, keys, d)."""
-        x = F.pad(x, (0, 0, 0, 0, reach, 0 if pattern.causal else reach))
-        # concatenated rather than unfolded: torch.compile gave wrong gradients for overlapping windows
-        return torch.cat([x[..., i : i + count, :, :] for i in neighbours], -2)
-
-    position = torch.arange(length, device=q.device)
-    real = torch.ones(1, length, dtype=torch.bool, device=q.device) if keep is None else keep
-    i = fold(position[:, None])  # (s, c, size, 1)
-    j = with_neighbours(fold(position[:, None])).transpose(-1, -2)  # (s, c, 1, keys)
-    there = with_neighbours(fold(real[..., None].to(q.dtype))).transpose(-1, -2) > 0  # (b, s, c, 1, keys)
-    queries = fold(q * q.shape[-1] ** -0.5)  # (b, h, s, c, size, d)
+    within = torch.arange(count, device=device)[:, None] * size  # (c, 1), start of each tile in its class
+    residue = torch.arange(step, device=device)[:, None, None]
+    around = torch.arange(-reach, size + (0 if pattern.causal else reach), device=device)
+    queries_at = residue + step * (within + torch.arange(size, device=device))  # (s, c, size)
+    keys_at = residue + step * (within + around)  # (s, c, keys)
+    i, j = queries_at[..., None], keys_at[..., None, :]
+    real = torch.ones(1, length, dtype=torch.bool, device=device) if keep is None else keep
+    there = tiles_of(real[..., None], keys_at)[..., 0] & (keys_at >= 0) & (keys_at < length)  # (b, s, c, keys)
+    queries = tiles_of(q * q.shape[-1] ** -0.5, queries_at)  # (b, h, s, c, size, d)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
 
     def score(keys: Tensor, allowed: Tensor) -> Tensor:
         """q·k where allowed, (b, h, s, c, size, keys); `allowed` broadcasts to that."""
         return (queries @ keys.transpose(-1, -2)).to(wide).masked_fill(~allowed, torch.finfo(wide).min)
 
-    near = there & pattern.in_window(i, j)
-    scores = [score(with_neighbours(fold(k)), (near & (j <= i) if pattern.causal else near)[:, None])]
-    values = [with_neighbours(fold(v))]
+    near = there[..., None, :] & pattern.in_window(i, j)
+    scores = [score(tiles_of(k, keys_at), (near & (j <= i) if pattern.causal else near)[:, None])]
+    values = [tiles_of(v, keys_at)]
     tokens, present = global_positions(pattern, real, global_mask)  # (b, g)
     token_q = token_k = token_v = q
     if tokens is not None:
@@ -83,24 +81,26 @@ def blocked_attention(
             table = pattern.random_blocks(num_heads, count, (real.sum(1) + size - 1) // size)  # (b, h, c, r)
             free = real if tokens is None else real & ~marks_of(tokens, present, real)
         else:  # as they stand, whatever else reads them; behind the end of a table nothing is drawn
-            table = F.pad(random_blocks[:, :count], (0, 0, 0, count), value=-1)[None, :, :count].to(q.device)
-            free = real
-        blocks = table.expand(batch, -1, -1, -1).flatten(2).clamp(min=0)[..., None, None]  # (b, h, c·r, 1, 1)
+            row = torch.arange(count, device=device)
+            ends = row[:, None] >= random_blocks.shape[1]
+            table = random_blocks.to(device).index_select(1, row.clamp(max=random_blocks.shape[1] - 1))
+            table, free = table.masked_fill(ends, -1)[None], real
+        drawn_at = (table[..., None] * size + torch.arange(size, device=device)).flatten(-2)  # (b, h, c, r·size)
+        index = drawn_at.clamp(0, last).expand(batch, -1, -1, -1).flatten(2)[..., None]
 
         def drawn(x: Tensor) -> Tensor:
             """(b, h, n, d) -> (b, h, 1, c, r·size, d)."""
-            x = fold(x)[:, :, 0]
-            x = x.expand(-1, num_heads, -1, -1, -1).gather(2, blocks.expand(-1, -1, -1, size, x.shape[-1]))
-            return x.unflatten(2, (count, -1)).flatten(3, 4)[:, :, None]
+            x = x.expand(batch, num_heads, -1, -1).gather(2, index.expand(-1, -1, -1, x.shape[-1]))
+            return x.unflatten(2, (-1, drawn_at.shape[-1]))[:, :, None]
 
-        allowed = drawn(free[:, None, :, None].expand(batch, -1, -1, -1).to(q.dtype)).transpose(-1, -2) > 0
-        allowed = allowed & (table >= 0).repeat_interleave(size, -1)[:, :, None, :, None]
-        scores.append(score(drawn(k), allowed))
+        allowed = drawn(free[:, None, :, None])[..., 0] & ((drawn_at >= 0) & (drawn_at < length))[:, :, None]
+        scores.append(score(drawn(k), allowed[..., None, :]))
         values.append(drawn(v))
     weights = F.dropout(torch.cat(scores, -1).softmax(-1).to(v.dtype), dropout)
     parts = weights.split([score.shape[-1] for score in scores], -1)
     mixed = sum((part @ value for part, value in zip(parts[1:], values[1:], strict=True)), parts[0] @ values[0])
-    out = mixed.movedim(-4, -2).flatten(-4, -2)[:, :, :length]
+    position = torch.arange(length, device=device)
+    out = mixed.movedim(2, 4).flatten(2, 4).index_select(2, position)
 
     if tokens is not None and global_rows:
         reads = real[:, None, None] & present[:, None, :, None]
@@ -133,9 +133,14 @@ def global_positions(
     if global_mask is not None:
         position = torch.arange(length, device=real.device)
         marked = real & (global_mask | pattern.is_global(position, real.sum(1, keepdim=True)))
-        most = int(marked.sum(1).max())
-        there, tokens = marked.int().topk(most, dim=1, sorted=True)
-        return (tokens if most else None), there.bool()
+        most = marked.sum(1).max().item()
+        if torch.compiler.is_compiling():  # a number that only the data tells
+            torch._check(most >= 0)
+            torch._check(most <= length)
+        elif not most:
+            return None, marked
+        there, tokens = marked.int().topk(most, dim=1, sorted=True)  # type: ignore[reportArgumentType]
+        return tokens, there.bool()
     tokens = own.expand(batch, -1)
     if pattern.global_ends:
         size, offset = pattern.block_size, torch.arange(pattern.block_size, device=real.device)

@@ -101,7 +101,8 @@ class EtLongformerConfig(PatternConfig, EtConfig):
     def folds_global_rows(self, count: int) -> bool:
         """Are `count` global tokens so few that `folded_attention` is cheaper than two projections of everything?"""
         turned = self.position_embedding_type == "rotary"  # then keys differ by more than their hidden state
-        return not turned and count * (self.num_attention_heads - 1) < self.hidden_size
+        few = not isinstance(count, int) or count * (self.num_attention_heads - 1) < self.hidden_size  # or a symbol
+        return not turned and few
 
     def attention_patterns(self, layer: int) -> list[AttentionPattern]:
         window, causal = self.per_layer("attention_window", layer) // 2, self.is_decoder

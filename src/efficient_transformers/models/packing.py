@@ -10,7 +10,15 @@ from torch import Tensor
 
 def packing_order(keep: Tensor) -> Tensor:
     """Positions of the real tokens of each row, in order, then of the padding: (b, n) bool -> (b, n) int64."""
-    return torch.argsort(~keep, dim=1, stable=True)
+    # counted, not sorted: it is linear, and ONNX has no stable sort
+    real, padding = keep.long(), (~keep).long()
+    place = torch.where(keep, real.cumsum(1), real.sum(1, keepdim=True) + padding.cumsum(1)) - 1
+    return inverse(place)
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The permutation that undoes `order`, row by row: (b, n) -> (b, n)."""
+    return torch.zeros_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
 
 
 def pack(x: Tensor, order: Tensor) -> Tensor:
@@ -20,4 +28,4 @@ def pack(x: Tensor, order: Tensor) -> Tensor:
 
 def unpack(x: Tensor, order: Tensor) -> Tensor:
     """The inverse of `pack`."""
-    return pack(x, order.argsort(dim=1))
+    return pack(x, inverse(order))
