@@ -1,8 +1,10 @@
-"""Time and memory of one attention layer against length, side by side and interleaved.
+"""Time and memory of attention against length, side by side and interleaved.
 
-    python benchmarks/attention.py [--lengths 512 1024 …] [--dtypes float32 bfloat16] [--out docs/attention]
+    python benchmarks/attention.py [--suite layers] [--lengths 512 1024 …] [--dtypes float32 …] [--out docs/attention]
 
-One layer with its projections: hidden size 256, 4 heads, batch 1, no padding, weights and inputs drawn from a seed.
+`layers` compares the mixers of the zoo, one layer each with its projections; `peers` compares Longformer and BigBird
+with those of transformers in the same way, by window; `models` does so for whole encoders of 6 layers.
+Hidden size 256, 4 heads, batch 1, no padding, no dropout, weights and inputs drawn from a seed.
 Every repeat runs all contenders one after another, so that a slow moment of the machine meets all of them; what is
 compared are medians, and times relative to full attention through torch's SDPA in the same run.
 Writes <out>.json with every single time and a description of the machine, and <out>.md with the tables; lengths and
@@ -17,15 +19,17 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import LongformerConfig
+from transformers import BigBirdConfig, BigBirdModel, LongformerConfig, LongformerModel
+from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models.attention import PatternAttention, SequenceInfo
+from efficient_transformers.models.attention import SequenceInfo
 
 HIDDEN, HEADS = 256, 4
 YARDSTICK = "full"
@@ -38,6 +42,13 @@ OURS = {
     "mixed": ("mixed", {"head_patterns": ["local:128", "stride:64:2", "global:2", "random:3"]}),
 }
 PROJECTIONS, LONGFORMER = "projections alone", "transformers Longformer ±128"
+WINDOWS = (512, 256, 128)  # of Longformer, on both sides together; with one global token
+BIG_BIRD: dict[str, Any] = {"block_size": 64, "num_random_blocks": 3}
+LAYERS = 6
+THEIR_SIZES: dict[str, Any] = {
+    "hidden_size": HIDDEN, "num_attention_heads": HEADS, "intermediate_size": 4 * HIDDEN, "vocab_size": 128,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
 
 
 class Projections(nn.Module):
@@ -58,7 +69,7 @@ class Ours(nn.Module):
         sizes = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "max_position_embeddings": length}
         config = VARIANTS[slug].config_class(**sizes, **fields)
         config._attn_implementation = "sdpa"
-        self.layer = PatternAttention(config, 0)
+        self.layer = VARIANTS[slug].model_class().mixer_class(config, 0)  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
@@ -68,12 +79,9 @@ class Ours(nn.Module):
 class TheirLongformer(nn.Module):
     """transformers' layer with the first token global, and an output projection as the others have."""
 
-    def __init__(self, length: int):
+    def __init__(self, length: int, window: int):
         super().__init__()
-        config = LongformerConfig(
-            hidden_size=HIDDEN, num_attention_heads=HEADS, num_hidden_layers=1, attention_window=[256],
-            attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
+        config = LongformerConfig(**THEIR_SIZES, num_hidden_layers=1, attention_window=[window])
         self.layer, self.out = LongformerSelfAttention(config, 0), nn.Linear(HIDDEN, HIDDEN)
         mask = torch.zeros(1, length)
         mask[0, 0] = 10000
@@ -92,15 +100,84 @@ class TheirLongformer(nn.Module):
         return self.out(mixed)
 
 
-def contenders(length: int) -> dict[str, nn.Module]:
+class TheirBigBird(nn.Module):
+    """transformers' block-sparse layer, and an output projection as the others have."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        config = BigBirdConfig(**THEIR_SIZES, **BIG_BIRD, max_position_embeddings=length)
+        self.layer, self.out = BigBirdBlockSparseAttention(config, seed=0), nn.Linear(HIDDEN, HIDDEN)
+        masks = BigBirdModel.create_masks_for_block_sparse_attn(torch.ones(1, length), config.block_size)
+        for name, mask in zip(("blocked", "band", "rows", "columns"), masks, strict=True):
+            self.register_buffer(name, mask)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        masks = (self.band, self.rows, self.columns, self.blocked, self.blocked)
+        return self.out(self.layer(hidden, *masks)[0])
+
+
+class Model(nn.Module):
+    """A whole encoder, given hidden states."""
+
+    def __init__(self, model: nn.Module, **arguments: Tensor):
+        super().__init__()
+        self.model = model
+        for name, value in arguments.items():
+            self.register_buffer(name, value)
+        self.names = list(arguments)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.model(inputs_embeds=hidden, **{name: getattr(self, name) for name in self.names}).last_hidden_state
+
+
+def our_model(slug: str, length: int, **fields) -> Model:
+    sizes = {**THEIR_SIZES, "num_hidden_layers": LAYERS, "max_position_embeddings": length, "norm_first": False}
+    return Model(VARIANTS[slug].model_class()(VARIANTS[slug].config_class(**sizes, **fields), add_pooling_layer=False))  # type: ignore[call-arg]
+
+
+def first_is_global(length: int) -> Tensor:
+    return (torch.arange(length) == 0).long()[None]
+
+
+def mixers(length: int) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {PROJECTIONS: Projections()}
     layers |= {name: Ours(slug, fields, length) for name, (slug, fields) in OURS.items()}
     if length % 256 == 0:  # theirs pads to its window outside the layer
-        layers[LONGFORMER] = TheirLongformer(length)
+        layers[LONGFORMER] = TheirLongformer(length, 256)
     return layers
 
 
+def peers(length: int) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {PROJECTIONS: Projections(), YARDSTICK: Ours("full", {}, length)}
+    for window in WINDOWS:
+        fields = {"attention_window": window, "num_global_tokens": 1}
+        layers[f"Longformer {window}"] = Ours("longformer", fields, length)
+        layers[f"transformers Longformer {window}"] = TheirLongformer(length, window)
+    layers["BigBird"] = Ours("big_bird", BIG_BIRD, length)
+    layers["transformers BigBird"] = TheirBigBird(length)
+    return layers
+
+
+def models(length: int) -> dict[str, nn.Module]:
+    sizes, positions = {**THEIR_SIZES, "num_hidden_layers": LAYERS}, length + 2
+    whole: dict[str, nn.Module] = {YARDSTICK: our_model("full", length)}
+    for window in WINDOWS:
+        fields = {"attention_window": window, "num_global_tokens": 1}
+        whole[f"Longformer {window}"] = our_model("longformer", length, **fields)
+        config = LongformerConfig(**sizes, max_position_embeddings=positions, attention_window=window)
+        theirs = LongformerModel(config, add_pooling_layer=False)
+        whole[f"transformers Longformer {window}"] = Model(theirs, global_attention_mask=first_is_global(length))
+    whole["BigBird"] = our_model("big_bird", length, **BIG_BIRD)
+    config = BigBirdConfig(**sizes, **BIG_BIRD, max_position_embeddings=length)
+    whole["transformers BigBird"] = Model(BigBirdModel(config, add_pooling_layer=False))
+    return whole
+
+
+SUITES = {"layers": mixers, "peers": peers, "models": models}
+
+
 def run_forward(layer: nn.Module, hidden: Tensor) -> None:
+    layer.eval()
     with torch.no_grad():
         layer(hidden)
 
@@ -108,6 +185,7 @@ def run_forward(layer: nn.Module, hidden: Tensor) -> None:
 def run_training(layer: nn.Module, hidden: Tensor) -> None:
     """Forward and backward, to the inputs and all weights."""
     hidden = hidden.detach().requires_grad_()
+    layer.train()
     layer(hidden).sum().backward()
     layer.zero_grad()
 
@@ -147,11 +225,13 @@ def peak_megabytes(run: Callable[[], None], device: torch.device) -> float | Non
     return max(0, kilobytes("VmHWM") - before) / 2**10
 
 
-def measure(length: int, dtype: torch.dtype, device: torch.device, repeats: int, budget: float) -> list[dict]:
+def measure(
+    suite: str, length: int, dtype: torch.dtype, device: torch.device, repeats: int, budget: float
+) -> list[dict]:
     """Times of all contenders at one length: `repeats` rounds, fewer (at least 3) when `budget` seconds are over."""
     torch.manual_seed(0)
     hidden = torch.randn(1, length, HIDDEN, dtype=dtype, device=device)
-    layers = {name: layer.to(device, dtype) for name, layer in contenders(length).items()}
+    layers = {name: layer.to(device, dtype) for name, layer in SUITES[suite](length).items()}
     runs = {
         (name, mode): (lambda layer=layer, run=run: run(layer, hidden))
         for name, layer in layers.items()
@@ -223,6 +303,7 @@ def machine(device: torch.device) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default="layers", choices=SUITES)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384, 32768])
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
@@ -235,7 +316,7 @@ def main() -> None:
     device, rows = torch.device(arguments.device), []
     for length in arguments.lengths:
         for dtype in arguments.dtypes:
-            found = measure(length, getattr(torch, dtype), device, arguments.repeats, arguments.budget)
+            found = measure(arguments.suite, length, getattr(torch, dtype), device, arguments.repeats, arguments.budget)
             rows += found
             for mode in ("forward", "training"):
                 print("\n" + table(found, dtype, mode), flush=True)
