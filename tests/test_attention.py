@@ -109,7 +109,8 @@ def paint(painted, tile, head):
             if tile.is_global:
                 painted[where, queries[batch]] = 0
             columns = keys[batch][:, None] if isinstance(read, OwnRead) else keys[batch].expand(once[batch].shape)
-            painted[where, queries[batch]] += torch.zeros(len(columns), length).scatter_add(1, columns, once[batch])
+            pairs = torch.zeros(len(columns), length)
+            painted[where, queries[batch]] += pairs.scatter_add(1, columns, once[batch].expand(columns.shape))
 
 
 def test_dropout_is_the_same_in_forward_and_backward():

@@ -11,7 +11,7 @@ from .models import sparse_attention as engine
 from .models.attention import group_heads
 from .models.configuration import EtConfig
 from .models.patterns import AttentionPattern
-from .models.tiles import Index, OwnRead, Span, tiles
+from .models.tiles import OwnRead, tiles, width_of
 
 
 def pairs(pattern: AttentionPattern, length: int) -> int:
@@ -41,13 +41,8 @@ def tile_pairs(pattern: AttentionPattern, length: int, num_heads: int, global_ro
     for tile in tiles(pattern, length, num_heads, torch.float32, torch.device("cpu"), global_rows=global_rows):
         for read in tile.reads:
             if not isinstance(read, OwnRead):
-                total += tile.queries.count * size_of(tile.queries) * size_of(read.keys)
+                total += tile.queries.count * width_of(tile.queries) * width_of(read.keys)
     return total
-
-
-def size_of(positions: Span | Index) -> int:
-    """Positions of one tile in one head."""
-    return positions.size if isinstance(positions, Span) else positions.positions.shape[-1]
 
 
 def attention_flops(config: EtConfig, length: int) -> int:

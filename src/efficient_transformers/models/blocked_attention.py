@@ -113,6 +113,10 @@ def blocked_attention(
 
 def put_rows(x: Tensor, rows: Tensor, tokens: Tensor, present: Tensor) -> Tensor:
     """`x` (b, h, n, d) with `rows` (b, h, g, d) at positions `tokens` (b, g) that are `present`."""
+    if not torch.compiler.is_compiling():
+        row, number = present.nonzero(as_tuple=True)
+        values = rows[row, :, number].to(x.dtype)
+        return x.transpose(1, 2).index_put((row, tokens.expand_as(present)[row, number]), values).transpose(1, 2)
     length = x.shape[2]
     # tokens that are not there, where a row has fewer, are written behind the end and cut off
     target = torch.where(present, tokens, length)[:, None, :, None].expand_as(rows)

@@ -6,7 +6,8 @@ Nothing here knows about autograd; all positions are numbers, so a tile is a vie
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,7 @@ from .patterns import AttentionPattern
 # Entries of the weight matrices of a run of tiles, by measurement: enough to keep the products busy, few enough to stay
 # in the cache.
 RUN_ENTRIES = 2**19
-# Columns of a weight matrix come in whole vectors of so many numbers: a softmax over 321 columns takes half as long
-# again as one over 336.
-VECTOR = 16
+VECTOR = 16  # numbers that a processor works on at once
 
 
 # Stretches of global tokens beyond which one gather is cheaper than a product for each.
@@ -92,6 +91,48 @@ class Index(NamedTuple):
         return self.positions.expand(x.shape[0], -1)[..., None].expand(-1, -1, x.shape[-1])
 
 
+class Scratch:
+    """Memory for what lives as long as a turn of the loop, by name: touched once, where a tensor that is made anew in
+    each turn may be given back to the system and be faulted in again."""
+
+    def __init__(self):
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An uninitialised tensor of `shape`, in the dtype and on the device of `like`; ends the last one's life."""
+        size, buffer = prod(shape), self.buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self.buffers[name] = like.new_empty(size)
+        return buffer[:size].view(shape)
+
+
+class Joined(NamedTuple):
+    """Several positions side by side, copied: one large product is faster than some small ones.
+
+    Filled up to whole vectors with rows that have to be masked: a softmax over 321 columns takes half as long again as
+    one over 336.
+    """
+
+    parts: tuple["Span | Index", ...]
+    widths: tuple[int, ...]
+
+    @property
+    def filling(self) -> int:
+        filling = -sum(self.widths) % VECTOR
+        return filling if filling <= self.widths[0] else 0
+
+    def of(self, x: Tensor, head: int | None, scratch: "Scratch | None" = None, name: str = "") -> Tensor:
+        rows = [part.of(x, head) for part in self.parts]
+        if self.filling:
+            rows.append(rows[0][:, : self.filling])
+        shape = len(rows[0]), sum(self.widths) + self.filling, x.shape[-1]
+        return torch.cat(rows, 1, out=None if scratch is None else scratch.take(name, shape, x))
+
+    def add(self, x: Tensor, head: int | None, rows: Tensor) -> None:
+        for part, some in zip(self.parts, rows.split([*self.widths, self.filling], 1), strict=False):
+            part.add(x, head, some)
+
+
 class Patch(NamedTuple):
     """A bias, 0 or -inf, on some columns of a read; broadcastable to (…, queries, columns).
 
@@ -110,7 +151,7 @@ class Patch(NamedTuple):
 class Read:
     """Keys that a tile of queries reads, and what of them it must not."""
 
-    keys: Span | Index
+    keys: Span | Index | Joined
     patches: tuple[Patch, ...] = ()
 
     def width(self, rows: Tensor) -> int:
@@ -125,12 +166,13 @@ class Read:
         """Σ over the keys of weight × row: (…, queries, d)."""
         return torch.bmm(weights, rows)
 
-    def add(self, x: Tensor, head: int | None, weights: Tensor, left: Tensor) -> None:
+    def add(self, x: Tensor, head: int | None, weights: Tensor, left: Tensor, scratch: Scratch) -> None:
         """`mix` transposed: x[keys] += weightsᵀ left, in place."""
         if head is None and isinstance(self.keys, Span):
             self.keys.of(x, None).baddbmm_(weights.transpose(1, 2), left)
         else:
-            self.keys.add(x, head, torch.bmm(weights.transpose(1, 2), left))
+            out = scratch.take("sum", (len(weights), weights.shape[2], left.shape[2]), left)
+            self.keys.add(x, head, torch.bmm(weights.transpose(1, 2), left, out=out))
 
 
 @dataclass(frozen=True)
@@ -146,7 +188,7 @@ class OwnRead(Read):
     def mix(self, weights: Tensor, rows: Tensor) -> Tensor:
         return weights * rows
 
-    def add(self, x: Tensor, head: int | None, weights: Tensor, left: Tensor) -> None:
+    def add(self, x: Tensor, head: int | None, weights: Tensor, left: Tensor, scratch: Scratch) -> None:
         self.keys.add(x, head, weights * left)
 
 
@@ -162,38 +204,31 @@ class Tile:
         """A single tile does all heads in one product, a run all its tiles, head by head."""
         return range(num_heads) if self.queries.count > 1 else (None,)
 
-    def dot(self, left: Tensor, rows: list[Tensor], fill: float = 0.0) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Products of the queries' `left` with the rows of all reads: one matrix, and its columns by read.
-
-        The matrix is as wide as whole vectors are; the columns beyond the reads hold `fill`.
-        """
+    def dot(self, left: Tensor, rows: list[Tensor], scratch: Scratch, name: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Products of the queries' `left` with the rows of all reads: one matrix, and its columns by read."""
         widths = [read.width(row) for read, row in zip(self.reads, rows, strict=True)]
-        total = sum(widths)
-        whole = left.new_empty(*left.shape[:2], round_up(total, VECTOR) if len(widths) > 1 else total)
-        if whole.shape[-1] > total:
-            whole[..., total:] = fill
-        columns = columns_of(whole, widths)
+        whole = scratch.take(name, (*left.shape[:2], sum(widths)), left)
+        columns = whole.split(widths, -1) if len(widths) > 1 else (whole,)
         for read, row, out in zip(self.reads, rows, columns, strict=True):
             read.dot(left, row, out)
         return whole, columns
 
-    def weights(self, queries: Tensor, keys: list[Tensor], head: int | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def weights(
+        self, queries: Tensor, keys: list[Tensor], head: int | None, scratch: Scratch
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """softmax(q·k) over all reads together, as `dot`. `queries` are scaled already."""
-        whole, columns = self.dot(queries, keys, float("-inf"))
+        whole, columns = self.dot(queries, keys, scratch, "weights")
         for read, scores in zip(self.reads, columns, strict=True):
             for patch in read.patches:
                 scores[..., patch.columns].add_(patch.of(head))  # `+=` would write the columns a second time
         return torch.softmax(whole, -1, out=whole), columns
 
 
-def columns_of(whole: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
-    """The columns of each read, as views; `whole` may be wider than they are together."""
-    return whole[..., : sum(widths)].split(widths, -1) if len(widths) > 1 else (whole,)
-
-
-def load(positions: Span | Index, x: Tensor, head: int | None) -> Tensor:
+def load(
+    positions: Span | Index | Joined, x: Tensor, head: int | None, scratch: Scratch | None = None, name: str = ""
+) -> Tensor:
     """The rows at `positions`, to be read. Half precision is copied: its products are faster on whole rows."""
-    rows = positions.of(x, head)
+    rows = positions.of(x, head, scratch, name) if isinstance(positions, Joined) else positions.of(x, head)
     return rows.contiguous() if x.dtype in (torch.bfloat16, torch.float16) else rows
 
 
@@ -223,19 +258,47 @@ def tiles(
     spans = pattern.global_spans(length)
     for run in windows(pattern, length, num_heads, dtype):
         for queries, keys in apart(pattern, *run, spans):
+            own, reads = (), []
             if pattern.window == 0 and not pattern.in_blocks:
-                reads: list[Read] = [OwnRead(queries)]
+                own = (OwnRead(queries),)
             else:
                 offset = (queries.start - keys.start) // queries.step
                 window = None if pattern.in_blocks else pattern.window
-                reads = [Read(keys, band(queries.size, keys.size, offset, window, pattern.causal, dtype, device))]
+                reads.append(Read(keys, band(queries.size, keys.size, offset, window, pattern.causal, dtype, device)))
             if spans:
                 reads.extend(global_reads(pattern, queries, spans, dtype, device))
             if pattern.num_random_blocks:
                 reads.append(random_read(pattern, queries, length, num_heads, dtype, device, random_blocks))
-            yield Tile(queries, tuple(reads))
+            yield Tile(queries, (*own, *join(reads, dtype, device)))
     if spans and global_rows:
         yield from tiles_of_global(pattern, spans, length, num_heads, dtype, device)
+
+
+def join(reads: list[Read], dtype: torch.dtype, device: torch.device) -> list[Read]:
+    """Several reads as one."""
+    if len(reads) < 2:
+        return reads
+    patches, widths = [], [width_of(read.keys) for read in reads]
+    for start, width, read in zip(accumulate([0, *widths]), widths, reads, strict=False):
+        for patch in read.patches:
+            first, last, _ = patch.columns.indices(width)
+            patches.append(patch._replace(columns=slice(start + first, start + last)))
+    keys = Joined(tuple(read.keys for read in reads), tuple(widths))  # type: ignore[arg-type]
+    if keys.filling:
+        patches.append(Patch(slice(sum(widths), None), masked(dtype, device)))
+    return [Read(keys, tuple(patches))]
+
+
+def width_of(positions: Span | Index | Joined) -> int:
+    """Positions of one tile in one head."""
+    if isinstance(positions, Joined):
+        return sum(positions.widths) + positions.filling
+    return positions.size if isinstance(positions, Span) else positions.positions.shape[-1]
+
+
+@lru_cache(maxsize=8)
+def masked(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return as_bias(torch.zeros(1, dtype=torch.bool, device=device), dtype)
 
 
 def tiles_of_global(
