@@ -6,8 +6,9 @@ Where transformers breaks one of our promises, the test that meets it says so.
 import pytest
 import torch
 import transformers
-from efficient_transformers.conversion import convert
 from transformers.models.longformer import modeling_longformer as their_longformer
+
+from efficient_transformers.conversion import convert
 
 SIZES = {
     "vocab_size": 99,
