@@ -64,7 +64,7 @@ def test_one_global_token_costs_no_projection_of_the_sequence():
         costs.attention_flops(config(LONGFORMER, {**fields, "num_global_tokens": count}), 4096) for count in (0, 1, 90)
     )
     two_projections = 2 * 2 * 4096 * 256 * 256
-    assert one - without < 0.05 * two_projections
+    assert one - without < 0.1 * two_projections
     assert many - without > two_projections
 
 

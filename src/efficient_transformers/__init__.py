@@ -8,11 +8,12 @@ Importing the package registers every variant with transformers' Auto classes:
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("et_local", window_size=128))
 """
 
+from .conversion import convert
 from .models.patterns import AttentionPattern, parse_pattern
 from .registry import VARIANTS, Variant, register_all
 
 __version__ = "0.1.0"
-__all__ = ["VARIANTS", "AttentionPattern", "Variant", "parse_pattern", "register_all"]
+__all__ = ["VARIANTS", "AttentionPattern", "Variant", "convert", "parse_pattern", "register_all"]
 
 register_all()
 for _variant in VARIANTS.values():

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .patterns import AttentionPattern
-from .tiles import Scratch, Tile, as_bias, load, tiles, windows
+from .tiles import Tile, as_bias, load, tiles, windows
 
 # What a turn of the loop costs beyond its products, and the loop to begin with, in entries of a weight matrix, by
 # measurement. They decide when a sequence is so short that one dense product is cheaper; none above ALWAYS_LONG is.
@@ -118,13 +118,12 @@ class TiledAttention(torch.autograd.Function):
         ctx.settings = patterns, lengths, dropout, seed, random_blocks, global_rows
         out = torch.empty_like(q) if min(lengths) == q.shape[2] else torch.zeros_like(q)
         scale, masks = q.shape[-1] ** -0.5, DropoutMasks(dropout, seed, q.device)
-        scratch = Scratch()
         for row, tile, head in tiles_of_batch(patterns, lengths, q, random_blocks, global_rows):
-            keys = [load(read.keys, k[row], head, scratch, "rows") for read in tile.reads]
-            whole, weights = tile.weights(tile.queries.of(q[row], head) * scale, keys, head, scratch)
+            keys = [load(read.keys, k[row], head, "rows") for read in tile.reads]
+            whole, weights = tile.weights(tile.queries.of(q[row], head) * scale, keys, head)
             if dropout:
                 whole *= masks.like(whole)
-            values = [load(read.keys, v[row], head, scratch, "rows") for read in tile.reads]
+            values = [load(read.keys, v[row], head, "rows") for read in tile.reads]
             mixed = [read.mix(w, x) for read, w, x in zip(tile.reads, weights, values, strict=True)]
             tile.queries.put(out[row], head, sum(mixed[1:], mixed[0]))
         return out
@@ -142,24 +141,23 @@ class TiledAttention(torch.autograd.Function):
             grad_local = grad.clone()  # the rows of global tokens come from their own tiles alone
             for row, start, stop in ((row, *span) for row, of_row in enumerate(spans) for span in of_row):
                 grad_local[row, :, start:stop] = 0
-        scratch = Scratch()
         for row, tile, head in tiles_of_batch(patterns, lengths, q, random_blocks, global_rows):
             queries = tile.queries.of(q[row], head) * scale
-            keys = [load(read.keys, k[row], head, scratch, "keys") for read in tile.reads]
-            whole, weights = tile.weights(queries, keys, head, scratch)
+            keys = [load(read.keys, k[row], head, "keys") for read in tile.reads]
+            whole, weights = tile.weights(queries, keys, head)
             grad_out = load(tile.queries, (grad if tile.is_global else grad_local)[row], head)
-            values = [load(read.keys, v[row], head, scratch, "values") for read in tile.reads]
-            grad_whole, grad_scores = tile.dot(grad_out, values, scratch, "gradient")
+            values = [load(read.keys, v[row], head, "values") for read in tile.reads]
+            grad_whole, grad_scores = tile.dot(grad_out, values, "gradient")
             used = weights
             if dropout:
                 mask = masks.like(whole)
                 grad_whole *= mask
                 used = (whole * mask).split([weight.shape[-1] for weight in weights], -1)
             for read, weight in zip(tile.reads, used, strict=True):
-                read.add(grad_v[row], head, weight, grad_out, scratch)
+                read.add(grad_v[row], head, weight, grad_out)
             softmax_backward_(grad_whole, whole)
             for read, grad_score in zip(tile.reads, grad_scores, strict=True):
-                read.add(grad_k[row], head, grad_score, queries, scratch)
+                read.add(grad_k[row], head, grad_score, queries)
             mixed = [r.mix(g, key) for r, g, key in zip(tile.reads, grad_scores, keys, strict=True)]
             tile.queries.add(grad_q[row], head, sum(mixed[1:], mixed[0]))
         return grad_q.mul_(scale), grad_k, grad_v, *[None] * 6

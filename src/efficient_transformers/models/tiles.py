@@ -3,6 +3,7 @@
 Nothing here knows about autograd; all positions are numbers, so a tile is a view wherever it can be.
 """
 
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,29 @@ VECTOR = 16  # numbers that a processor works on at once
 # Stretches of global tokens beyond which one gather is cheaper than a product for each.
 MANY_SPANS = 4
 Spans = tuple[tuple[int, int], ...]  # (start, stop), ascending
+
+
+class Scratch(threading.local):
+    """Memory for what lives as long as a turn of the loop, by name, a few MB for each thread.
+
+    It is kept, because tensors of this size that are made anew are given back to the system and faulted in again,
+    which takes longer than to fill them.
+    """
+
+    def __init__(self):
+        self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An uninitialised tensor of `shape`, in the dtype and on the device of `like`; ends the last one's life."""
+        size, key = prod(shape), (name, like.dtype, like.device)
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.numel() < size:
+            with torch.inference_mode(False):  # made during inference it must serve training, too
+                buffer = self.buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return buffer[:size].view(shape)
+
+
+SCRATCH = Scratch()
 
 
 class Span(NamedTuple):
@@ -59,8 +83,11 @@ class Span(NamedTuple):
     def add(self, x: Tensor, head: int | None, rows: Tensor) -> None:
         """Add `rows` in place; tiles of a run that share positions take turns."""
         view, turns = self.of(x, head), 1
+        if self.count > 1 and not self.hop:  # all tiles share them
+            view[0].add_(rows.sum(0))
+            return
         if self.count > 1 and self.hop % self.step == 0:
-            turns = min(self.count, -(-self.size * self.step // self.hop)) if self.hop else self.count
+            turns = min(self.count, -(-self.size * self.step // self.hop))
         for turn in range(turns):
             view[turn::turns].add_(rows[turn::turns])
 
@@ -71,10 +98,13 @@ class Index(NamedTuple):
     positions: Tensor
     count: int = 1
 
-    def of(self, x: Tensor, head: int | None) -> Tensor:
+    def of(self, x: Tensor, head: int | None, name: str = "") -> Tensor:
         if head is None:
             return x.gather(1, self.spread(x))
-        return x[head][self.positions if self.positions.dim() == 1 else self.positions[head]].expand(self.count, -1, -1)
+        positions = self.positions if self.positions.dim() == 1 else self.positions[head]
+        out = SCRATCH.take(f"gathered {name}", (positions.numel(), x.shape[-1]), x)
+        rows = torch.index_select(x[head], 0, positions.flatten(), out=out)
+        return rows.view(-1, positions.shape[-1], x.shape[-1]).expand(self.count, -1, -1)
 
     def put(self, x: Tensor, head: int | None, rows: Tensor) -> None:
         assert head is None  # only the rows of global tokens are written by index
@@ -91,21 +121,6 @@ class Index(NamedTuple):
         return self.positions.expand(x.shape[0], -1)[..., None].expand(-1, -1, x.shape[-1])
 
 
-class Scratch:
-    """Memory for what lives as long as a turn of the loop, by name: touched once, where a tensor that is made anew in
-    each turn may be given back to the system and be faulted in again."""
-
-    def __init__(self):
-        self.buffers: dict[str, Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """An uninitialised tensor of `shape`, in the dtype and on the device of `like`; ends the last one's life."""
-        size, buffer = prod(shape), self.buffers.get(name)
-        if buffer is None or buffer.numel() < size:
-            buffer = self.buffers[name] = like.new_empty(size)
-        return buffer[:size].view(shape)
-
-
 class Joined(NamedTuple):
     """Several positions side by side, copied: one large product is faster than some small ones.
 
@@ -113,7 +128,7 @@ class Joined(NamedTuple):
     one over 336.
     """
 
-    parts: tuple["Span | Index", ...]
+    parts: tuple[Span | Index, ...]
     widths: tuple[int, ...]
 
     @property
@@ -121,12 +136,12 @@ class Joined(NamedTuple):
         filling = -sum(self.widths) % VECTOR
         return filling if filling <= self.widths[0] else 0
 
-    def of(self, x: Tensor, head: int | None, scratch: "Scratch | None" = None, name: str = "") -> Tensor:
+    def of(self, x: Tensor, head: int | None, name: str = "") -> Tensor:
         rows = [part.of(x, head) for part in self.parts]
         if self.filling:
             rows.append(rows[0][:, : self.filling])
         shape = len(rows[0]), sum(self.widths) + self.filling, x.shape[-1]
-        return torch.cat(rows, 1, out=None if scratch is None else scratch.take(name, shape, x))
+        return torch.cat(rows, 1, out=SCRATCH.take(name, shape, x))
 
     def add(self, x: Tensor, head: int | None, rows: Tensor) -> None:
         for part, some in zip(self.parts, rows.split([*self.widths, self.filling], 1), strict=False):
@@ -166,12 +181,12 @@ class Read:
         """Σ over the keys of weight × row: (…, queries, d)."""
         return torch.bmm(weights, rows)
 
-    def add(self, x: Tensor, head: int | None, weights: Tensor, left: Tensor, scratch: Scratch) -> None:
+    def add(self, x: Tensor, head: int | None, weights: Tensor, left: Tensor) -> None:
         """`mix` transposed: x[keys] += weightsᵀ left, in place."""
         if head is None and isinstance(self.keys, Span):
             self.keys.of(x, None).baddbmm_(weights.transpose(1, 2), left)
         else:
-            out = scratch.take("sum", (len(weights), weights.shape[2], left.shape[2]), left)
+            out = SCRATCH.take("sum", (len(weights), weights.shape[2], left.shape[2]), left)
             self.keys.add(x, head, torch.bmm(weights.transpose(1, 2), left, out=out))
 
 
@@ -188,7 +203,7 @@ class OwnRead(Read):
     def mix(self, weights: Tensor, rows: Tensor) -> Tensor:
         return weights * rows
 
-    def add(self, x: Tensor, head: int | None, weights: Tensor, left: Tensor, scratch: Scratch) -> None:
+    def add(self, x: Tensor, head: int | None, weights: Tensor, left: Tensor) -> None:
         self.keys.add(x, head, weights * left)
 
 
@@ -204,31 +219,27 @@ class Tile:
         """A single tile does all heads in one product, a run all its tiles, head by head."""
         return range(num_heads) if self.queries.count > 1 else (None,)
 
-    def dot(self, left: Tensor, rows: list[Tensor], scratch: Scratch, name: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def dot(self, left: Tensor, rows: list[Tensor], name: str) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Products of the queries' `left` with the rows of all reads: one matrix, and its columns by read."""
         widths = [read.width(row) for read, row in zip(self.reads, rows, strict=True)]
-        whole = scratch.take(name, (*left.shape[:2], sum(widths)), left)
+        whole = SCRATCH.take(name, (*left.shape[:2], sum(widths)), left)
         columns = whole.split(widths, -1) if len(widths) > 1 else (whole,)
         for read, row, out in zip(self.reads, rows, columns, strict=True):
             read.dot(left, row, out)
         return whole, columns
 
-    def weights(
-        self, queries: Tensor, keys: list[Tensor], head: int | None, scratch: Scratch
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def weights(self, queries: Tensor, keys: list[Tensor], head: int | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """softmax(q·k) over all reads together, as `dot`. `queries` are scaled already."""
-        whole, columns = self.dot(queries, keys, scratch, "weights")
+        whole, columns = self.dot(queries, keys, "weights")
         for read, scores in zip(self.reads, columns, strict=True):
             for patch in read.patches:
                 scores[..., patch.columns].add_(patch.of(head))  # `+=` would write the columns a second time
         return torch.softmax(whole, -1, out=whole), columns
 
 
-def load(
-    positions: Span | Index | Joined, x: Tensor, head: int | None, scratch: Scratch | None = None, name: str = ""
-) -> Tensor:
+def load(positions: Span | Index | Joined, x: Tensor, head: int | None, name: str = "") -> Tensor:
     """The rows at `positions`, to be read. Half precision is copied: its products are faster on whole rows."""
-    rows = positions.of(x, head, scratch, name) if isinstance(positions, Joined) else positions.of(x, head)
+    rows = positions.of(x, head) if isinstance(positions, Span) else positions.of(x, head, name)
     return rows.contiguous() if x.dtype in (torch.bfloat16, torch.float16) else rows
 
 
