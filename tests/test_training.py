@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from huggingface_hub import EvalResult, ModelCard
 from safetensors.torch import load_file
+from training_runs import assert_same_run, reset_accelerate
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,12 +29,13 @@ from building import build_config, build_model, load_tokenizer  # noqa: E402
 from checkpoints import PARTIAL, Checkpoints, Progress  # noqa: E402
 from classify import ClassifySettings  # noqa: E402
 from loop import EpochSampler  # noqa: E402
+from outputs import differences  # noqa: E402
 from settings import InputError  # noqa: E402
 
 from efficient_transformers.cards import loading_code, model_card  # noqa: E402
 
-CONFIGS = [path for path in sorted((ROOT / "configs").glob("*/*.yaml")) if path.parent.name != "accelerate"]
-VARIANTS = [path for path in CONFIGS if path.stem != "base"]
+CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
+VARIANTS = [path for path in CONFIGS if path.parent.name == "era" and path.stem != "base"]
 
 TINY = {
     "tokenizer": "data/tokenizer",
@@ -61,10 +63,8 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Every run in this process begins as it would in a process of its own."""
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,8 +109,7 @@ def finished(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("finished")
     with redirect_stdout(io.StringIO()) as printed:
         classify.main(["--config", str(write_config(folder, corpus, tracker="tensorboard"))])
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     return folder / "out", printed.getvalue()
 
 
@@ -213,21 +212,27 @@ def test_a_missing_yaml_says_what_is_there(tmp_path):
 
 
 def test_there_are_configs_to_test():
-    era = {path.stem for path in VARIANTS if path.parent.name == "era"}
-    assert era >= {"full", "local", "stride", "global", "mixed"}
+    assert {path.stem for path in VARIANTS} >= {"full", "local", "stride", "global", "mixed"}
+    # a folder of another task needs a test of its own
+    assert {path.parent.name for path in CONFIGS} == {"accelerate", "era", "mlm"}
 
 
 @pytest.mark.parametrize("path", VARIANTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_config_builds_a_tiny_model(path):
-    tiny = ("model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=32")
-    settings = ClassifySettings.from_yaml(path, tiny)
+def test_every_config_builds_a_tiny_model(path, finished):
+    settings = ClassifySettings.from_yaml(path)
+    if "checkpoint" in settings.model:
+        settings.model["checkpoint"] = str(finished[0])  # stands in for one that is not there
+    else:
+        settings.model |= {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
     tokenizer = load_tokenizer(settings)
     config = build_config(settings, tokenizer, id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})
     model = build_model(settings, config, AutoModelForSequenceClassification)
-    logits = model(**tokenizer(["a " * 300, "b"], padding=True, return_tensors="pt")).logits
+    text = "a " * min(300, config.max_position_embeddings // 3)
+    logits = model(**tokenizer([text, "b"], padding=True, return_tensors="pt")).logits
     assert logits.shape == (2, 3)
     assert logits.isfinite().all()
-    assert {key: getattr(config, key) for key in settings.model} == settings.model
+    fields = {key: value for key, value in settings.model.items() if key != "checkpoint"}
+    assert {key: getattr(config, key) for key in fields} == fields
 
 
 # --- metrics
@@ -395,21 +400,6 @@ def test_accumulated_batches_make_the_same_steps(config, tmp_path):
 # --- stopped and continued
 
 
-def assert_same_run(folder, other):
-    """Final and last weights, moments and history are equal, bit for bit."""
-    for name in ("model.safetensors", "checkpoints/step-000000024/model.safetensors"):
-        ours, theirs = load_file(folder / name), load_file(other / name)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    ours, theirs = (torch.load(path / "checkpoints/step-000000024/optimizer.bin") for path in (folder, other))
-    for index, state in ours["state"].items():
-        assert all(torch.equal(value, theirs["state"][index][key]) for key, value in state.items())
-    ours, theirs = (json.loads((path / "metrics.json").read_text()) for path in (folder, other))
-    assert ours["history"] == theirs["history"]
-    assert ours["test"] == theirs["test"]
-    assert ours["training"]["tokens"] == theirs["training"]["tokens"]
-
-
 KILLED = {
     # in the second epoch, after a checkpoint in its middle
     "in a step": """
@@ -495,6 +485,16 @@ def test_a_finished_run_is_not_repeated(monkeypatch, finished):
 def test_a_run_is_not_continued_with_other_settings(finished):
     with pytest.raises(InputError, match=r"other settings \(learning_rate: 0.03 → 0.5; seed: 0 → 1\)"):
         run(finished[0].parent / "tiny.yaml", "resume=true", "seed=1", "learning_rate=0.5")
+
+
+def test_a_run_is_continued_by_code_with_a_new_setting(finished, tmp_path):
+    then = yaml.safe_load((finished[0] / "settings.yaml").read_text())
+    assert then.pop("eval_first") is False
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(then))
+    config = finished[0].parent / "tiny.yaml"
+    assert differences(tmp_path, ClassifySettings.from_yaml(config)) == []
+    asked = ClassifySettings.from_yaml(config, ["eval_first=true"])
+    assert differences(tmp_path, asked) == ["eval_first: False → True"]
 
 
 def test_a_run_is_not_continued_by_other_processes(tmp_path):
@@ -643,11 +643,19 @@ def test_a_card_needs_a_known_class():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "launcher", [["--config_file", "configs/accelerate/one_cpu.yaml"], ["--cpu", "--num_processes", "2"]]
+    ("launcher", "processes"),
+    [
+        (["accelerate.commands.launch", "--config_file", "configs/accelerate/one_cpu.yaml"], 1),
+        # `accelerate launch --cpu --num_processes 2` starts one process only
+        (["torch.distributed.run", "--nproc_per_node", "2"], 2),
+    ],
+    ids=["one process", "two processes"],
 )
-def test_accelerate_launch(config, tmp_path, launcher):
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "training/classify.py"]
-    done = subprocess.run([*command, "--config", str(config)], cwd=ROOT, capture_output=True, text=True)
+def test_launched_by_the_command_line(config, tmp_path, launcher, processes):
+    command = [sys.executable, "-m", *launcher, "training/classify.py", "--config", str(config)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["training"]["processes"] == processes
     assert done.stdout.count("Test: accuracy 1.0000") == 1
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.num_labels == 2

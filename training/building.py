@@ -1,15 +1,39 @@
-"""Tokenizer, config and model of a run, from its settings."""
+"""Accelerator, tokenizer, config and model of a run, from its settings."""
 
 import inspect
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from huggingface_hub.errors import StrictDataclassError
+from outputs import LOGS
 from settings import InputError, Settings, did_you_mean, find_path
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import efficient_transformers  # noqa: F401 - registers the variants with the Auto classes
+
+
+def make_accelerator(settings: Settings) -> Accelerator:
+    torch.set_float32_matmul_precision(settings.matmul_precision)
+    folder = str(settings.folder)
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        log_with=None if settings.tracker == "none" else settings.tracker,
+        project_config=ProjectConfiguration(project_dir=folder, logging_dir=str(settings.folder / LOGS)),
+    )
+    # tied weights are saved once, as they should be, and accelerate warns of it at every checkpoint
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    if not (accelerator.is_main_process and sys.stderr.isatty()):
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    return accelerator
 
 
 def local_or_hub(name: str) -> str | Path:
@@ -94,7 +118,10 @@ def visible_length(settings: Settings, config: PreTrainedConfig, default: int | 
 def build_model(settings: Settings, config: PreTrainedConfig, auto_class: Any) -> PreTrainedModel:
     """A new model from the seed that is set, or the checkpoint with a head of the right size."""
     if "checkpoint" not in settings.model:
-        return auto_class.from_config(config)
+        try:
+            return auto_class.from_config(config)
+        except ValueError as error:
+            raise InputError(f"The model section cannot be used: {error}") from error
     name = settings.model["checkpoint"]
     try:
         return auto_class.from_pretrained(
@@ -106,3 +133,9 @@ def build_model(settings: Settings, config: PreTrainedConfig, auto_class: Any) -
         )
     except (OSError, ValueError) as error:
         raise InputError(f"The checkpoint {name!r} cannot be loaded: {error}") from error
+
+
+def model_facts(model: PreTrainedModel, max_length: int) -> dict[str, Any]:
+    """Taken in front of training, which may divide the parameters among processes."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"model_type": model.config.model_type, "parameters": parameters, "max_length": max_length}

@@ -24,8 +24,13 @@ class Progress:
     best: float | None = None
     best_step: int = 0
     without_gain: int = 0
+    before: dict[str, float] | None = None  # validation scores in front of the first step
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     processes: int = 1
+
+    @property
+    def best_scores(self) -> dict[str, float]:
+        return next(entry for entry in self.history if entry["step"] == self.best_step)
 
 
 class Checkpoints:

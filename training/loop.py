@@ -5,13 +5,13 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
 from checkpoints import PARTIAL, Checkpoints, Progress
-from datasets import Dataset
+from outputs import CHECKPOINTS
 from safetensors.torch import load_model, save_model
 from settings import InputError, Settings
 from torch.utils.data import DataLoader, Sampler
@@ -43,10 +43,10 @@ class EpochSampler(Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
-def make_loader(data: Dataset, collate: Any, batch_size: int, sampler: Sampler[int] | None = None) -> DataLoader:
+def make_loader(data: Any, collate: Any, batch_size: int, sampler: Sampler[int] | None = None) -> DataLoader:
     # a loader draws from its generator at every start; from the global one, evaluating would change the dropout
     generator = torch.Generator().manual_seed(0)
-    return DataLoader(data, batch_size, sampler=sampler, collate_fn=collate, generator=generator)  # type: ignore[arg-type]
+    return DataLoader(data, batch_size, sampler=sampler, collate_fn=collate, generator=generator)
 
 
 def make_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.AdamW:
@@ -63,18 +63,20 @@ def train(
     accelerator: Accelerator,
     settings: Settings,
     model: PreTrainedModel,
-    data: Dataset,
+    data: Any,
+    lengths: Sequence[int],
     collate: Any,
     evaluate: Callable[[torch.nn.Module], dict[str, float]],
-    checkpoints: Checkpoints,
 ) -> tuple[torch.nn.Module, Progress]:
     """Trains to the end, or saves and raises Stopped on SIGTERM; returns the prepared model with its best weights.
 
     Dropout, order of the data, schedule and moments are part of a checkpoint: a run that was killed and continued ends
-    with the same weights, bit for bit, as one that never stopped.
+    with the same weights, bit for bit, as one that never stopped. Examples that draw must do so from the seed, the
+    epoch (they are told by `data.set_epoch`) and their index: a loader reads ahead of the state that is saved.
     """
-    lengths = [len(ids) for ids in data["input_ids"]] if settings.sort_by_length else None
-    sampler = EpochSampler(len(data), settings.seed, lengths, settings.batch_size)
+    checkpoints = Checkpoints(settings.folder / CHECKPOINTS, settings.keep_checkpoints, accelerator)
+    grouped = list(lengths) if settings.sort_by_length else None
+    sampler = EpochSampler(len(lengths), settings.seed, grouped, settings.batch_size)
     loader = make_loader(data, collate, settings.batch_size, sampler)
     model, optimizer, loader = accelerator.prepare(model, make_optimizer(model, settings), loader)
 
@@ -86,6 +88,9 @@ def train(
     if progress.step:
         accelerator.print(f"Continuing after step {progress.step} of {total}.")
     start_tracker(accelerator, settings, progress.step)
+    if settings.eval_first and progress.before is None:
+        progress.before = evaluate(model)
+        record_scores(accelerator, 0, progress.before, "before training")
 
     def over() -> bool:
         return progress.step >= total or (settings.patience is not None and progress.without_gain >= settings.patience)
@@ -135,6 +140,7 @@ def train(
                     checkpoints.save(progress)
                 if heard(accelerator) and not over():
                     checkpoints.save(progress)
+                    accelerator.end_training()
                     raise Stopped
                 if over():
                     break
@@ -146,7 +152,10 @@ def train(
 def batches_of_epoch(loader: Any, sampler: EpochSampler, progress: Progress) -> Any:
     """The batches of the current epoch that are still to be seen."""
     loader.set_epoch(progress.epoch)
-    sampler.set_epoch(progress.epoch)  # accelerate does not reach it through the wrappers of several processes
+    # accelerate reaches neither of these through the wrappers of several processes
+    sampler.set_epoch(progress.epoch)
+    if hasattr(loader.dataset, "set_epoch"):
+        loader.dataset.set_epoch(progress.epoch)
     return skip_first_batches(loader, progress.batch) if progress.batch else loader
 
 
@@ -192,9 +201,13 @@ def judge(
     else:
         progress.without_gain += 1
     progress.history.append({"step": progress.step, **scores})
-    accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=progress.step)
+    record_scores(accelerator, progress.step, scores, f"step {progress.step}", " (best)" if gained else "")
+
+
+def record_scores(accelerator: Accelerator, step: int, scores: dict[str, float], when: str, remark: str = "") -> None:
+    accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=step)
     if accelerator.is_main_process:
-        tqdm.write(f"step {progress.step}: {format_scores(scores)}{' (best)' if gained else ''}")
+        tqdm.write(f"{when}: {format_scores(scores)}{remark}")
 
 
 def format_scores(scores: dict[str, float]) -> str:

@@ -1,5 +1,6 @@
 """The output folder of a run: refused, begun, continued; and the files that make it ready for the Hub."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -16,7 +17,10 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from checkpoints import Progress
+from huggingface_hub import ModelCard
 from settings import InputError, Settings
+from transformers import PreTrainedTokenizerBase
 
 SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpoints", "runs"
 # settings that change neither the data nor the weights, and so may differ when a run is continued
@@ -26,8 +30,8 @@ FREE_TO_CHANGE = {
 }  # fmt: skip
 
 
-def check_folder(accelerator: Accelerator, settings: Settings) -> bool:
-    """Refuses an unusable folder before any other work; True if the run in it is to be continued and is finished."""
+def finished_metrics(accelerator: Accelerator, settings: Settings) -> dict[str, Any] | None:
+    """Refuses an unusable folder before any other work; the metrics if the run in it is to go on and is finished."""
     error: list[str | None] = [None]
     if accelerator.is_main_process:
         try:
@@ -37,7 +41,11 @@ def check_folder(accelerator: Accelerator, settings: Settings) -> bool:
     broadcast_object_list(error)
     if error[0] is not None:
         raise InputError(error[0])
-    return settings.resume and (settings.folder / METRICS).exists()
+    if not (settings.resume and (settings.folder / METRICS).exists()):
+        return None
+    remove_checkpoints_unless_kept(accelerator, settings)
+    accelerator.print(f"The run in {settings.folder} is finished already.")
+    return json.loads((settings.folder / METRICS).read_text(encoding="utf-8"))
 
 
 def _check_folder(settings: Settings) -> None:
@@ -80,6 +88,8 @@ def differences(folder: Path, settings: Settings) -> list[str]:
     """Settings with which the run in `folder` was started otherwise, as `name: then → now`."""
     then = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
     now = yaml.safe_load(settings.to_yaml())
+    # a setting that is newer than the run had its default then
+    then = {field.name: field.default for field in dataclasses.fields(settings)} | then
     names = sorted((then.keys() | now.keys()) - FREE_TO_CHANGE)
     return [f"{name}: {then.get(name)!r} → {now.get(name)!r}" for name in names if then.get(name) != now.get(name)]
 
@@ -103,10 +113,55 @@ def hardware(accelerator: Accelerator) -> str:
     return f"{processes}{torch.get_num_threads()} CPU threads ({platform.machine()})"
 
 
-def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """Written last: the file says that the run in this folder is finished."""
-    write_whole(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+def metrics_of(
+    accelerator: Accelerator,
+    settings: Settings,
+    progress: Progress,
+    windows: int,
+    model: dict[str, Any],
+    scores: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    """What `metrics.json` holds: the `scores` of the splits, and how they came about."""
+    return {
+        **scores,
+        **({"before": progress.before} if progress.before else {}),
+        "training": {
+            "windows": windows,
+            "steps": progress.step,
+            "epochs": progress.epoch,
+            "tokens": progress.tokens,
+            "seconds": round(progress.seconds, 1),
+            "tokens_per_second": round(progress.tokens / progress.seconds),
+            "hardware": hardware(accelerator),
+            "processes": accelerator.num_processes,
+            "precision": accelerator.mixed_precision,
+        },
+        "model": model,
+        "settings": yaml.safe_load(settings.to_yaml()),
+        "history": progress.history,
+        "versions": versions(),
+    }
 
 
-def remove_checkpoints(folder: Path) -> None:
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+def finish_folder(
+    accelerator: Accelerator,
+    settings: Settings,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    card: ModelCard,
+    metrics: dict[str, Any],
+) -> None:
+    """Model, tokenizer and card; then the metrics, which say that the run in this folder is finished."""
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False).save_pretrained(settings.folder)
+        tokenizer.save_pretrained(settings.folder)
+        (settings.folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
+        write_whole(settings.folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    accelerator.wait_for_everyone()
+    remove_checkpoints_unless_kept(accelerator, settings)
+    accelerator.end_training()
+
+
+def remove_checkpoints_unless_kept(accelerator: Accelerator, settings: Settings) -> None:
+    if accelerator.is_main_process and not settings.keep_checkpoints_at_end:
+        shutil.rmtree(settings.folder / CHECKPOINTS, ignore_errors=True)

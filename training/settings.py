@@ -51,6 +51,7 @@ class Settings:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # default: what `accelerate launch` was told
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     # watching
+    eval_first: bool = False  # evaluate before training, too: where a converted or trained checkpoint starts from
     eval_steps: int | None = None  # default: at the end of every epoch
     best_metric: str = "loss"
     patience: int | None = None  # evaluations without a gain after which training stops
@@ -101,6 +102,9 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} ({value}) must be at least 1.")
+        for name in ("seed", "split_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise InputError(f"{name} ({getattr(self, name)}) must lie between 0 and {2**32 - 1}.")
         if not 0 <= self.warmup_ratio <= 1:
             raise InputError(
                 f"warmup_ratio ({self.warmup_ratio}) must lie between 0 and 1: it is a share of the steps."
@@ -158,9 +162,10 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """`above` wins; the fields of `model` are merged one by one."""
     merged = {**below, **above}
     lower, upper = below.get("model"), above.get("model")
-    # the fields of a model to be made say nothing of a checkpoint, which brings its own
-    if isinstance(lower, dict) and isinstance(upper, dict) and "checkpoint" not in upper:
-        merged["model"] = {**lower, **upper}
+    if isinstance(lower, dict) and isinstance(upper, dict):
+        # the fields of a model to be made say nothing of a checkpoint, which brings its own
+        made_anew = "checkpoint" in upper and "checkpoint" not in lower
+        merged["model"] = upper if made_anew else {**lower, **upper}
     return merged
 
 

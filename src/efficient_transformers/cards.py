@@ -19,17 +19,22 @@ PIPELINE_TAGS = {
 
 
 def loading_code(folder: str, auto_class: str, max_length: int | None = None) -> str:
-    """Five lines of Python that load a saved model and run it on a text."""
+    """A few lines of Python that load a saved model and run it on a text."""
     if auto_class not in PIPELINE_TAGS:
         raise ValueError(f"auto_class ({auto_class!r}) must be one of {', '.join(PIPELINE_TAGS)}.")
     cut = f", truncation=True, max_length={max_length}" if max_length else ""
+    fills_masks = auto_class == "AutoModelForMaskedLM"
+    text = 'f"A long {tokenizer.mask_token} …"' if fills_masks else '"A long document …"'
     lines = [
         f"from transformers import AutoTokenizer, {auto_class}",
         f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
         f'model = {auto_class}.from_pretrained("{folder}", trust_remote_code=True).eval()',
-        f'logits = model(**tokenizer("A long document …", return_tensors="pt"{cut})).logits',
+        f'inputs = tokenizer({text}, return_tensors="pt"{cut})',
+        "logits = model(**inputs).logits",
     ]
-    if auto_class == "AutoModelForSequenceClassification":
+    if fills_masks:
+        lines.append("print(tokenizer.decode(logits[inputs.input_ids == tokenizer.mask_token_id].argmax(-1)))")
+    elif auto_class == "AutoModelForSequenceClassification":
         lines.append("print(model.config.id2label[logits.argmax(-1).item()])")
     else:
         lines.append("print(logits.shape)")

@@ -1,0 +1,130 @@
+"""Cuts documents into windows of token ids for training without labels."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from settings import InputError
+from transformers import PreTrainedTokenizerBase
+
+Packing = Literal["documents", "padding"]
+NO_WORD = -1  # the word of a special token
+
+
+@dataclass
+class Window:
+    """`ids` begin and end as the tokenizer's texts do; tokens of one word have the same number in `words`."""
+
+    ids: np.ndarray
+    words: np.ndarray
+
+
+class Packer:
+    """Cuts texts into windows of up to `max_length` tokens, the tokenizer's special ones included.
+
+    `documents` joins the documents of a split, a separator between two of them, and cuts the stream: every window is
+    full but the split's last one, and no token is lost (FULL-SENTENCES of Liu et al. 2019, arXiv:1907.11692,
+    section 4.2, without regard to sentences). A token sees the documents beside its own.
+    `padding` cuts every document for itself; what is short of `max_length` is padded in the batch. A rest of fewer
+    than `shortest_window` tokens, special ones included, is dropped, unless it is all there is of a document.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        packing: Packing = "documents",
+        shortest_window: int = 1,
+        whole_words: bool = False,
+    ):
+        self.tokenizer, self.max_length, self.packing = tokenizer, max_length, packing
+        self.shortest_window, self.whole_words = shortest_window, whole_words
+        added = tokenizer.num_special_tokens_to_add()
+        if max_length <= added:
+            raise InputError(
+                f"max_length ({max_length}) leaves no room for text beside the special tokens that the tokenizer adds "
+                f"({added}): raise it."
+            )
+        self.separator = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+        if packing == "documents" and self.separator is None:
+            raise InputError(
+                "The tokenizer has neither a separator nor an end token to stand between documents: "
+                "set packing to padding, or give the tokenizer a sep_token."
+            )
+        if whole_words:
+            check_words(tokenizer)
+
+    def __call__(self, texts: list[str]) -> list[Window]:
+        documents = [document for document in self.tokenised(texts) if len(document.ids)]
+        if self.packing == "documents" and documents:
+            documents = [self.joined(documents)]
+        head, tail = special_frame(self.tokenizer, texts)
+        return [window for document in documents for window in self.cut(document, head, tail)]
+
+    def tokenised(self, texts: list[str], at_once: int = 64) -> Iterator[Window]:
+        """The documents without the tokens that the tokenizer would add."""
+        for start in range(0, len(texts), at_once):
+            encoded = self.tokenizer(
+                texts[start : start + at_once],
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # that a document is longer than the model is no news here
+            )
+            for row, tokens in enumerate(encoded["input_ids"]):
+                ids = np.array(tokens, dtype=np.int32)
+                words = np.arange(len(ids), dtype=np.int32)
+                if self.whole_words:
+                    words[:] = [NO_WORD if word is None else word for word in encoded.word_ids(row)]
+                # special tokens that stand in the text itself
+                words[np.isin(ids, self.tokenizer.all_special_ids)] = NO_WORD
+                yield Window(ids, words)
+
+    def joined(self, documents: list[Window]) -> Window:
+        ids, words, first_word = [], [], 0
+        for document in documents:
+            numbered = np.where(document.words == NO_WORD, NO_WORD, document.words + first_word)
+            first_word = max(first_word, int(numbered.max()) + 1)
+            ids += [[self.separator], document.ids]
+            words += [[NO_WORD], numbered]
+        return Window(*(np.concatenate(parts[1:], dtype=np.int32) for parts in (ids, words)))
+
+    def cut(self, document: Window, head: np.ndarray, tail: np.ndarray) -> Iterator[Window]:
+        added = len(head) + len(tail)
+        room = self.max_length - added
+        for start in range(0, len(document.ids), room):
+            ids, words = (row[start : start + room] for row in (document.ids, document.words))
+            if self.packing == "padding" and start and len(ids) < min(room, self.shortest_window - added):
+                return
+            if (words != NO_WORD).any():
+                yield Window(
+                    np.concatenate([head, ids, tail]),
+                    np.pad(words, (len(head), len(tail)), constant_values=NO_WORD),
+                )
+
+
+def special_frame(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that the tokenizer puts before and after a text; told by one of these, which it surely knows."""
+    for text in texts:
+        encoded = tokenizer(text[:99], return_special_tokens_mask=True)
+        ids = np.array(encoded["input_ids"], dtype=np.int32)
+        of_text = np.flatnonzero(np.equal(encoded["special_tokens_mask"], 0))
+        if len(of_text):
+            return ids[: of_text[0]], ids[of_text[-1] + 1 :]
+    return np.array([], dtype=np.int32), np.array([], dtype=np.int32)
+
+
+def check_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Words are the tokenizer's own, found before it cuts them into tokens: whatever marks them, `Ġ` or `##`."""
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"whole_word needs a tokenizer that knows its words, and {type(tokenizer).__name__} is not one of the "
+            "tokenizers library (a fast one): set whole_word to false or take another tokenizer."
+        )
+    words = tokenizer("one two", add_special_tokens=False).word_ids()
+    if len(set(words)) < 2:
+        raise InputError(
+            "whole_word needs a tokenizer that knows its words, and this one takes 'one two' for a single word: "
+            "set whole_word to false or take another tokenizer."
+        )

@@ -1,0 +1,103 @@
+"""What is told of a run, whichever its task: the model card and the last lines on the screen."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from huggingface_hub import EvalResult, ModelCard
+from loop import format_scores
+from settings import Settings, find_path
+from texts import BUNDLED
+from transformers import PreTrainedModel
+
+from efficient_transformers.cards import loading_code, model_card
+
+METRIC_NAMES = {"accuracy": "Accuracy", "macro_f1": "Macro F1", "loss": "Cross-entropy", "perplexity": "Perplexity"}
+METRIC_TYPES = {"macro_f1": "f1", "loss": "cross-entropy"}  # on the Hub, where they differ
+
+
+def about(model: PreTrainedModel) -> str:
+    """What the model's file says of it in its first paragraph."""
+    module = inspect.getmodule(type(model))
+    return (inspect.getdoc(module) or "").partition("\n\n")[0]
+
+
+def make_card(
+    settings: Settings,
+    metrics: dict[str, Any],
+    command: str,
+    *,
+    task_type: str,
+    auto_class: str,
+    description: str,
+    shown: Mapping[str, float],
+    unit: str,
+    limits: Sequence[str],
+    training_rows: Mapping[str, Any] | None = None,
+) -> ModelCard:
+    """The model card, from the same numbers as `metrics.json`: `shown` are test scores, `unit` is what is counted."""
+    training, model, test = metrics["training"], metrics["model"], metrics["test"]
+    # a path on the disk says nothing to a reader of the card, and its folders are nobody's business
+    dataset = settings.data if settings.data in BUNDLED else Path(settings.data).name
+    on_hub = "/" in settings.data and not Path(settings.data).suffix
+    checkpoint, before = settings.model.get("checkpoint"), metrics.get("before")
+    base_model = checkpoint if checkpoint and find_path(checkpoint) is None else None
+    results = [
+        EvalResult(
+            task_type=task_type,
+            dataset_type=settings.data if on_hub else dataset,
+            dataset_name=dataset,
+            dataset_split="test",
+            metric_type=METRIC_TYPES.get(key, key),
+            metric_name=METRIC_NAMES.get(key, key),
+            metric_value=value,
+        )
+        for key, value in shown.items()
+    ]
+    return model_card(
+        name=settings.folder.name,
+        auto_class=auto_class,
+        description=description,
+        results=results,
+        training={
+            "data": f"{dataset}: {training['windows']:,} {unit}",
+            "test data": f"{test['n']:,} {unit}",
+            **({"goes on from": base_model or Path(checkpoint).name} if checkpoint else {}),
+            **({"validation before training": format_scores(before)} if before else {}),
+            **(training_rows or {}),
+            "parameters": f"{model['parameters']:,}",
+            "optimiser": f"AdamW, learning rate {settings.learning_rate:g}, weight decay {settings.weight_decay:g}, "
+            f"{settings.schedule} schedule, warm-up {settings.warmup_ratio:g} of the steps",
+            "steps": f"{training['steps']:,} of {settings.batch_size} x {settings.gradient_accumulation} x "
+            f"{training['processes']} examples ({training['tokens']:,} tokens)",
+            "weights kept": f"best validation {settings.best_metric}, step {metrics['validation']['step']:,}",
+            "seed": settings.seed,
+            "hardware": f"{training['hardware']}, precision {training['precision']}",
+            "time": f"{training['seconds']:,} s, {training['tokens_per_second']:,} tokens/s",
+            "software": ", ".join(f"{key} {value}" for key, value in metrics["versions"].items()),
+        },
+        command=command,
+        limits=[*limits, f"It sees at most {model['max_length']:,} tokens of a text; cut or divide longer ones."],
+        max_length=model["max_length"],
+        license=settings.license,
+        language=settings.language,
+        notes=settings.card_notes or "",
+        datasets=[settings.data] if on_hub else [],
+        base_model=base_model,
+        tags=[model["model_type"]],
+    )
+
+
+def report(
+    accelerator: Accelerator, settings: Settings, metrics: dict[str, Any], auto_class: str, shown: Mapping[str, float]
+) -> None:
+    test, training = metrics["test"], metrics["training"]
+    accelerator.print(
+        f"\nTest: {format_scores(dict(shown))} (n = {test['n']}).\n"
+        f"Trained {training['steps']:,} steps in {training['seconds']:,} s, "
+        f"{training['tokens_per_second']:,} tokens/s; best step {metrics['validation']['step']:,}.\n"
+        f"Saved in {settings.folder}. To load it:\n\n"
+        f"{loading_code(str(settings.folder), auto_class, metrics['model']['max_length'])}"
+    )

@@ -1,0 +1,174 @@
+"""Documents from a bundled corpus, a local file or the Hub, one list a split; labels are documents.py's business."""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from settings import REPOSITORY, InputError, Settings, find_path
+from sklearn.model_selection import train_test_split
+
+BUNDLED = {"era": REPOSITORY / "data" / "sotu"}
+SPLITS = ("train", "validation", "test")
+HELD_OUT = 0.15  # of the training data, for each split that has no file of its own
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+
+Row = tuple[str, dict[str, Any]]  # the place to name in an error, and the columns
+Tables = dict[str, tuple[str, list[Row]]]  # split → name of the source, rows
+Example = TypeVar("Example")
+
+
+@dataclass
+class TextSettings(Settings):
+    """How documents are read."""
+
+    text_column: str = "text"
+
+
+def load_texts(settings: TextSettings) -> dict[str, list[str]]:
+    """The documents of all three splits, whatever else their rows hold."""
+    return load_splits(settings, lambda row: text_of(row, settings))
+
+
+def load_splits(
+    settings: TextSettings,
+    example: Callable[[Row], Example],
+    label: Callable[[Example], str] | None = None,
+    label_column: str | None = None,
+) -> dict[str, list[Example]]:
+    """All three splits, a row's `example` each; those without data of their own are cut from the training documents.
+
+    With the `label` of an example the cut keeps every label in proportion. `label_column` is where labels stand: the
+    Hub's are taken by name, and a split of which they are withheld is not used.
+    """
+    tables = _read_tables(settings, label_column)
+    splits = {name: [example(row) for row in rows] for name, (_, rows) in tables.items()}
+    for name, examples in splits.items():
+        if not examples:
+            raise InputError(f"The {name} data ({tables[name][0]}) is empty: it needs at least one document.")
+    held = max(1, round(HELD_OUT * len(splits["train"])))
+    for name in SPLITS[1:]:
+        if name not in splits:
+            strata = [label(one) for one in splits["train"]] if label else None
+            splits["train"], splits[name] = _hold_out(splits["train"], strata, name, held, settings.split_seed)
+    return {name: splits[name] for name in SPLITS}
+
+
+def text_of(row: Row, settings: TextSettings) -> str:
+    place, _ = row
+    text = value_of(row, "text_column", settings)
+    if not isinstance(text, str):
+        raise InputError(f"The column {settings.text_column!r} must be text, but {place} has {text!r}.")
+    return text
+
+
+def value_of(row: Row, setting: str, settings: TextSettings) -> Any:
+    """The value in the column that a setting names."""
+    (place, columns), name = row, getattr(settings, setting)
+    if name not in columns:
+        there = ", ".join(sorted(map(str, columns)))
+        raise InputError(f"{place[0].upper()}{place[1:]} has no column {name!r}; there are: {there}. Set {setting}.")
+    return columns[name]
+
+
+def _hold_out(
+    examples: list[Example], strata: Sequence[str] | None, name: str, held: int, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Cuts a split from the training documents, every stratum in proportion where there are enough of each."""
+    left = len(examples) - held
+    if left < 2:
+        raise InputError(
+            f"{len(examples)} documents are too few to cut a {name} split from: give more, or set {name}_data."
+        )
+    if strata is not None:
+        counts = Counter(strata)
+        strata = strata if min(counts.values()) >= 2 and min(held, left) >= len(counts) else None
+    kept, kept_out = train_test_split(range(len(examples)), test_size=held, random_state=seed, stratify=strata)
+    return [examples[i] for i in sorted(kept)], [examples[i] for i in sorted(kept_out)]
+
+
+def _read_tables(settings: TextSettings, label_column: str | None) -> Tables:
+    where = BUNDLED.get(settings.data) or find_path(settings.data)
+    if where is None and (Path(settings.data).suffix in SUFFIXES or settings.data.startswith((".", "/", "~"))):
+        raise InputError(f"There is no file {settings.data}: correct the setting data.")
+    if where is None:
+        tables = _read_hub(settings, label_column)
+    elif where.is_dir():
+        found = {split: sorted(p for p in where.glob(f"{split}.*") if p.suffix in SUFFIXES) for split in SPLITS}
+        files = {split: paths[0] for split, paths in found.items() if paths}
+        if "train" not in files:
+            raise InputError(f"The folder {where} has no train file: it needs train.jsonl, train.csv or train.parquet.")
+        tables = {split: (path.name, list(_read_file(path))) for split, path in files.items()}
+    else:
+        tables = {"train": (settings.data, list(_read_file(where)))}
+    for split, name in (("validation", settings.validation_data), ("test", settings.test_data)):
+        if name is not None:
+            path = find_path(name)
+            if path is None:
+                raise InputError(f"There is no file {name}: correct the setting {split}_data.")
+            tables[split] = (name, list(_read_file(path)))
+    return tables
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    try:
+        if path.suffix == ".jsonl":
+            yield from _read_jsonl(path)
+        elif path.suffix == ".csv":
+            # the default limit of a field, 128 KiB, is less than a long document
+            csv.field_size_limit(2**31 - 1)
+            with path.open(newline="", encoding="utf-8") as lines:
+                reader = csv.DictReader(lines, strict=True)
+                for row in reader:
+                    yield f"line {reader.line_num} of {path.name}", row
+        elif path.suffix == ".parquet":
+            for number, row in enumerate(pq.read_table(path).to_pylist(), start=1):
+                yield f"row {number} of {path.name}", row
+        else:
+            raise InputError(f"{path.name} is none of {', '.join(SUFFIXES)}: convert it to one of these.")
+    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
+        raise InputError(f"{path} cannot be read as {path.suffix}: {error}") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"Line {number} of {path.name} is not JSON: {error}.") from error
+            if not isinstance(row, dict):
+                raise InputError(f"Line {number} of {path.name} must be a JSON object, not a {type(row).__name__}.")
+            yield f"line {number} of {path.name}", row
+
+
+def _read_hub(settings: TextSettings, label_column: str | None) -> Tables:
+    try:
+        loaded: Any = datasets.load_dataset(settings.data, settings.data_config)
+    except Exception as error:  # the Hub's failures have no common class
+        raise InputError(
+            f"data ({settings.data!r}) is no bundled corpus ({', '.join(BUNDLED)}), no file or folder here, "
+            f"and could not be loaded from the Hub: {error}"
+        ) from error
+    if "train" not in loaded:
+        raise InputError(f"The data set {settings.data} has no split 'train'; it has {', '.join(map(str, loaded))}.")
+    tables = {}
+    for split in SPLITS:
+        if split in loaded:
+            table = loaded[split]
+            if isinstance(label := table.features.get(label_column), datasets.ClassLabel):
+                names = [label.int2str(value) if value >= 0 else None for value in table[label_column]]
+                table = table.remove_columns(label_column).add_column(label_column, names)
+            rows = [(f"row {number} of {settings.data}/{split}", row) for number, row in enumerate(table, start=1)]
+            # a test split whose labels are withheld (-1 on the Hub) cannot be used; one is cut from training instead
+            if label_column is None or not all(row.get(label_column, "") is None for _, row in rows):
+                tables[split] = (f"{settings.data}/{split}", rows)
+    return tables
