@@ -19,7 +19,6 @@ from .patterns import AttentionPattern
 # Entries of the weight matrices of a run of tiles, by measurement: enough to keep the products busy, few enough to stay
 # in the cache.
 RUN_ENTRIES = 2**19
-VECTOR = 16  # numbers that a processor works on at once
 
 
 # Stretches of global tokens beyond which one gather is cheaper than a product for each.
@@ -122,29 +121,17 @@ class Index(NamedTuple):
 
 
 class Joined(NamedTuple):
-    """Several positions side by side, copied: one large product is faster than some small ones.
-
-    Filled up to whole vectors with rows that have to be masked: a softmax over 321 columns takes half as long again as
-    one over 336.
-    """
+    """Several positions side by side, copied: one large product into whole rows is faster than several into parts."""
 
     parts: tuple[Span | Index, ...]
     widths: tuple[int, ...]
 
-    @property
-    def filling(self) -> int:
-        filling = -sum(self.widths) % VECTOR
-        return filling if filling <= self.widths[0] else 0
-
     def of(self, x: Tensor, head: int | None, name: str = "") -> Tensor:
         rows = [part.of(x, head) for part in self.parts]
-        if self.filling:
-            rows.append(rows[0][:, : self.filling])
-        shape = len(rows[0]), sum(self.widths) + self.filling, x.shape[-1]
-        return torch.cat(rows, 1, out=SCRATCH.take(name, shape, x))
+        return torch.cat(rows, 1, out=SCRATCH.take(name, (len(rows[0]), sum(self.widths), x.shape[-1]), x))
 
     def add(self, x: Tensor, head: int | None, rows: Tensor) -> None:
-        for part, some in zip(self.parts, rows.split([*self.widths, self.filling], 1), strict=False):
+        for part, some in zip(self.parts, rows.split(self.widths, 1), strict=True):
             part.add(x, head, some)
 
 
@@ -280,12 +267,12 @@ def tiles(
                 reads.extend(global_reads(pattern, queries, spans, dtype, device))
             if pattern.num_random_blocks:
                 reads.append(random_read(pattern, queries, length, num_heads, dtype, device, random_blocks))
-            yield Tile(queries, (*own, *join(reads, dtype, device)))
+            yield Tile(queries, (*own, *join(reads)))
     if spans and global_rows:
         yield from tiles_of_global(pattern, spans, length, num_heads, dtype, device)
 
 
-def join(reads: list[Read], dtype: torch.dtype, device: torch.device) -> list[Read]:
+def join(reads: list[Read]) -> list[Read]:
     """Several reads as one."""
     if len(reads) < 2:
         return reads
@@ -295,21 +282,14 @@ def join(reads: list[Read], dtype: torch.dtype, device: torch.device) -> list[Re
             first, last, _ = patch.columns.indices(width)
             patches.append(patch._replace(columns=slice(start + first, start + last)))
     keys = Joined(tuple(read.keys for read in reads), tuple(widths))  # type: ignore[arg-type]
-    if keys.filling:
-        patches.append(Patch(slice(sum(widths), None), masked(dtype, device)))
     return [Read(keys, tuple(patches))]
 
 
 def width_of(positions: Span | Index | Joined) -> int:
     """Positions of one tile in one head."""
     if isinstance(positions, Joined):
-        return sum(positions.widths) + positions.filling
+        return sum(positions.widths)
     return positions.size if isinstance(positions, Span) else positions.positions.shape[-1]
-
-
-@lru_cache(maxsize=8)
-def masked(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return as_bias(torch.zeros(1, dtype=torch.bool, device=device), dtype)
 
 
 def tiles_of_global(
@@ -404,9 +384,9 @@ def band(
     return tuple(Patch(columns, as_bias(allowed(key[columns]), dtype)) for columns, allowed in patches)
 
 
-def round_up(width: int, to: int = 32) -> int:
-    """Columns in whole vectors: a sum over 127 columns in bfloat16 takes three times that over 128."""
-    return -(-width // to) * to
+def round_up(width: int) -> int:
+    """Columns of a patch in whole vectors: a sum over 127 columns in bfloat16 takes three times that over 128."""
+    return -(-width // 32) * 32
 
 
 def is_near(pattern: AttentionPattern, queries: Span, start: int, stop: int) -> bool:
