@@ -205,6 +205,10 @@ def test_an_override_needs_its_form(tmp_path, override):
         settings_of(tmp_path, "data: era\n" + MODEL, override)
 
 
+def test_the_bare_word_no_is_no_truth_value(tmp_path):
+    assert settings_of(tmp_path, "data: era\n" + MODEL, "mixed_precision=no").mixed_precision == "no"
+
+
 def test_a_missing_yaml_says_what_is_there(tmp_path):
     (tmp_path / "local.yaml").write_text(MODEL)
     with pytest.raises(InputError, match=r"There is no settings file .*locla.yaml; beside it are local.yaml"):

@@ -189,6 +189,8 @@ def checked(name: str, value: Any, annotation: Any) -> Any:
         (annotation,) = (option for option in options if option is not type(None))
         return checked(name, value, annotation)
     if origin is Literal:
+        if value is False and "no" in get_args(annotation):
+            value = "no"  # YAML 1.1 reads the bare word as a truth value
         if value not in get_args(annotation):
             allowed = ", ".join(map(str, get_args(annotation)))
             raise InputError(f"{name} ({value!r}) must be one of {allowed}.")

@@ -19,8 +19,6 @@ from .patterns import AttentionPattern
 # Entries of the weight matrices of a run of tiles, by measurement: enough to keep the products busy, few enough to stay
 # in the cache.
 RUN_ENTRIES = 2**19
-
-
 # Stretches of global tokens beyond which one gather is cheaper than a product for each.
 MANY_SPANS = 4
 Spans = tuple[tuple[int, int], ...]  # (start, stop), ascending
