@@ -68,6 +68,22 @@ def test_engine_equals_the_dense_formula(evaluate, text, lengths, causal, monkey
         torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("text", ["local:3 | global:2", "blocks:1:8 | ends"])
+def test_global_tokens_read_everything_in_every_row(text):
+    """Without padding and marks, where the rows of a batch share their global tokens."""
+    pattern = parse_pattern(text)
+    q, k, v = (torch.randn(2, 67, 3, 5, dtype=torch.float64).transpose(1, 2) for _ in range(3))
+    expected = oracle(q, k, v, pattern, None, ())
+    torch.testing.assert_close(blocked_attention(q, k, v, pattern), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_block_of_the_whole_length_is_one_dense_product():
+    """A window of 0 blocks still reads its block."""
+    pattern = parse_pattern("blocks:0:4096")
+    assert engine.is_short(pattern, 4096, 1)
+    assert not engine.is_short(parse_pattern("local:0"), 4096, 1)
+
+
 @every_pattern
 def test_a_short_sequence_equals_the_dense_formula(text, causal):
     """As above, through one dense product where that is cheaper."""

@@ -11,13 +11,13 @@ import efficient_transformers
 MODELS = Path(efficient_transformers.__file__).parent / "models"
 FILES = sorted(path for path in MODELS.glob("*.py") if path.stem != "__init__")
 TIERS = [
-    ["checks", "packing"],
+    ["checks", "packing", "feature_maps"],
     ["patterns"],
     ["tiles"],
-    ["softmax_attention", "sparse_attention", "blocked_attention", "flex_attention"],
+    ["softmax_attention", "sparse_attention", "blocked_attention", "flex_attention", "linear_attention"],
     ["configuration", "caching"],
     ["attention"],
-    ["backbone"],
+    ["kernel_attention", "backbone"],
     ["heads"],
 ]
 TIER = {name: number for number, names in enumerate(TIERS) for name in names}

@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import CASES, CAUSAL, IDS, MODES, SETTINGS, SMALL, build, can_be_causal, config, inputs, one_layer, readable
 
 import efficient_transformers
-from efficient_transformers import VARIANTS, costs
+from efficient_transformers import VARIANTS, AttentionPattern, costs
 from efficient_transformers.models import attention
 from efficient_transformers.models import sparse_attention as engine
 from efficient_transformers.models.attention import group_heads
+from efficient_transformers.models.configuration import PatternConfig
 
 every_case = pytest.mark.parametrize(("variant", "settings"), CASES, ids=IDS)
 every_causal_case = pytest.mark.parametrize(
@@ -153,10 +154,17 @@ def test_an_output_depends_on_just_what_the_pattern_shows(variant, settings, dec
         assert not readable(model, length).triu(1).any()
 
 
+def patterns_of(cfg, layer: int) -> list[AttentionPattern]:
+    """Who reads whom; through a feature map everybody reads everything."""
+    if isinstance(cfg, PatternConfig):
+        return cfg.attention_patterns(layer)
+    return [AttentionPattern(window=None, causal=cfg.is_decoder)]
+
+
 def drawn_mask(model, length):
     """(h, n, n) of the first layer, with the heads in the order of their groups."""
-    table, masks = (model.layers[0].mixer.random_blocks if len(model.layers) else None), []
-    for pattern, heads in group_heads(model.config.attention_patterns(0), 4):
+    table, masks = getattr(model.layers[0].mixer, "random_blocks", None), []
+    for pattern, heads in group_heads(patterns_of(model.config, 0), 4):
         if table is None:
             masks.append(pattern.dense(length, len(heads)))
             continue
@@ -266,10 +274,10 @@ def counted_flops(model, length: int) -> int:
     return counter.get_total_flops()
 
 
-@every_case
+@pytest.mark.parametrize(("variant", "settings", "decoder"), MODES)
 @pytest.mark.parametrize("length", [61, 128])
-def test_counted_flops_equal_costs(variant, settings, length):
-    model = build(variant, settings, "SequenceClassification", dtype=torch.float32)
+def test_counted_flops_equal_costs(variant, settings, length, decoder):
+    model = build(variant, settings, "SequenceClassification", dtype=torch.float32, is_decoder=decoder, use_cache=False)
     assert counted_flops(model, length) == costs.forward_flops(model, length)
 
 
@@ -277,7 +285,7 @@ def test_counted_flops_equal_costs(variant, settings, length):
 def test_the_pairs_in_costs_are_those_of_the_mask(variant, settings):
     cfg = config(variant, settings)
     for layer in range(2):
-        for pattern in cfg.attention_patterns(layer):
+        for pattern in patterns_of(cfg, layer):
             for length in (1, 30, 61):
                 assert costs.pairs(pattern, length) == pattern.dense(length).sum().item()
 
@@ -509,7 +517,9 @@ def test_chunked_feed_forward_changes_nothing(variant):
 
 
 @pytest.mark.slow  # compiles a kernel for every pattern
-@every_variant
+@pytest.mark.parametrize(
+    "variant", [v for v in VARIANTS.values() if v.model_class()._supports_flex_attn], ids=lambda v: v.slug
+)
 def test_flex_attention_is_chosen_by_name(variant):
     model = build(variant, SETTINGS[variant.slug][0], dtype=torch.float32, hidden_size=64)
     ids, mask = inputs(2, 50), torch.ones(2, 50, dtype=torch.long)
@@ -586,7 +596,10 @@ def test_compile_is_one_graph_and_agrees_with_eager(variant):
 
 @every_case
 def test_eval_is_deterministic_and_dropout_is_not(variant, settings):
-    model = build(variant, settings, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    rates = {"hidden_dropout_prob": 0.2}
+    if issubclass(variant.config_class, PatternConfig):
+        rates["attention_probs_dropout_prob"] = 0.2
+    model = build(variant, settings, **rates)
     ids = inputs(2, 30)
     assert model(ids).last_hidden_state.equal(model(ids).last_hidden_state)
     model.train()
@@ -617,6 +630,7 @@ def test_one_batch_is_learned(variant, settings):
     ("slug", "fields", "message"),
     [
         ("full", {"hidden_size": 30}, "hidden_size.*must be a multiple of num_attention_heads.*change either"),
+        ("full", {"num_attention_heads": 0}, r"num_attention_heads \(0\) must be at least 1"),
         ("full", {"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob \(1.0\) must lie in \[0, 1\)"),
         ("full", {"hidden_size": "32"}, "hidden_size"),
         ("full", {"hiden_size": 32}, "no field 'hiden_size'; did you mean 'hidden_size'"),
@@ -633,6 +647,10 @@ def test_one_batch_is_learned(variant, settings):
         ("mixed", {"head_patterns": ["near:3"]}, "'near:3'.* is no attention pattern"),
         ("mixed", {"head_patterns": ["local:3"] * 3}, "cannot be tiled over num_attention_heads"),
         ("mixed", {"head_patterns": []}, "cannot be tiled"),
+        ("linear", {"attention_probs_dropout_prob": 0.1}, r"attention_probs_dropout_prob \(0.1\) must be 0"),
+        ("rfa", {"num_random_features": 0}, r"num_random_features \(0\) must be at least 1"),
+        ("performer", {"feature_redraw_interval": 0}, r"feature_redraw_interval \(0\) must be at least 1: None never"),
+        ("performer", {"kernel": "cosine"}, "kernel"),
     ],
 )
 def test_bad_configs_are_refused(slug, fields, message):

@@ -26,6 +26,7 @@ SETTINGS: dict[str, list[dict]] = {
     "mixed": [
         {"head_patterns": ["local:3", "stride:4:2", "global:2", "random:2:8"]},
         {"head_patterns": ["local:2 | global:1", "full"], "type_vocab_size": 0},
+        {"head_patterns": ["blocks:2:8", "blocks:0:7 | global:2"]},
     ],
     "longformer": [
         {"attention_window": 6, "num_global_tokens": 1},
@@ -39,6 +40,10 @@ SETTINGS: dict[str, list[dict]] = {
         {"block_size": 4, "random_blocks": "stored"},
         {"block_size": 4, "head_layout": "per_head", "stride": 5},
     ],
+    "efficient": [{"position_embedding_type": "rotary"}],
+    "linear": [{}],
+    "rfa": [{"num_random_features": 16}, {"num_random_features": 11, "position_embedding_type": "rotary"}],
+    "performer": [{"num_random_features": 20}, {"num_random_features": 7, "kernel": "relu"}],
 }
 CASES = [(VARIANTS[slug], settings) for slug, all_settings in SETTINGS.items() for settings in all_settings]
 IDS = [f"{variant.slug}-{number}" for variant, settings in CASES for number in [SETTINGS[variant.slug].index(settings)]]

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from .models.checks import check_at_least, check_shape
+from .models.checks import check_at_least, check_entries, check_shape
 from .models.configuration import TEXT_HEADS
+from .models.kernel_attention import KernelConfig
 from .registry import VARIANTS, Variant
 
 Rules = tuple[tuple[str, str | None], ...]  # pattern of a whole name -> what it is called here; None: left
@@ -124,6 +125,9 @@ CREATED = (
     Creation(r"(.*\.mixer)\.global_([qkv]_proj\.\w+)", r"\1.\2", "copied from the local projections"),
     Creation(r".*\.mixer\.[qkv]_proj\.bias", None, "zero: the source has no bias"),
     Creation(r".*\.mixer\.random_blocks", None, "drawn by pattern_seed"),
+    Creation(r".*\.mixer\.projection", None, "drawn by feature_seed"),
+    Creation(r".*\.mixer\.passes", None, "zero: no forward pass in training yet"),
+    Creation(r".*\.mixer\.scale", None, "one: to be learnt"),
     Creation(r"model\.external_tokens\.weight", None, "initialised: the source has no such tokens"),
     Creation(r"model\.pooler\..*", None, "initialised: the source has none"),
     Creation(r"lm_head\.decoder\.weight", WORDS, "begins as the word embeddings"),
@@ -288,6 +292,8 @@ def convert(
     if as_in_eval or block_tables is not None:
         fields = {"random_blocks": "stored", **fields}
     config = _make_config(target, source_config, kept_head, length, tokenizer, block_tables, fields)
+    if getattr(source_config, "attention_probs_dropout_prob", 0) and not config.attention_probs_dropout_prob:
+        report.notes.append("attention_probs_dropout_prob is 0: the variant has no attention weights to drop from")
     if getattr(source_config, "rescale_embeddings", False):
         _fold_scale(weights, config, head, report)
     if note := DIFFERENCES.get((source_config.model_type, variant, head or "Model")):
@@ -514,6 +520,8 @@ def _make_config(
         values["sep_token_id"] = getattr(source_config, "sep_token_id", None) or getattr(
             tokenizer, "sep_token_id", None
         )
+    if issubclass(variant.config_class, KernelConfig):
+        values.pop("attention_probs_dropout_prob", None)  # there is no matrix to drop from
     values |= {"classifier_pooling": "cls", "max_position_embeddings": length}
     values |= SHARED_FIELDS.get((source_config.model_type, variant.slug), lambda _: {})(source_config)
     if block_tables is not None:
@@ -562,11 +570,8 @@ def _check_blocks(config: Any, tables: Sequence[Tensor]) -> dict[str, Tensor]:
     """Tables of random blocks, by the name of their buffers."""
     blocks = -(-(config.max_position_embeddings + config.num_external_tokens) // config.block_size)
     shape = (config.num_attention_heads, blocks, config.num_random_blocks)
-    if len(tables) != config.num_hidden_layers:
-        raise ValueError(
-            f"block_tables has {len(tables)} entries and num_hidden_layers is {config.num_hidden_layers}: "
-            "give one table for each layer."
-        )
+    layers = config.num_hidden_layers
+    check_entries("block_tables", tables, "num_hidden_layers", layers, "give one table for each layer")
     for layer, table in enumerate(tables):
         check_shape(f"block_tables[{layer}]", table.shape, shape, "heads, blocks, random blocks")
         wrong = table[(table < -1) | (table >= blocks)]

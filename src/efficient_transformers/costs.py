@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 from .models import sparse_attention as engine
 from .models.attention import group_heads
 from .models.configuration import EtConfig
+from .models.kernel_attention import KernelConfig
+from .models.linear_attention import CHUNK, SEGMENT_ENTRIES
 from .models.patterns import AttentionPattern
-from .models.tiles import OwnRead, tiles, width_of
+from .models.tiles import OwnRead, tiles
 
 
 def pairs(pattern: AttentionPattern, length: int) -> int:
@@ -41,12 +43,14 @@ def tile_pairs(pattern: AttentionPattern, length: int, num_heads: int, global_ro
     for tile in tiles(pattern, length, num_heads, torch.float32, torch.device("cpu"), global_rows=global_rows):
         for read in tile.reads:
             if not isinstance(read, OwnRead):
-                total += tile.queries.count * width_of(tile.queries) * width_of(read.keys)
+                total += tile.queries.count * tile.queries.width * read.keys.width
     return total
 
 
 def attention_flops(config: EtConfig, length: int) -> int:
-    """Of QKᵀ and of the weights times V, in all layers, for one sequence of `length` tokens."""
+    """Of what stands between the projections and the output, in all layers, for one sequence of `length` tokens."""
+    if isinstance(config, KernelConfig):
+        return config.num_hidden_layers * config.num_attention_heads * kernel_flops(config, length)
     length += getattr(config, "num_external_tokens", 0)
     apart = getattr(config, "has_global_projections", False)
     total = 0
@@ -55,6 +59,28 @@ def attention_flops(config: EtConfig, length: int) -> int:
             total += 2 * 2 * config.head_dim * len(heads) * tile_pairs(pattern, length, len(heads), not apart)
         if apart:
             total += global_row_flops(config, length)
+    return total
+
+
+def kernel_flops(config: EtConfig, length: int) -> int:
+    """Of one head whose attention goes through a feature map: the map, and the sums in the order (VK)Q."""
+    assert isinstance(config, KernelConfig)
+    dim, features = config.head_dim, config.features_per_head
+    rows = features // config.features.per_row if config.features.is_random else 0
+    mapped, columns = 2 * 2 * length * rows * dim, dim + 1
+    if not config.is_decoder:
+        read = dim if config.features.per_feature else columns
+        return mapped + 2 * length * features * (columns + read)
+    total, left = mapped, length
+    segment = SEGMENT_ENTRIES // (config.num_attention_heads * features * CHUNK)
+    segment = max(1, segment) * CHUNK
+    while left > 0:
+        tokens = min(left, segment)
+        size = min(CHUNK, tokens)
+        chunks = -(-tokens // size)
+        inside = 2 * chunks * size * size * (features + columns)
+        across = 2 * chunks * features * columns * (2 * size + chunks)
+        total, left = total + inside + across, left - tokens
     return total
 
 

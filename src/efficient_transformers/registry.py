@@ -7,11 +7,15 @@ import transformers
 
 from .models import (
     modeling_big_bird,
+    modeling_efficient,
     modeling_full,
     modeling_global,
+    modeling_linear,
     modeling_local,
     modeling_longformer,
     modeling_mixed,
+    modeling_performer,
+    modeling_rfa,
     modeling_stride,
 )
 from .models.configuration import EtConfig
@@ -65,6 +69,10 @@ VARIANTS = {
         Variant("mixed", modeling_mixed, "a pattern per head", "arXiv:1904.10509", "mean of the heads"),
         Variant("longformer", modeling_longformer, "Longformer", "arXiv:2004.05150", "n·attention_window·d"),
         Variant("big_bird", modeling_big_bird, "BigBird", "arXiv:2007.14062", "n·block_size·d", causal=False),
+        Variant("efficient", modeling_efficient, "Efficient Attention", "arXiv:1812.01243", "n·d²"),
+        Variant("linear", modeling_linear, "Linear Transformer", "arXiv:2006.16236", "n·d²"),
+        Variant("rfa", modeling_rfa, "Random Feature Attention", "arXiv:2103.02143", "n·num_random_features·d"),
+        Variant("performer", modeling_performer, "Performer", "arXiv:2009.14794", "n·num_random_features·d"),
     )
 }
 

@@ -7,10 +7,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .blocked_attention import blocked_attention
-from .caching import PatternCacheLayer
+from .caching import PatternCacheLayer, cache_layer
 from .flex_attention import flex_sparse_attention
 from .patterns import AttentionPattern, times_drawn
 from .softmax_attention import softmax_attention
@@ -60,7 +60,45 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
 
-class PatternAttention(nn.Module):
+class Mixer(nn.Module):
+    """What stands in the place of attention: forward(hidden, sequence) -> hidden and, if there are any, weights."""
+
+    def new_cache_layer(self) -> CacheLayerMixin:
+        """What this layer has to remember of the tokens before, empty."""
+        raise NotImplementedError
+
+    def count_pass(self) -> None:
+        """Called in front of every forward pass in training, outside of what gradient checkpointing repeats."""
+
+
+class MultiHeadAttention(Mixer):
+    """Projections of queries, keys, values and output; what the heads do between them is a subclass's `attend`."""
+
+    def __init__(self, config, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
+        """(b, n, e) -> (b, n, e) and, if asked for, the weights (b, h, n, m)."""
+        mixed, weights = self.attend(hidden, sequence)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2)), weights
+
+    def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
+        """What each head has read, (b, h, n, d), and the weights."""
+        raise NotImplementedError
+
+    def split_heads(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(b, n, e) -> (b, h, n, d), turned by the rotary angles if there are any."""
+        x = x.unflatten(-1, (-1, self.head_dim))
+        return (x if rotary is None else rotate(x, rotary)).transpose(1, 2)
+
+
+class PatternAttention(MultiHeadAttention):
     """Softmax attention whose heads read by `config.attention_patterns(layer)`.
 
     `attn_implementation` decides how: `eager` writes the matrix out, `sdpa` is the engine, `flex_attention` the
@@ -75,29 +113,15 @@ class PatternAttention(nn.Module):
     global_rows: bool = True
 
     def __init__(self, config, layer: int):
-        super().__init__()
+        super().__init__(config, layer)
         self.register_buffer("random_blocks", None)
-        self.config, self.layer = config, layer
-        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.dropout = config.attention_probs_dropout_prob
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.groups = group_heads(config.attention_patterns(layer), self.num_heads)
 
-    def forward(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
-        """(b, n, e) -> (b, n, e) and, if asked for, the weights (b, h, n, m)."""
-        mixed, weights = self.attend(hidden, sequence)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2)), weights
-
-    def split_heads(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """(b, n, e) -> (b, h, n, d), turned by the rotary angles if there are any."""
-        x = x.unflatten(-1, (-1, self.head_dim))
-        return (x if rotary is None else rotate(x, rotary)).transpose(1, 2)
+    def new_cache_layer(self) -> PatternCacheLayer:
+        return cache_layer(self.config.attention_patterns(self.layer))
 
     def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
-        """What each head has read, (b, h, n, d), and the weights."""
         q = self.split_heads(self.q_proj(hidden), sequence.rotary)
         k, v = self.split_heads(self.k_proj(hidden), sequence.rotary), self.split_heads(self.v_proj(hidden))
         dropout = self.dropout if self.training else 0.0

@@ -253,6 +253,9 @@ class Encoder:
         hidden = self.embeddings(inputs_embeds, position_ids, token_type_ids)
         hidden, sequence = self.describe(hidden, keep, positions, position_ids, marked, cache, bool(output_attentions))
 
+        if self.training:  # type: ignore[attr-defined]
+            for layer in self.layers:
+                layer.mixer.count_pass()  # type: ignore[operator]
         hidden_states, attentions = [], []
         for layer in self.layers:
             if output_hidden_states:
@@ -284,8 +287,7 @@ class Encoder:
             wanted = False  # a checkpointed layer runs twice and would store its keys twice
         if cache is None and not wanted:
             return None
-        patterns = [self.config.attention_patterns(layer) for layer in range(self.config.num_hidden_layers)]  # type: ignore[attr-defined]
-        return prepare_cache(cache, patterns)
+        return prepare_cache(cache, [layer.mixer.new_cache_layer() for layer in self.layers])  # type: ignore[operator]
 
     def locate(self, hidden: Tensor, mask: Tensor | None, seen: int) -> tuple[Tensor | None, Tensor]:
         """Which of the new tokens are real (None: all), and how many real ones stand before each; -1 at padding."""

@@ -31,13 +31,11 @@ def blocked_attention(
     batch, num_heads, length, _ = q.shape
     if pattern.is_full:
         return masked_attention(q, k, v, pattern, keep, dropout)
-    step, reach, size = pattern.dilation, pattern.window, pattern.block_size
+    step, reach, size = pattern.dilation, pattern.reach, pattern.block_size
     per_class = (length + step - 1) // step  # tokens of a residue class modulo the dilation
     if reach is None:
         size, reach = per_class, 0
-    elif pattern.in_blocks:
-        reach *= size
-    elif not pattern.num_random_blocks:
+    elif not pattern.in_blocks and not pattern.num_random_blocks:
         size = TILE
     # of a traced length one more, in one division: a count that may be 1 would be taken for 1
     count = (per_class + (1 if isinstance(length, int) else 2) * size - 1) // size
@@ -113,10 +111,11 @@ def blocked_attention(
 
 def put_rows(x: Tensor, rows: Tensor, tokens: Tensor, present: Tensor) -> Tensor:
     """`x` (b, h, n, d) with `rows` (b, h, g, d) at positions `tokens` (b, g) that are `present`."""
-    if not torch.compiler.is_compiling():
-        row, number = present.nonzero(as_tuple=True)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # writes just what is there; elsewhere `nonzero` would wait for the device, and no trace knows how much it finds
+        row, number = present.expand(len(x), -1).nonzero(as_tuple=True)
         values = rows[row, :, number].to(x.dtype)
-        return x.transpose(1, 2).index_put((row, tokens.expand_as(present)[row, number]), values).transpose(1, 2)
+        return x.transpose(1, 2).index_put((row, tokens.expand(len(x), -1)[row, number]), values).transpose(1, 2)
     length = x.shape[2]
     # tokens that are not there, where a row has fewer, are written behind the end and cut off
     target = torch.where(present, tokens, length)[:, None, :, None].expand_as(rows)

@@ -1,8 +1,8 @@
-"""What a causal pattern model has to remember, and no more."""
+"""What a causal model has to remember, and no more."""
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from .patterns import AttentionPattern
 
@@ -85,23 +85,25 @@ def cache_layer(patterns: list[AttentionPattern]) -> PatternCacheLayer:
     num_prefix = max(len(pattern.global_tokens) for pattern in patterns)
     if any(pattern.window is None or pattern.num_random_blocks for pattern in patterns):
         return PatternCacheLayer(num_prefix, None)
-    return PatternCacheLayer(num_prefix, max((p.window or 0) * p.dilation for p in patterns) + 1)
+    # a window of blocks is read from the end of a block, too
+    span = max((p.reach or 0) * p.dilation + (p.block_size - 1) * p.in_blocks for p in patterns) + 1
+    return PatternCacheLayer(num_prefix, span)
 
 
-def prepare_cache(cache: Cache | None, layers: list[list[AttentionPattern]]) -> Cache:
+def prepare_cache(cache: Cache | None, layers: list[CacheLayerMixin]) -> Cache:
     """A cache with the layers this model needs; an empty one that somebody else made is filled in place.
 
     `generate` hands in a `DynamicCache`, and callers keep the object they passed. Raises ValueError for a cache that
     already holds another model's states.
     """
     if cache is None:
-        return Cache(layers=[cache_layer(patterns) for patterns in layers])
-    if all(isinstance(layer, PatternCacheLayer) for layer in cache.layers) and len(cache) == len(layers):
+        return Cache(layers=layers)  # type: ignore[arg-type]
+    if [type(layer) for layer in cache.layers] == [type(layer) for layer in layers]:
         return cache
     if cache.get_seq_length():
         raise ValueError(
             f"past_key_values ({type(cache).__name__} with {len(cache)} layers) already holds states this model "
             "did not write: pass None, or an empty cache."
         )
-    cache.layers[:] = [cache_layer(patterns) for patterns in layers]
+    cache.layers[:] = layers
     return cache

@@ -1,5 +1,7 @@
 """Argument checks whose messages name the value, the rule and the way out."""
 
+from collections.abc import Sized
+
 
 def check_divisible(name: str, value: int, by_name: str, by: int, remedy: str) -> None:
     """Raise ValueError unless `value` is a multiple of `by`."""
@@ -11,6 +13,12 @@ def check_at_least(name: str, value: int | float, minimum: int | float, remedy: 
     """Raise ValueError if `value` lies below `minimum`."""
     if value < minimum:
         raise ValueError(f"{name} ({value}) must be at least {minimum}: {remedy}.")
+
+
+def check_entries(name: str, value: Sized, by_name: str, by: int, remedy: str) -> None:
+    """Raise ValueError unless `value` has as many entries as `by` says."""
+    if len(value) != by:
+        raise ValueError(f"{name} has {len(value)} entries and {by_name} is {by}: {remedy}.")
 
 
 def check_length(length: int, maximum: int, model: str) -> None:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .checks import check_at_least, check_divisible
+from .checks import check_at_least, check_divisible, check_entries
 from .patterns import AttentionPattern
 
 TEXT_HEADS = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
@@ -77,11 +77,9 @@ class EtConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
-    def validate_sizes(self):
+    def validate_architecture(self):
         """Sizes are checked here, so that nothing crashes in a forward."""
-        check_divisible(
-            "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads, "change either"
-        )
+        # in place of transformers' own check, which runs first and reads head_dim: a division by num_attention_heads
         for name in (
             "vocab_size",
             "hidden_size",
@@ -121,10 +119,19 @@ class PatternConfig:
 
     def check_per_layer(self, name: str, minimum: int, remedy: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, list) and len(value) != self.num_hidden_layers:  # type: ignore[attr-defined]
-            raise ValueError(
-                f"{name} has {len(value)} entries and num_hidden_layers is {self.num_hidden_layers}: "  # type: ignore[attr-defined]
-                "give one number for all layers or one for each."
-            )
+        if isinstance(value, list):
+            layers: int = self.num_hidden_layers  # type: ignore[attr-defined]
+            check_entries(name, value, "num_hidden_layers", layers, "give one number for all layers or one for each")
         for entry in value if isinstance(value, list) else [value]:
             check_at_least(name, entry, minimum, remedy)
+
+    def check_stride(self) -> None:
+        """The fields `stride` and `hops` of a dilated window."""
+        stride, hops = self.stride, self.hops  # type: ignore[attr-defined]
+        check_at_least("stride", stride, 1, "1 is a window without gaps")
+        if hops is not None:
+            check_at_least("hops", hops, 1, "a query reads at least one step to each side; None reads all")
+
+    def layer_seed(self, layer: int) -> int:
+        """Of the random blocks of layer `layer`, from the field `pattern_seed`."""
+        return self.pattern_seed + 0x10001 * layer  # type: ignore[attr-defined]

@@ -67,8 +67,7 @@ class EtBigBirdConfig(PatternConfig, EtConfig):
         check_at_least("block_size", self.block_size, 1, "a block holds tokens")
         check_at_least("num_random_blocks", self.num_random_blocks, 0, "0 draws none")
         check_at_least("num_window_blocks", self.num_window_blocks, 1, "1 is a window of the own block alone")
-        check_at_least("stride", self.stride, 1, "1 reads every token")
-        check_at_least("hops", 1 if self.hops is None else self.hops, 1, "None reads all multiples of the stride")
+        self.check_stride()
         if self.num_window_blocks % 2 == 0:
             raise ValueError(
                 f"num_window_blocks ({self.num_window_blocks}) must be odd: as many blocks stand on either side."
@@ -87,7 +86,7 @@ class EtBigBirdConfig(PatternConfig, EtConfig):
     def attention_patterns(self, layer: int) -> list[AttentionPattern]:
         window, size = self.num_window_blocks // 2, self.block_size
         tokens, ends = tuple(range(self.num_external_tokens)), self.global_token_type == "internal"
-        random, seed = self.num_random_blocks, self.pattern_seed + 0x10001 * layer
+        random, seed = self.num_random_blocks, self.layer_seed(layer)
         if self.head_layout == "union":
             return [AttentionPattern(window, 1, True, tokens, ends, random, size, seed)]
         return [

@@ -19,7 +19,7 @@ from transformers.generation import GenerationMixin
 from .attention import PatternAttention, SequenceInfo
 from .backbone import Encoder, EtPreTrainedModel
 from .blocked_attention import global_positions, put_rows
-from .checks import check_at_least, check_divisible
+from .checks import check_at_least, check_divisible, check_entries
 from .configuration import EtConfig, PatternConfig
 from .heads import (
     ForCausalLM,
@@ -64,8 +64,7 @@ class EtLongformerConfig(PatternConfig, EtConfig):
         for window in self.attention_window if isinstance(self.attention_window, list) else [self.attention_window]:
             check_divisible("attention_window", window, "2", 2, "it counts both sides together")
         check_at_least("num_global_tokens", self.num_global_tokens or 0, 0, "0 leaves the choice to the caller")
-        check_at_least("stride", self.stride, 1, "1 reads every token")
-        check_at_least("hops", 1 if self.hops is None else self.hops, 1, "None reads all multiples of the stride")
+        self.check_stride()
         if self.head_layout == "per_head":
             check_at_least("num_attention_heads", self.num_attention_heads, 3, "per_head has three kinds of heads")
             if self.attention_dilation != 1:
@@ -81,18 +80,14 @@ class EtLongformerConfig(PatternConfig, EtConfig):
         """Of the heads of one layer, or one for all of them."""
         dilation = self.attention_dilation
         if isinstance(dilation, list):
-            if len(dilation) != self.num_hidden_layers:
-                raise ValueError(
-                    f"attention_dilation has {len(dilation)} entries and num_hidden_layers is "
-                    f"{self.num_hidden_layers}: give one number for all layers or an entry for each."
-                )
+            remedy = "give one number for all layers or an entry for each"
+            check_entries("attention_dilation", dilation, "num_hidden_layers", self.num_hidden_layers, remedy)
             dilation = dilation[layer]
-        if isinstance(dilation, list) and len(dilation) != self.num_attention_heads:
-            raise ValueError(
-                f"attention_dilation of layer {layer} has {len(dilation)} entries and num_attention_heads is "
-                f"{self.num_attention_heads}: give one number for all heads or one for each."
-            )
-        return dilation if isinstance(dilation, list) else [dilation]
+        if not isinstance(dilation, list):
+            return [dilation]
+        name, remedy = f"attention_dilation of layer {layer}", "give one number for all heads or one for each"
+        check_entries(name, dilation, "num_attention_heads", self.num_attention_heads, remedy)
+        return dilation
 
     @property
     def has_global_projections(self) -> bool:
@@ -129,7 +124,7 @@ class LongformerAttention(PatternAttention):
             self.global_v_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def takes_marks(self, pattern: AttentionPattern) -> bool:
-        return self.config.head_layout == "union" or pattern.window == 0  # only global heads do not look around
+        return self.config.head_layout == "union" or pattern.is_own  # only global heads do not look around
 
     def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
         mixed, weights = super().attend(hidden, sequence)

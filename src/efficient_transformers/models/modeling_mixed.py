@@ -48,7 +48,7 @@ class EtMixedConfig(PatternConfig, EtConfig):
         self.attention_patterns(0)
 
     def attention_patterns(self, layer: int) -> list[AttentionPattern]:
-        seed = self.pattern_seed + 0x10001 * layer
+        seed = self.layer_seed(layer)
         return [parse_pattern(text, seed=seed, causal=self.is_decoder) for text in self.head_patterns]
 
 

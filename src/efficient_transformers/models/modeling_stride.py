@@ -12,7 +12,6 @@ from transformers.generation import GenerationMixin
 
 from .attention import PatternAttention
 from .backbone import Encoder, EtPreTrainedModel
-from .checks import check_at_least
 from .configuration import EtConfig, PatternConfig
 from .heads import (
     ForCausalLM,
@@ -39,9 +38,7 @@ class EtStrideConfig(PatternConfig, EtConfig):
     hops: int | None = None
 
     def validate_stride(self):
-        check_at_least("stride", self.stride, 1, "1 is a window without gaps")
-        if self.hops is not None:
-            check_at_least("hops", self.hops, 1, "a query reads at least one step to each side; None reads all")
+        self.check_stride()
 
     def attention_patterns(self, layer: int) -> list[AttentionPattern]:
         return [AttentionPattern(window=self.hops, dilation=self.stride, causal=self.is_decoder)]

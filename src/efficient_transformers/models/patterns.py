@@ -70,6 +70,18 @@ class AttentionPattern:
         return self.window is None and self.dilation == 1
 
     @property
+    def is_own(self) -> bool:
+        """Is the window of a query the token itself?"""
+        return self.window == 0 and not self.in_blocks
+
+    @property
+    def reach(self) -> int | None:
+        """How far the window goes beyond a token, or beyond its block, in steps of `dilation`; None knows no limit."""
+        if self.window is None or not self.in_blocks:
+            return self.window
+        return self.window * self.block_size
+
+    @property
     def depends_on_length(self) -> bool:
         """Does it take the length of the sequence to know the keys of a query?"""
         return self.global_ends or bool(self.num_random_blocks)
@@ -147,9 +159,7 @@ class AttentionPattern:
         Causal patterns draw from the past; a row of their table does not depend on `num_blocks`, so a sequence may
         grow. With `real_blocks` (b,) the draw of each row of a batch, one axis more, and nothing is kept.
         """
-        reach = num_blocks
-        if self.window is not None:
-            reach = self.window if self.in_blocks else -(-self.window // self.block_size)
+        reach = num_blocks if self.reach is None else -(-self.reach // self.block_size)
         settings = num_heads, num_blocks, self.num_random_blocks, reach, int(self.global_ends), self.seed, self.causal
         return drawn_blocks(*settings) if real_blocks is None else draw_blocks(*settings, real_blocks)
 

@@ -89,7 +89,7 @@ def is_short(pattern: AttentionPattern, length: int, num_heads: int) -> bool:
     others += pattern.num_random_blocks * pattern.block_size
     entries = turns = 0
     for queries, keys in windows(pattern, length, num_heads, torch.float32):
-        entries += queries.count * queries.size * (others + (1 if pattern.window == 0 else keys.size))
+        entries += queries.count * queries.size * (others + (1 if pattern.is_own else keys.size))
         turns += queries.count if pattern.num_random_blocks else (num_heads if queries.count > 1 else 1)
     return num_heads * length**2 <= num_heads * entries + turns * TURN_PRICE + START_PRICE
 

@@ -50,8 +50,8 @@ SCRATCH = Scratch()
 class Span(NamedTuple):
     """`size` positions from `start`, `step` apart. In a run of `count` tiles, tile t has them moved by t · `hop`.
 
-    All three methods take `x` (h, n, d) and a head: None works on all heads of a single tile, (h, size, d); a number
-    on all tiles of a run in that head, (count, size, d).
+    `of`, `put` and `add` take `x` (h, n, d) and a head: None works on all heads of a single tile, (h, size, d); a
+    number on all tiles of a run in that head, (count, size, d).
     """
 
     start: int
@@ -64,6 +64,15 @@ class Span(NamedTuple):
     def stop(self) -> int:
         """One past the last position of the last tile."""
         return self.start + (self.size - 1) * self.step + (self.count - 1) * self.hop + 1
+
+    @property
+    def width(self) -> int:
+        """Positions of one tile in one head."""
+        return self.size
+
+    def numbers(self, device: torch.device) -> Tensor:
+        """The positions of the first tile, (size,)."""
+        return torch.arange(self.start, self.start + self.size * self.step, self.step, device=device)
 
     def of(self, x: Tensor, head: int | None) -> Tensor:
         """The rows at these positions, as a view."""
@@ -95,6 +104,13 @@ class Index(NamedTuple):
     positions: Tensor
     count: int = 1
 
+    @property
+    def width(self) -> int:
+        return self.positions.shape[-1]
+
+    def numbers(self, device: torch.device) -> Tensor:
+        return self.positions.to(device)
+
     def of(self, x: Tensor, head: int | None, name: str = "") -> Tensor:
         if head is None:
             return x.gather(1, self.spread(x))
@@ -124,9 +140,13 @@ class Joined(NamedTuple):
     parts: tuple[Span | Index, ...]
     widths: tuple[int, ...]
 
+    @property
+    def width(self) -> int:
+        return sum(self.widths)
+
     def of(self, x: Tensor, head: int | None, name: str = "") -> Tensor:
         rows = [part.of(x, head) for part in self.parts]
-        return torch.cat(rows, 1, out=SCRATCH.take(name, (len(rows[0]), sum(self.widths), x.shape[-1]), x))
+        return torch.cat(rows, 1, out=SCRATCH.take(name, (len(rows[0]), self.width, x.shape[-1]), x))
 
     def add(self, x: Tensor, head: int | None, rows: Tensor) -> None:
         for part, some in zip(self.parts, rows.split(self.widths, 1), strict=True):
@@ -232,7 +252,7 @@ def tile_size(pattern: AttentionPattern, dtype: torch.dtype) -> int:
     """Queries per tile, by measurement: large enough for a fast product, small enough to skip most of the zeros."""
     if pattern.num_random_blocks or pattern.in_blocks:
         return pattern.block_size  # one draw per tile
-    if pattern.window == 0:
+    if pattern.is_own:
         return 1024
     return 128 if dtype in (torch.bfloat16, torch.float16) else 64  # half precision multiplies faster than it starts
 
@@ -255,7 +275,7 @@ def tiles(
     for run in windows(pattern, length, num_heads, dtype):
         for queries, keys in apart(pattern, *run, spans):
             own, reads = (), []
-            if pattern.window == 0 and not pattern.in_blocks:
+            if pattern.is_own:
                 own = (OwnRead(queries),)
             else:
                 offset = (queries.start - keys.start) // queries.step
@@ -274,20 +294,13 @@ def join(reads: list[Read]) -> list[Read]:
     """Several reads as one."""
     if len(reads) < 2:
         return reads
-    patches, widths = [], [width_of(read.keys) for read in reads]
+    patches, widths = [], [read.keys.width for read in reads]
     for start, width, read in zip(accumulate([0, *widths]), widths, reads, strict=False):
         for patch in read.patches:
             first, last, _ = patch.columns.indices(width)
             patches.append(patch._replace(columns=slice(start + first, start + last)))
     keys = Joined(tuple(read.keys for read in reads), tuple(widths))  # type: ignore[arg-type]
     return [Read(keys, tuple(patches))]
-
-
-def width_of(positions: Span | Index | Joined) -> int:
-    """Positions of one tile in one head."""
-    if isinstance(positions, Joined):
-        return sum(positions.widths)
-    return positions.size if isinstance(positions, Span) else positions.positions.shape[-1]
 
 
 def tiles_of_global(
@@ -303,17 +316,14 @@ def tiles_of_global(
         for part in parts:
             patches = ()
             if pattern.causal:
-                i = torch.arange(part.start, part.stop, device=device) if isinstance(part, Span) else part.positions
-                allowed = torch.arange(length, device=device) <= i[:, None]
+                allowed = torch.arange(length, device=device) <= part.numbers(device)[:, None]
                 patches = (Patch(slice(None), as_bias(allowed, dtype)),)
             yield Tile(part, (Read(Span(0, length), patches),), is_global=True)
 
 
 def windows(pattern: AttentionPattern, length: int, num_heads: int, dtype: torch.dtype) -> Iterator[tuple[Span, Span]]:
     """Queries and the keys in their windows; equal tiles in runs, where one tile of all heads is a small product."""
-    size, step, reach = tile_size(pattern, dtype), pattern.dilation, pattern.window
-    if pattern.in_blocks and reach is not None:
-        reach *= size
+    size, step, reach = tile_size(pattern, dtype), pattern.dilation, pattern.reach
     longer = length % step
     # residue classes modulo the dilation: those with one token more, then the others; without one, the sequence
     for residue, classes in ((0, longer), (longer, step - longer)):
@@ -331,7 +341,7 @@ def windows(pattern: AttentionPattern, length: int, num_heads: int, dtype: torch
             groups = [list(group) for _, group in shapes]
             pairs = [[span._replace(count=len(group), hop=size) for span in group[0]] for group in groups]
         for queries, keys in pairs:
-            entries = queries.size * (1 if reach == 0 and not pattern.in_blocks else keys.size)
+            entries = queries.size * (1 if pattern.is_own else keys.size)
             together = 1 if num_heads * entries > RUN_ENTRIES else RUN_ENTRIES // entries
             for tile in range(0, queries.count, together):
                 part = min(together, queries.count - tile)
@@ -389,9 +399,9 @@ def round_up(width: int) -> int:
 
 def is_near(pattern: AttentionPattern, queries: Span, start: int, stop: int) -> bool:
     """May a window of these queries hold one of the global tokens start … stop, or causality forbid them one?"""
-    if pattern.window is None or (pattern.causal and stop > queries.start + 1):
+    if pattern.reach is None or (pattern.causal and stop > queries.start + 1):
         return True
-    reach = pattern.window * (pattern.block_size if pattern.in_blocks else pattern.dilation)
+    reach = pattern.reach * pattern.dilation
     return queries.start - reach < stop and start < queries.stop + reach
 
 
@@ -400,12 +410,12 @@ def global_reads(
 ) -> Iterator[Read]:
     """The columns of the global tokens, less those the window reads already."""
     for tokens in as_positions(spans, queries.count, device):
-        near = [span for span in spans if is_near(pattern, queries, *span)]
-        if not near or (isinstance(tokens, Span) and not is_near(pattern, queries, tokens.start, tokens.stop)):
+        # scattered tokens are one list, of which any may be near
+        held = ((tokens.start, tokens.stop),) if isinstance(tokens, Span) else spans
+        if not any(is_near(pattern, queries, *span) for span in held):
             yield Read(tokens)
             continue
-        i = torch.arange(queries.start, queries.stop, queries.step, device=device)[:, None]
-        j = torch.arange(tokens.start, tokens.stop, device=device) if isinstance(tokens, Span) else tokens.positions
+        i, j = queries.numbers(device)[:, None], tokens.numbers(device)
         allowed = ~pattern.in_window(i, j)
         allowed = allowed & (j <= i) if pattern.causal else allowed
         if bool(allowed.any()):
