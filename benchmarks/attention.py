@@ -2,8 +2,9 @@
 
     python benchmarks/attention.py [--suite layers] [--lengths 512 1024 …] [--dtypes float32 …] [--out docs/attention]
 
-`layers` compares the mixers of the zoo, one layer each with its projections; `peers` compares Longformer and BigBird
-with those of transformers in the same way, by window; `models` does so for whole encoders of 6 layers.
+`layers` compares the patterns of the zoo, one layer each with its projections, and `kernels` those through a feature
+map, both ways and causal; `peers` compares Longformer and BigBird with those of transformers in the same way, by window,
+and `models` whole encoders of 6 layers.
 Hidden size 256, 4 heads, batch 1, no padding, no dropout, weights and inputs drawn from a seed.
 Every repeat runs all contenders one after another, so that a slow moment of the machine meets all of them; what is
 compared are medians, and times relative to full attention through torch's SDPA in the same run.
@@ -40,6 +41,12 @@ OURS = {
     "stride 64, 2 hops": ("stride", {"stride": 64, "hops": 2}),
     "global, 2 tokens": ("global", {"num_global_tokens": 2}),
     "mixed": ("mixed", {"head_patterns": ["local:128", "stride:64:2", "global:2", "random:3"]}),
+}
+KERNELS = {
+    "efficient": ("efficient", {}),
+    "linear": ("linear", {}),
+    "rfa, 256 features": ("rfa", {"num_random_features": 128}),
+    "performer, 256 features": ("performer", {"num_random_features": 256, "feature_redraw_interval": None}),
 }
 PROJECTIONS, LONGFORMER = "projections alone", "transformers Longformer ±128"
 WINDOWS = (512, 256, 128)  # of Longformer, on both sides together; with one global token
@@ -147,6 +154,14 @@ def mixers(length: int) -> dict[str, nn.Module]:
     return layers
 
 
+def kernels(length: int) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {PROJECTIONS: Projections(), YARDSTICK: Ours("full", {}, length)}
+    layers |= {name: Ours(slug, fields, length) for name, (slug, fields) in KERNELS.items()}
+    causal = {"is_decoder": True}
+    layers["full, causal"] = Ours("full", causal, length)
+    return layers | {f"{name}, causal": Ours(slug, fields | causal, length) for name, (slug, fields) in KERNELS.items()}
+
+
 def peers(length: int) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {PROJECTIONS: Projections(), YARDSTICK: Ours("full", {}, length)}
     for window in WINDOWS:
@@ -173,7 +188,7 @@ def models(length: int) -> dict[str, nn.Module]:
     return whole
 
 
-SUITES = {"layers": mixers, "peers": peers, "models": models}
+SUITES = {"layers": mixers, "kernels": kernels, "peers": peers, "models": models}
 
 
 def run_forward(layer: nn.Module, hidden: Tensor) -> None:

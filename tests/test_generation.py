@@ -138,3 +138,26 @@ def test_logits_to_keep_and_shifted_labels():
 
 def test_every_causal_setting_is_tested():
     assert {case[0].slug for case, _ in CAUSAL} == {slug for slug, variant in VARIANTS.items() if variant.causal}
+
+
+def test_a_growing_cache_is_not_copied_for_every_token():
+    model = causal_model(VARIANTS["full"], {})
+    ids = inputs(2, 60)
+    expected = model(ids, use_cache=False).logits.detach()
+    cache, places = None, []
+    for start in range(60):
+        with torch.inference_mode() if 20 <= start < 25 else torch.no_grad():  # the first one's cannot be written later
+            output = model(ids[:, start : start + 1], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        places.append(cache.layers[0].keys.data_ptr())
+        torch.testing.assert_close(output.logits[:, 0], expected[:, start], rtol=1e-9, atol=1e-9)
+    assert len(set(places)) <= 6
+
+
+def test_a_gradient_goes_through_a_cache():
+    model = causal_model(VARIANTS["full"], {})
+    embeds = model.get_input_embeddings()(inputs(1, 9)).detach().requires_grad_()
+    whole = model(inputs_embeds=embeds, use_cache=False).logits[:, 6:].square().sum()
+    cache = model(inputs_embeds=embeds[:, :6], use_cache=True).past_key_values
+    rest = model(inputs_embeds=embeds[:, 6:], past_key_values=cache).logits.square().sum()
+    torch.testing.assert_close(*(torch.autograd.grad(loss, embeds)[0] for loss in (whole, rest)))

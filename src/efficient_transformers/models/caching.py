@@ -12,7 +12,8 @@ class PatternCacheLayer(DynamicLayer):
 
     Kept are the first `num_prefix` real tokens and the last `span` ones; `span=None` keeps all. Positions count the
     real tokens of each row and are -1 at padding, so rows may be padded anywhere. Memory does not grow with the
-    length where the span is finite; eviction is amortised over `span` steps.
+    length where the span is finite; eviction is amortised over `span` steps. What grows has room to grow into, so that
+    a token is written behind the others instead of copying them all.
     """
 
     is_croppable = False
@@ -25,6 +26,7 @@ class PatternCacheLayer(DynamicLayer):
         self.num_prefix, self.span = num_prefix, span
         self.is_empty = True
         self.cumulative_length = 0
+        self.room: dict[str, Tensor] = {}  # of each tensor: it and what is free behind it
 
     def update(self, key_states: Tensor, value_states: Tensor, positions: Tensor, *args, **kwargs):  # type: ignore[override]
         """Append (b, h, n, d) keys and values at `positions` (b, n); return all there are, with their positions."""
@@ -33,14 +35,28 @@ class PatternCacheLayer(DynamicLayer):
             self.is_empty = False
             self.keys, self.values, self.positions = key_states, value_states, positions
         else:
-            self.keys = torch.cat([self.keys, key_states], dim=2)
-            self.values = torch.cat([self.values, value_states], dim=2)
-            self.positions = torch.cat([self.positions, positions], dim=1)
+            self.keys = self.extended("keys", self.keys, key_states, 2)
+            self.values = self.extended("values", self.values, value_states, 2)
+            self.positions = self.extended("positions", self.positions, positions, 1)
         self.cumulative_length += key_states.shape[2]
         everything = self.keys, self.values, self.positions
         if self.span is not None and self.positions.shape[1] > self.num_prefix + 2 * self.span:
             self.evict(self.span)
         return everything
+
+    def extended(self, name: str, old: Tensor, new: Tensor, axis: int) -> Tensor:
+        """`old` and `new` one behind the other, along `axis`."""
+        if torch.is_grad_enabled() and (old.requires_grad or new.requires_grad):
+            return torch.cat([old, new], axis)
+        length, total = old.shape[axis], old.shape[axis] + new.shape[axis]
+        room = self.room.get(name)
+        if room is None or room.data_ptr() != old.data_ptr() or room.shape[axis] < total or is_closed(room):
+            shape = list(old.shape)
+            shape[axis] = total + total // 4 + 16
+            room = self.room[name] = old.new_empty(shape)
+            room.narrow(axis, 0, length).copy_(old)
+        room.narrow(axis, length, total - length).copy_(new)
+        return room.narrow(axis, 0, total)
 
     def evict(self, span: int) -> None:
         # prefix tokens first, then the newest; padding last
@@ -56,6 +72,7 @@ class PatternCacheLayer(DynamicLayer):
 
     def reset(self) -> None:
         self.is_empty = True
+        self.room.clear()
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -78,6 +95,11 @@ class PatternCacheLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         if not self.is_empty:
             self.select(torch.arange(self.positions.shape[0]).repeat_interleave(repeats))
+
+
+def is_closed(x: Tensor) -> bool:
+    """Was `x` made in inference mode, outside of which nothing may be written into it?"""
+    return x.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def cache_layer(patterns: list[AttentionPattern]) -> PatternCacheLayer:

@@ -1,0 +1,129 @@
+"""Time and memory of a generated token against the length of what came before.
+
+    python benchmarks/generation.py [--contexts 1024 4096 …] [--out docs/generation]
+
+Decoders of 2 layers, hidden size 256, 4 heads, batch 1, weights drawn from a seed. The memory of the context is filled
+directly, by what the layers would have written for random keys and values, so that long contexts of full attention
+need no prefill. Every repeat takes one token through all contenders, one after another; what is given are medians.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from attention import HEADS, HIDDEN, machine
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from efficient_transformers import VARIANTS
+from efficient_transformers.models.kernel_attention import KernelAttention
+from efficient_transformers.models.linear_attention import causal_linear_attention
+
+LAYERS, VOCABULARY = 2, 1024
+CONTENDERS = {
+    "full": ("full", {}),
+    "local 128": ("local", {"window_size": 128}),
+    "efficient": ("efficient", {}),
+    "linear": ("linear", {}),
+    "rfa, 256 features": ("rfa", {"num_random_features": 128}),
+    "rfa, 256 features, gated": ("rfa", {"num_random_features": 128, "gated": True}),
+    "performer, 256 features": ("performer", {"num_random_features": 256}),
+}
+
+
+def decoder(slug: str, fields: dict, longest: int) -> PreTrainedModel:
+    sizes = {
+        "hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY,
+        "intermediate_size": 4 * HIDDEN, "max_position_embeddings": longest, "position_embedding_type": "rotary",
+    }  # fmt: skip
+    config = VARIANTS[slug].config_class(**sizes, **fields)
+    return VARIANTS[slug].model_class("CausalLM")(config).eval()
+
+
+def filled_cache(model: PreTrainedModel, context: int) -> Cache:
+    """A cache that has seen `context` tokens."""
+    mixers = [layer.mixer for layer in model.model.layers]
+    cache = Cache(layers=[mixer.new_cache_layer() for mixer in mixers])
+    piece = 1024  # a layer that forgets does so between its updates
+    for start in range(0, context, piece):
+        for mixer, layer in zip(mixers, cache.layers, strict=True):
+            size = min(piece, context - start)
+            q, k, v = (torch.randn(1, HEADS, size, HIDDEN // HEADS) for _ in range(3))
+            if isinstance(mixer, KernelAttention):
+                decay = mixer.log_decay(torch.randn(1, size, HIDDEN), None)
+                q, k = mixer.scaled(q, k)
+                how = mixer.config.features, mixer.projection, None, decay, layer.state
+                layer.update(causal_linear_attention(q, k, v, *how)[1], size)
+            else:
+                layer.update(k, v, torch.arange(start, start + size)[None])
+    return cache
+
+
+def megabytes(cache: Cache) -> float:
+    """All that the cache holds, the room to grow into included."""
+    storages: dict[int, int] = {}
+    for layer in cache.layers:
+        held = getattr(layer, "state", None) or [layer.keys, layer.values, layer.positions]
+        for x in held:
+            if isinstance(x, Tensor):
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    return sum(storages.values()) / 2**20
+
+
+@torch.no_grad()
+def measure(context: int, repeats: int) -> list[dict]:
+    torch.manual_seed(0)
+    token = torch.tensor([[7]])
+    models = {name: decoder(slug, fields, context + repeats + 8) for name, (slug, fields) in CONTENDERS.items()}
+    caches = {name: filled_cache(model, context) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(repeats + 2):
+        for name, model in models.items():
+            start = time.perf_counter()
+            model(token, past_key_values=caches[name])
+            if number >= 2:  # the first one makes the room that the others are written into
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return [
+        {"layer": name, "context": context, "milliseconds": values, "megabytes": megabytes(caches[name])}
+        for name, values in times.items()
+    ]
+
+
+def table(rows: list[dict]) -> str:
+    contexts = sorted({row["context"] for row in rows})
+    by_key = {(row["layer"], row["context"]): row for row in rows}
+    lines = [
+        "| ms a token, ± half the quartiles' distance (MB of cache) | " + " | ".join(f"{c:,}" for c in contexts) + " |",
+        "|---|" + "---|" * len(contexts),
+    ]
+    for name in dict.fromkeys(row["layer"] for row in rows):
+        cells = []
+        for context in contexts:
+            values = by_key[name, context]["milliseconds"]
+            low, median, high = statistics.quantiles(values, n=4)
+            cells.append(f"{median:.2f} ±{(high - low) / 2:.2f} ({by_key[name, context]['megabytes']:.1f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--out", type=Path, help="write <out>.json and <out>.md")
+    arguments = parser.parse_args()
+    rows = [row for context in arguments.contexts for row in measure(context, arguments.repeats)]
+    described = machine(torch.device("cpu"))
+    text = ", ".join(f"{key} {value}" for key, value in described.items()) + "\n\n" + table(rows)
+    if arguments.out:
+        arguments.out.with_suffix(".json").write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
+        arguments.out.with_suffix(".md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
