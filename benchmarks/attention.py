@@ -2,9 +2,9 @@
 
     python benchmarks/attention.py [--suite layers] [--lengths 512 1024 …] [--dtypes float32 …] [--out docs/attention]
 
-`layers` compares the patterns of the zoo, one layer each with its projections, and `kernels` those through a feature
-map, both ways and causal; `peers` compares Longformer and BigBird with those of transformers in the same way, by window,
-and `models` whole encoders of 6 layers.
+`layers` compares the patterns of the zoo, one layer each with its projections; `kernels` the mixers through a feature
+map, both ways and causal; `peers` Longformer and BigBird with those of transformers in the same way, by window;
+`models` whole encoders of 6 layers.
 Hidden size 256, 4 heads, batch 1, no padding, no dropout, weights and inputs drawn from a seed.
 Every repeat runs all contenders one after another, so that a slow moment of the machine meets all of them; what is
 compared are medians, and times relative to full attention through torch's SDPA in the same run.

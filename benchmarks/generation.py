@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from attention import HEADS, HIDDEN, machine
@@ -46,11 +47,11 @@ def decoder(slug: str, fields: dict, longest: int) -> PreTrainedModel:
 
 def filled_cache(model: PreTrainedModel, context: int) -> Cache:
     """A cache that has seen `context` tokens."""
-    mixers = [layer.mixer for layer in model.model.layers]
-    cache = Cache(layers=[mixer.new_cache_layer() for mixer in mixers])
+    mixers: list[Any] = [layer.mixer for layer in model.model.layers]
+    layers: list[Any] = [mixer.new_cache_layer() for mixer in mixers]
     piece = 1024  # a layer that forgets does so between its updates
     for start in range(0, context, piece):
-        for mixer, layer in zip(mixers, cache.layers, strict=True):
+        for mixer, layer in zip(mixers, layers, strict=True):
             size = min(piece, context - start)
             q, k, v = (torch.randn(1, HEADS, size, HIDDEN // HEADS) for _ in range(3))
             if isinstance(mixer, KernelAttention):
@@ -60,13 +61,14 @@ def filled_cache(model: PreTrainedModel, context: int) -> Cache:
                 layer.update(causal_linear_attention(q, k, v, *how)[1], size)
             else:
                 layer.update(k, v, torch.arange(start, start + size)[None])
-    return cache
+    return Cache(layers=layers)
 
 
 def megabytes(cache: Cache) -> float:
     """All that the cache holds, the room to grow into included."""
     storages: dict[int, int] = {}
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         held = getattr(layer, "state", None) or [layer.keys, layer.values, layer.positions]
         for x in held:
             if isinstance(x, Tensor):

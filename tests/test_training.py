@@ -28,7 +28,7 @@ import seeds  # noqa: E402
 from building import build_config, build_model, load_tokenizer  # noqa: E402
 from checkpoints import PARTIAL, Checkpoints, Progress  # noqa: E402
 from classify import ClassifySettings  # noqa: E402
-from loop import EpochSampler  # noqa: E402
+from loop import EpochSampler, make_optimizer  # noqa: E402
 from outputs import differences  # noqa: E402
 from settings import InputError  # noqa: E402
 
@@ -218,7 +218,7 @@ def test_a_missing_yaml_says_what_is_there(tmp_path):
 def test_there_are_configs_to_test():
     assert {path.stem for path in VARIANTS} >= {"full", "local", "stride", "global", "mixed"}
     # a folder of another task needs a test of its own
-    assert {path.parent.name for path in CONFIGS} == {"accelerate", "era", "mlm"}
+    assert {path.parent.name for path in CONFIGS} == {"accelerate", "clm", "era", "mlm"}
 
 
 @pytest.mark.parametrize("path", VARIANTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -237,6 +237,27 @@ def test_every_config_builds_a_tiny_model(path, finished):
     assert logits.isfinite().all()
     fields = {key: value for key, value in settings.model.items() if key != "checkpoint"}
     assert {key: getattr(config, key) for key in fields} == fields
+
+
+def test_weights_that_a_checkpoint_does_not_bring_may_have_a_rate_of_their_own(finished, tmp_path):
+    values = {
+        "data": "era",
+        "model": {"checkpoint": str(finished[0])},
+        "learning_rate": 1e-5,
+        "head_learning_rate": 0.1,
+    }
+    settings = ClassifySettings.from_dict(values)
+    labels = {n: str(n) for n in range(5)}  # other ones than the checkpoint's, so the classifier is made anew
+    config = build_config(
+        settings, load_tokenizer(settings), id2label=labels, label2id={y: n for n, y in labels.items()}
+    )
+    model = build_model(settings, config, AutoModelForSequenceClassification)
+    rates = {id(p): group["lr"] for group in make_optimizer(model, settings).param_groups for p in group["params"]}
+    found = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    assert {name for name, rate in found.items() if rate == 0.1} == {"classifier.weight", "classifier.bias"}
+    assert set(found.values()) == {0.1, 1e-5}
+    settings.head_learning_rate = None
+    assert {group["lr"] for group in make_optimizer(model, settings).param_groups} == {1e-5}
 
 
 # --- metrics

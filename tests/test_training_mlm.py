@@ -1,13 +1,10 @@
 """Masked language models: reading without labels, packing, masks, scores, and runs that are stopped and continued."""
 
 import io
-import json
 import math
-import os
-import signal
-import subprocess
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -15,11 +12,24 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from training_runs import assert_same_run, reset_accelerate
+from tokenizers import Tokenizer, models, processors
+from training_runs import (
+    SPECIAL,
+    TEXT,
+    assert_same_run,
+    bpe,
+    kill_and_continue,
+    launch_two,
+    read_metrics,
+    reset_accelerate,
+    stop_and_continue,
+    wordpiece,
+    write_config,
+    write_rows,
+    write_sentences,
+)
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -31,20 +41,21 @@ from transformers import (
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "training"))
 
+import language_models  # noqa: E402
 import loop  # noqa: E402
 import pretrain_mlm  # noqa: E402
-from building import build_config, build_model, load_tokenizer  # noqa: E402
+from building import build_config, build_model, load_tokenizer, make_accelerator  # noqa: E402
+from language_models import Evaluator  # noqa: E402
 from masking import IGNORED, Masker, RemaskedWindows  # noqa: E402
 from packing import NO_WORD, Packer, Window  # noqa: E402
-from pretrain_mlm import Evaluator, MlmSettings, add_mask_token, masked_windows  # noqa: E402
+from pretrain_mlm import MlmSettings, add_mask_token, masked_windows  # noqa: E402
 from settings import InputError  # noqa: E402
 from texts import load_texts  # noqa: E402
 
 from efficient_transformers.cards import loading_code  # noqa: E402
 
 CONFIGS = [path for path in sorted((ROOT / "configs/mlm").glob("*.yaml")) if path.stem != "base"]
-SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-TEXT = "Antidisestablishmentarianism frightens nobody but philosophers and unsuspecting parliamentarians "
+SCORES = ("loss", "perplexity", "accuracy")
 
 TINY = {
     "tokenizer": "data/tokenizer",
@@ -82,23 +93,6 @@ def fresh_accelerate():
     reset_accelerate()
 
 
-def bpe():
-    return AutoTokenizer.from_pretrained(ROOT / "data/tokenizer")
-
-
-def wordpiece(has_mask=True):
-    """Cuts the words of TEXT after every third letter."""
-    words = [[word[at : at + 3] for at in range(0, len(word), 3)] for word in TEXT.lower().split()]
-    pieces = {f"{'##' if at else ''}{piece}" for word in words for at, piece in enumerate(word)}
-    vocabulary = [*SPECIAL.values(), *(["[MASK]"] if has_mask else []), *sorted(pieces)]
-    tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(vocabulary)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="[MASK]" if has_mask else None, **SPECIAL)
-
-
 TOKENIZERS = {"bpe": bpe, "wordpiece": wordpiece}
 both_tokenizers = pytest.mark.parametrize("tokenizer", [make() for make in TOKENIZERS.values()], ids=TOKENIZERS)
 
@@ -113,11 +107,6 @@ def settings(**values):
 
 
 # --- reading
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def test_text_needs_no_labels_and_no_document_is_in_two_splits(tmp_path):
@@ -330,9 +319,9 @@ def test_every_masked_token_counts_the_same(batch_size, tmp_path):
         log_probabilities = model(item["input_ids"]).logits[at].double().log_softmax(-1)
         losses += (-log_probabilities.gather(1, item["labels"][at][:, None])[:, 0]).tolist()
         right += (log_probabilities.argmax(-1) == item["labels"][at]).tolist()
-    assert len(losses) == data.masked_tokens() > 20
+    assert len(losses) == data.counts()["masked_tokens"] > 20
 
-    accelerator = pretrain_mlm.make_accelerator(values)
+    accelerator = make_accelerator(values)
     scores = Evaluator(accelerator, data, DataCollatorForTokenClassification(tokenizer), values)(model)
     loss = sum(losses) / len(losses)
     assert scores == pytest.approx(
@@ -345,33 +334,16 @@ def test_every_masked_token_counts_the_same(batch_size, tmp_path):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Sixty documents of three sentences, from which every masked word can be told."""
-    sentences = (
-        "we are at war with the states .",
-        "the people of the union are at peace .",
-        "and god save this land .",
-    )
-    rows = [{"text": " ".join(sentences[(i + j) % 3] for j in range(1 + i % 5))} for i in range(60)]
-    return write_rows(tmp_path_factory.mktemp("corpus") / "documents.jsonl", rows)
-
-
-def write_config(folder, corpus, **values):
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "data": str(corpus), "out": str(folder / "out"), **values}))
-    return path
+    return write_sentences(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture
 def config(tmp_path, corpus):
-    return write_config(tmp_path, corpus)
+    return write_config(tmp_path, TINY, corpus)
 
 
 def run(config, *overrides):
     return pretrain_mlm.run(MlmSettings.from_yaml(config, overrides))
-
-
-def read_metrics(folder):
-    return json.loads((folder / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +351,7 @@ def finished(tmp_path_factory, corpus):
     """The folder of a run that was never stopped, and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
     with redirect_stdout(io.StringIO()) as printed:
-        pretrain_mlm.main(["--config", str(write_config(folder, corpus, tracker="tensorboard"))])
+        pretrain_mlm.main(["--config", str(write_config(folder, TINY, corpus, tracker="tensorboard"))])
     reset_accelerate()
     return folder / "out", printed.getvalue()
 
@@ -438,7 +410,7 @@ def test_a_finished_run_is_evaluated(finished):
     folder, _ = finished
     found = read_metrics(folder)["test"]
     assert pretrain_mlm.evaluate_folder(folder, []) == pytest.approx(
-        {name: found[name] for name in ("loss", "perplexity", "accuracy", "n")}, rel=1e-5
+        {name: found[name] for name in (*SCORES, "n")}, rel=1e-5
     )
     reset_accelerate()
     assert pretrain_mlm.evaluate_folder(folder, ["max_length=10"])["n"] > found["n"]
@@ -481,7 +453,7 @@ def test_a_checkpoint_is_trained_on(finished, config, tmp_path):
     folder, _ = finished
     found = run(config, f"model.checkpoint={folder}", "tokenizer=null", "max_steps=3", "learning_rate=0.001")
     best = read_metrics(folder)["validation"]
-    assert found["before"] == pytest.approx({name: best[name] for name in pretrain_mlm.SCORES}, rel=1e-5)
+    assert found["before"] == pytest.approx({name: best[name] for name in SCORES}, rel=1e-5)
     card = ModelCard.load(tmp_path / "out/README.md")
     assert "goes on from | out |" in card.text
     ours, theirs = load_file(tmp_path / "out/model.safetensors"), load_file(folder / "model.safetensors")
@@ -492,52 +464,18 @@ def test_a_checkpoint_is_trained_on(finished, config, tmp_path):
 # --- stopped and continued
 
 
-class PowerCut(BaseException):
-    """Nothing is saved on the way out."""
-
-
 def test_sigterm_saves_and_the_run_ends_as_one_never_stopped(monkeypatch, capsys, finished, config, tmp_path):
-    original = loop.record_step
-
-    def record_step(accelerator, progress, *rest):
-        if progress.step == 9:  # in the second epoch
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(accelerator, progress, *rest)
-
-    monkeypatch.setattr(loop, "record_step", record_step)
-    with pytest.raises(SystemExit) as stopped:
-        pretrain_mlm.main(["--config", str(config)])
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert f"pretrain_mlm.py --config {config} --resume" in capsys.readouterr().out
-    assert (tmp_path / "out/checkpoints/step-000000010/progress.json").exists()
-
-    monkeypatch.setattr(loop, "record_step", original)
-    reset_accelerate()
-    torch.manual_seed(1)  # what the process would draw by itself
-    pretrain_mlm.main(["--config", str(config), "--resume"])
-    assert f"Continuing after step 10 of {TOTAL}" in capsys.readouterr().out
+    stop_and_continue(monkeypatch, pretrain_mlm.main, config, 10)  # in the second epoch
+    printed = capsys.readouterr().out
+    assert f"pretrain_mlm.py --config {config} --resume" in printed
+    assert f"Continuing after step 10 of {TOTAL}" in printed
     assert_same_run(tmp_path / "out", finished[0], LAST)
 
 
 @pytest.mark.parametrize(("step", "saved"), [(2, None), (11, 9), (TOTAL, TOTAL)], ids=["at once", "midway", "at last"])
 def test_a_killed_run_ends_as_one_never_stopped(monkeypatch, finished, config, tmp_path, step, saved):
-    original = pretrain_mlm.metrics_of if step == TOTAL else loop.record_step
-
-    def cut(*arguments):
-        if step == TOTAL or arguments[1].step == step - 1:
-            raise PowerCut
-        return original(*arguments)
-
-    monkeypatch.setattr(pretrain_mlm if step == TOTAL else loop, original.__name__, cut)
-    with pytest.raises(PowerCut):
-        run(config)
-    checkpoints = sorted((tmp_path / "out/checkpoints").glob("step-*"))
-    assert [path.name for path in checkpoints[-1:]] == ([f"step-{saved:09d}"] if saved else [])
-
-    monkeypatch.undo()
-    reset_accelerate()
-    torch.manual_seed(1)
-    run(config, "resume=true")
+    left = kill_and_continue(monkeypatch, partial(run, config), tmp_path / "out", step, TOTAL)
+    assert left == (f"step-{saved:09d}" if saved else None)
     assert_same_run(tmp_path / "out", finished[0], LAST)
 
 
@@ -592,7 +530,7 @@ BAD_RUNS = {
 
 @pytest.mark.parametrize(("overrides", "message"), BAD_RUNS.values(), ids=BAD_RUNS)
 def test_bad_runs_are_refused_before_training(monkeypatch, config, tmp_path, overrides, message):
-    monkeypatch.setattr(pretrain_mlm, "train", lambda *arguments: pytest.fail("training began"))
+    monkeypatch.setattr(language_models, "train", lambda *arguments: pytest.fail("training began"))
     with pytest.raises(InputError, match=message):
         run(config, *overrides)
     assert not list((tmp_path / "out").glob("*"))
@@ -600,11 +538,11 @@ def test_bad_runs_are_refused_before_training(monkeypatch, config, tmp_path, ove
 
 def test_a_model_without_such_a_head_is_refused(corpus, tmp_path):
     with pytest.raises(InputError, match=r"The model section cannot be used: .*GPT2Config.* for .*MaskedLM"):
-        run(write_config(tmp_path, corpus, model={"model_type": "gpt2"}))
+        run(write_config(tmp_path, TINY, corpus, model={"model_type": "gpt2"}))
 
 
 def test_a_tokenizer_without_a_mask_token_is_refused(monkeypatch, config, tmp_path):
-    monkeypatch.setattr(pretrain_mlm, "train", lambda *arguments: pytest.fail("training began"))
+    monkeypatch.setattr(language_models, "train", lambda *arguments: pytest.fail("training began"))
     with pytest.raises(SystemExit, match=r"error: The tokenizer .* has no mask token: .* mask_token='\[MASK\]'"):
         pretrain_mlm.main(["--config", str(config), without_mask(tmp_path)])
 
@@ -652,15 +590,10 @@ def test_every_config_builds_a_tiny_model(path):
 
 @pytest.mark.slow
 def test_several_processes_give_the_scores_of_one(config, tmp_path):
-    # `accelerate launch --cpu --num_processes 2` starts one process only
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "training/pretrain_mlm.py"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    given = ["--config", str(config), "eval_batch_size=5"]
-    done = subprocess.run([*command, *given], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    launch_two("pretrain_mlm.py", "--config", str(config), "eval_batch_size=5")
     found = read_metrics(tmp_path / "out")
     assert found["training"]["processes"] == 2
     scores = pretrain_mlm.evaluate_folder(tmp_path / "out", [])
-    assert {name: scores[name] for name in pretrain_mlm.SCORES} == pytest.approx(
-        {name: found["test"][name] for name in pretrain_mlm.SCORES}, rel=1e-5
+    assert {name: scores[name] for name in SCORES} == pytest.approx(
+        {name: found["test"][name] for name in SCORES}, rel=1e-5
     )

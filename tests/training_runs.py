@@ -1,10 +1,28 @@
-"""What the tests of training runs share: a fresh start for each, and what makes two runs the same."""
+"""What the tests of training runs share: a fresh start for each, data and tokenizers, and runs that are killed."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "training"))
+
+import language_models  # noqa: E402
+import loop  # noqa: E402
+
+SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+TEXT = "Antidisestablishmentarianism frightens nobody but philosophers and unsuspecting parliamentarians "
 
 
 def reset_accelerate():
@@ -27,3 +45,110 @@ def assert_same_run(folder, other, last="step-000000024"):
         assert ours[name] == theirs[name]
     assert ours.get("before") == theirs.get("before")
     assert ours["training"]["tokens"] == theirs["training"]["tokens"]
+
+
+# --- data and tokenizers
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_sentences(folder):
+    """Sixty documents of three sentences, whose words can be told from those around them."""
+    sentences = (
+        "we are at war with the states .",
+        "the people of the union are at peace .",
+        "and god save this land .",
+    )
+    rows = [{"text": " ".join(sentences[(i + j) % 3] for j in range(1 + i % 5))} for i in range(60)]
+    return write_rows(folder / "documents.jsonl", rows)
+
+
+def write_config(folder, tiny, corpus, **values):
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**tiny, "data": str(corpus), "out": str(folder / "out"), **values}))
+    return path
+
+
+def read_metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def bpe():
+    return AutoTokenizer.from_pretrained(ROOT / "data/tokenizer")
+
+
+def wordpiece(has_mask=True):
+    """Cuts the words of TEXT after every third letter."""
+    words = [[word[at : at + 3] for at in range(0, len(word), 3)] for word in TEXT.lower().split()]
+    pieces = {f"{'##' if at else ''}{piece}" for word in words for at, piece in enumerate(word)}
+    vocabulary = [*SPECIAL.values(), *(["[MASK]"] if has_mask else []), *sorted(pieces)]
+    tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ids = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="[MASK]" if has_mask else None, **SPECIAL)
+
+
+# --- stopped and continued
+
+
+class PowerCut(BaseException):
+    """Nothing is saved on the way out."""
+
+
+def kill_and_continue(monkeypatch, run, folder, step, total):
+    """Ends a run in front of the record of step `step`, at `total` of the metrics, and continues it.
+
+    Returns the name of the newest checkpoint that was left.
+    """
+    module, name = (language_models, "metrics_of") if step == total else (loop, "record_step")
+    original = getattr(module, name)
+
+    def cut(*arguments):
+        if step == total or arguments[1].step == step - 1:
+            raise PowerCut
+        return original(*arguments)
+
+    monkeypatch.setattr(module, name, cut)
+    with pytest.raises(PowerCut):
+        run()
+    left = [path.name for path in sorted((folder / "checkpoints").glob("step-*"))]
+    monkeypatch.undo()
+    reset_accelerate()
+    torch.manual_seed(1)  # what the process would draw by itself
+    run("resume=true")
+    return left[-1] if left else None
+
+
+def stop_and_continue(monkeypatch, main, config, step):
+    """Sends SIGTERM in step `step` to a run by `main`, which ends the process and saves, and continues the run."""
+    original = loop.record_step
+
+    def record_step(accelerator, progress, *rest):
+        if progress.step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(accelerator, progress, *rest)
+
+    monkeypatch.setattr(loop, "record_step", record_step)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--config", str(config)])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    monkeypatch.setattr(loop, "record_step", original)
+    reset_accelerate()
+    torch.manual_seed(1)
+    main(["--config", str(config), "--resume"])
+
+
+# --- several processes
+
+
+def launch_two(script, *arguments):
+    """Runs a training script in two processes; `accelerate launch --cpu --num_processes 2` starts one only."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", f"training/{script}"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

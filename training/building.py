@@ -40,7 +40,7 @@ def local_or_hub(name: str) -> str | Path:
     return find_path(name) or name
 
 
-def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+def load_tokenizer(settings: Settings, needs_padding: bool = True) -> PreTrainedTokenizerBase:
     name = settings.tokenizer or settings.model.get("checkpoint")
     if name is None:
         raise InputError("A new model needs a tokenizer: set tokenizer to a folder or a Hub name, e.g. data/tokenizer.")
@@ -48,7 +48,7 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(local_or_hub(name), trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"The tokenizer {name!r} cannot be loaded: {error}") from error
-    if tokenizer.pad_token_id is None:
+    if needs_padding and tokenizer.pad_token_id is None:
         raise InputError(f"The tokenizer {name!r} has no padding token, so documents cannot be put in batches.")
     return tokenizer
 
@@ -78,7 +78,9 @@ def build_config(settings: Settings, tokenizer: PreTrainedTokenizerBase, **task_
     except OSError as error:
         raise InputError(f"The checkpoint {checkpoint!r} cannot be loaded: {error}") from error
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise InputError(f"The model section cannot be used: {error}") from error
+        # a strict dataclass puts lines of its own around what a check says
+        said = error.__cause__ if isinstance(error, StrictDataclassError) else error
+        raise InputError(f"The model section cannot be used: {said}") from error
     _check_sizes(config, settings, tokenizer)
     return config
 
@@ -116,7 +118,10 @@ def visible_length(settings: Settings, config: PreTrainedConfig, default: int | 
 
 
 def build_model(settings: Settings, config: PreTrainedConfig, auto_class: Any) -> PreTrainedModel:
-    """A new model from the seed that is set, or the checkpoint with a head of the right size."""
+    """A new model from the seed that is set, or the checkpoint with a head of the right size.
+
+    Parameters that the checkpoint does not bring are marked `made_anew`, for a learning rate of their own.
+    """
     if "checkpoint" not in settings.model:
         try:
             return auto_class.from_config(config)
@@ -124,15 +129,20 @@ def build_model(settings: Settings, config: PreTrainedConfig, auto_class: Any) -
             raise InputError(f"The model section cannot be used: {error}") from error
     name = settings.model["checkpoint"]
     try:
-        return auto_class.from_pretrained(
+        model, loading = auto_class.from_pretrained(
             local_or_hub(name),
             config=config,
             dtype=torch.float32,  # small updates are lost in the half precision that some checkpoints are saved in
             ignore_mismatched_sizes=True,  # a head for other labels is made anew
             trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise InputError(f"The checkpoint {name!r} cannot be loaded: {error}") from error
+    made_anew = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    for key, parameter in model.named_parameters():
+        parameter.made_anew = key in made_anew
+    return model
 
 
 def model_facts(model: PreTrainedModel, max_length: int) -> dict[str, Any]:

@@ -50,13 +50,18 @@ def make_loader(data: Any, collate: Any, batch_size: int, sampler: Sampler[int] 
 
 
 def make_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.AdamW:
-    """AdamW; biases and norms, the parameters of one axis, do not decay."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate)
+    """AdamW; biases and norms, the parameters of one axis, do not decay. New weights may have a rate of their own."""
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+            is_new = getattr(parameter, "made_anew", False)
+            rate = (settings.head_learning_rate if is_new else None) or settings.learning_rate
+            groups.setdefault((rate, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],
+        lr=settings.learning_rate,
+    )
 
 
 def train(

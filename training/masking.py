@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
-from packing import NO_WORD, Window
-from torch.utils.data import Dataset
+from packing import IGNORED, NO_WORD, Window, Windows
 from transformers import PreTrainedTokenizerBase
 
 MASKED, RANDOM = 0.8, 0.1  # the rest of the chosen tokens stays as it is
-IGNORED = -100  # label of a token that is not to be predicted
 
 
 @dataclass
@@ -45,24 +43,22 @@ class Masker:
         return ids, np.where(is_chosen, window.ids, IGNORED)
 
 
-class MaskedWindows(Dataset):
+class MaskedWindows(Windows):
     """Windows whose masks follow from the seed and their index alone: the same each time, in whatever batch."""
 
     epoch: tuple[int, ...] = ()
 
     def __init__(self, windows: list[Window], masker: Masker, seed: int):
-        self.windows, self.masker, self.seed = windows, masker, seed
-
-    def __len__(self) -> int:
-        return len(self.windows)
+        super().__init__(windows)
+        self.masker, self.seed = masker, seed
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((self.seed, *self.epoch, index))
         ids, labels = self.masker(self.windows[index], rng)
         return {"input_ids": ids, "labels": labels}
 
-    def masked_tokens(self) -> int:
-        return sum(int((self[i]["labels"] != IGNORED).sum()) for i in range(len(self)))
+    def counts(self) -> dict[str, int]:
+        return {"masked_tokens": sum(int((self[i]["labels"] != IGNORED).sum()) for i in range(len(self)))}
 
 
 class RemaskedWindows(MaskedWindows):

@@ -1,15 +1,18 @@
 """Cuts documents into windows of token ids for training without labels."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from settings import InputError
+from tokenizers import Encoding
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 Packing = Literal["documents", "padding"]
 NO_WORD = -1  # the word of a special token
+IGNORED = -100  # label of a token that is not to be predicted
 
 
 @dataclass
@@ -62,24 +65,15 @@ class Packer:
         head, tail = special_frame(self.tokenizer, texts)
         return [window for document in documents for window in self.cut(document, head, tail)]
 
-    def tokenised(self, texts: list[str], at_once: int = 64) -> Iterator[Window]:
-        """The documents without the tokens that the tokenizer would add."""
-        for start in range(0, len(texts), at_once):
-            encoded = self.tokenizer(
-                texts[start : start + at_once],
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,  # that a document is longer than the model is no news here
-            )
-            for row, tokens in enumerate(encoded["input_ids"]):
-                ids = np.array(tokens, dtype=np.int32)
-                words = np.arange(len(ids), dtype=np.int32)
-                if self.whole_words:
-                    words[:] = [NO_WORD if word is None else word for word in encoded.word_ids(row)]
-                # special tokens that stand in the text itself
-                words[np.isin(ids, self.tokenizer.all_special_ids)] = NO_WORD
-                yield Window(ids, words)
+    def tokenised(self, texts: list[str]) -> Iterator[Window]:
+        for ids, encoding in encoded(self.tokenizer, texts):
+            words = np.arange(len(ids), dtype=np.int32)
+            if self.whole_words:
+                assert encoding is not None
+                words[:] = [NO_WORD if word is None else word for word in encoding.word_ids]
+            # special tokens that stand in the text itself
+            words[np.isin(ids, self.tokenizer.all_special_ids)] = NO_WORD
+            yield Window(ids, words)
 
     def joined(self, documents: list[Window]) -> Window:
         ids, words, first_word = [], [], 0
@@ -92,16 +86,51 @@ class Packer:
 
     def cut(self, document: Window, head: np.ndarray, tail: np.ndarray) -> Iterator[Window]:
         added = len(head) + len(tail)
-        room = self.max_length - added
-        for start in range(0, len(document.ids), room):
-            ids, words = (row[start : start + room] for row in (document.ids, document.words))
-            if self.packing == "padding" and start and len(ids) < min(room, self.shortest_window - added):
-                return
+        shortest = self.shortest_window - added if self.packing == "padding" else 1
+        for part in slices(len(document.ids), self.max_length - added, shortest):
+            ids, words = document.ids[part], document.words[part]
             if (words != NO_WORD).any():
                 yield Window(
                     np.concatenate([head, ids, tail]),
                     np.pad(words, (len(head), len(tail)), constant_values=NO_WORD),
                 )
+
+
+class Windows(Dataset):
+    """The windows of a split as a data set; a subclass says what a model gets of each, and what there is to predict."""
+
+    def __init__(self, windows: Sequence[Any]):
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def counts(self) -> dict[str, int]:
+        """What is predicted, by the names of `metrics.json`."""
+        raise NotImplementedError
+
+
+def encoded(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], at_once: int = 64
+) -> Iterator[tuple[np.ndarray, Encoding | None]]:
+    """Token ids of each text without those that the tokenizer would add, and what a fast one knows of them besides."""
+    for start in range(0, len(texts), at_once):
+        batch = tokenizer(
+            texts[start : start + at_once],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # that a document is longer than the model is no news here
+        )
+        for row, ids in enumerate(batch["input_ids"]):
+            yield np.array(ids, dtype=np.int32), batch.encodings[row] if batch.encodings else None
+
+
+def slices(length: int, room: int, shortest: int) -> Iterator[slice]:
+    """Cuts `length` tokens after every `room`; a rest of less than `shortest` is left out, unless it is the whole."""
+    for start in range(0, length, room):
+        if not start or length - start >= min(room, shortest):
+            yield slice(start, start + room)
 
 
 def special_frame(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

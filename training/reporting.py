@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 
 from efficient_transformers.cards import loading_code, model_card
 
-METRIC_NAMES = {"accuracy": "Accuracy", "macro_f1": "Macro F1", "loss": "Cross-entropy", "perplexity": "Perplexity"}
+METRIC_NAMES = {
+    "accuracy": "Accuracy",
+    "macro_f1": "Macro F1",
+    "loss": "Cross-entropy",
+    "perplexity": "Perplexity",
+    "nats_per_byte": "Nats per byte",
+    "bits_per_byte": "Bits per byte",
+}
 METRIC_TYPES = {"macro_f1": "f1", "loss": "cross-entropy"}  # on the Hub, where they differ
 
 
@@ -43,6 +50,9 @@ def make_card(
     dataset = settings.data if settings.data in BUNDLED else Path(settings.data).name
     on_hub = "/" in settings.data and not Path(settings.data).suffix
     checkpoint, before = settings.model.get("checkpoint"), metrics.get("before")
+    rate = f"{settings.learning_rate:g}"
+    if settings.head_learning_rate is not None:
+        rate += f" ({settings.head_learning_rate:g} of new weights)"
     base_model = checkpoint if checkpoint and find_path(checkpoint) is None else None
     results = [
         EvalResult(
@@ -68,7 +78,7 @@ def make_card(
             **({"validation before training": format_scores(before)} if before else {}),
             **(training_rows or {}),
             "parameters": f"{model['parameters']:,}",
-            "optimiser": f"AdamW, learning rate {settings.learning_rate:g}, weight decay {settings.weight_decay:g}, "
+            "optimiser": f"AdamW, learning rate {rate}, weight decay {settings.weight_decay:g}, "
             f"{settings.schedule} schedule, warm-up {settings.warmup_ratio:g} of the steps",
             "steps": f"{training['steps']:,} of {settings.batch_size} x {settings.gradient_accumulation} x "
             f"{training['processes']} examples ({training['tokens']:,} tokens)",

@@ -43,6 +43,7 @@ class Settings:
     gradient_accumulation: int = 1
     sort_by_length: bool = True  # batches of similar length, which pad less
     learning_rate: float = 5e-5
+    head_learning_rate: float | None = None  # of weights that the checkpoint does not bring; default: learning_rate
     weight_decay: float = 0.01
     warmup_ratio: float = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -109,8 +110,10 @@ class Settings:
             raise InputError(
                 f"warmup_ratio ({self.warmup_ratio}) must lie between 0 and 1: it is a share of the steps."
             )
-        if not self.learning_rate > 0:
-            raise InputError(f"learning_rate ({self.learning_rate}) must be positive.")
+        for name in ("learning_rate", "head_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name} ({value}) must be positive.")
         if bool(self.model.get("model_type")) == bool(self.model.get("checkpoint")):
             raise InputError("model must name either model_type (a new model) or checkpoint (one to go on from).")
         if self.resume and self.overwrite:

@@ -1,0 +1,180 @@
+"""What masked and causal language modelling share: settings, scores, a run from its start to its card.
+
+What each of them does in its own way is a `Task`, in pretrain_mlm.py and pretrain_clm.py.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from building import build_config, make_accelerator, model_facts, visible_length
+from command_line import finished_settings
+from huggingface_hub import ModelCard
+from loop import make_loader, train
+from outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
+from packing import IGNORED, Packing, Windows
+from reporting import METRIC_NAMES, about, make_card, report
+from settings import InputError
+from texts import TextSettings, load_texts
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import (
+    DataCollatorForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+@dataclass
+class LanguageModelSettings(TextSettings):
+    """How documents become windows of tokens."""
+
+    packing: Packing = "documents"  # joins documents and cuts full windows; padding: each of one document, and padded
+    shortest_window: int = 64  # with padding: a shorter rest of a document is dropped, unless it is the only window
+
+    def check(self) -> None:
+        super().check()
+        if self.best_metric not in ("loss", "accuracy"):
+            raise InputError(f"best_metric ({self.best_metric!r}) must be loss (it orders as perplexity) or accuracy.")
+
+
+class Evaluator:
+    """Loss and accuracy at the predicted tokens of one split, each token counting the same, over all processes."""
+
+    def __init__(self, accelerator: Accelerator, data: Windows, collate: Any, settings: LanguageModelSettings):
+        self.accelerator, self.data = accelerator, data
+        self.loader = accelerator.prepare(make_loader(data, collate, settings.eval_batch_size))
+
+    @torch.inference_mode()
+    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+        model.eval()
+        totals = torch.zeros(3, dtype=torch.float64)
+        for batch in self.loader:
+            labels = batch.pop("labels")
+            windows = zip(model(**batch).logits, labels, strict=True)
+            sums = torch.stack([window_sums(*self.aligned(*window)) for window in windows])
+            # sums of each window, and no logits, are gathered: what fills up the last batch is known by its window
+            gathered: Any = self.accelerator.gather_for_metrics(sums)
+            totals += gathered.cpu().double().sum(0)
+        return self.scores(*totals.tolist())
+
+    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A window's logits (n, v), and the labels (n,) that they are to predict."""
+        return logits, labels
+
+    def scores(self, loss: float, right: float, count: float) -> dict[str, float]:
+        # past e^709 a float ends; a model that has diverged so far is told by its loss
+        return {"loss": loss / count, "perplexity": math.exp(min(loss / count, 709)), "accuracy": right / count}
+
+
+def window_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of one window: the loss in nats, the tokens predicted rightly, and all that are to be predicted."""
+    predicted = labels != IGNORED
+    logits, targets = logits[predicted].float(), labels[predicted]
+    loss, right = cross_entropy(logits, targets, reduction="sum"), logits.argmax(-1) == targets
+    return torch.stack([loss, right.sum(), predicted.sum()])
+
+
+S = TypeVar("S", bound=LanguageModelSettings)
+
+
+@dataclass(frozen=True)
+class Task(Generic[S]):
+    """One kind of language modelling.
+
+    load_tokenizer: from the settings, and texts of which it surely knows some.
+    build_model: the model to be trained; it may add to the tokenizer what the model needs.
+    make_windows: from the split's name, its texts, the tokenizer, the longest window and the settings.
+    describe: rows of the card's table, and limits that it names; from the settings and the metrics.
+    """
+
+    script: str
+    settings_class: type[S]
+    auto_class: Any
+    task_type: str  # the Hub's name
+    purpose: str
+    load_tokenizer: Callable[[S, list[str]], PreTrainedTokenizerBase]
+    build_model: Callable[[S, PreTrainedConfig, PreTrainedTokenizerBase], PreTrainedModel]
+    make_windows: Callable[[str, list[str], PreTrainedTokenizerBase, int, S], Windows]
+    describe: Callable[[S, dict[str, Any]], tuple[dict[str, str], list[str]]]
+    evaluator: type[Evaluator] = Evaluator
+
+    def run(self, settings: S, command: str = "") -> dict[str, Any]:
+        """Trains, evaluates and saves; returns what `metrics.json` holds. Raises Stopped after SIGTERM."""
+        accelerator = make_accelerator(settings)
+        if (finished := finished_metrics(accelerator, settings)) is not None:
+            return finished
+
+        texts = load_texts(settings)
+        tokenizer = self.load_tokenizer(settings, texts["train"])
+        config = build_config(settings, tokenizer)
+        max_length = visible_length(settings, config)
+        set_seed(settings.seed)
+        model = self.build_model(settings, config, tokenizer)
+        data = {name: self.make_windows(name, split, tokenizer, max_length, settings) for name, split in texts.items()}
+        facts = model_facts(model, max_length)
+        collate = DataCollatorForTokenClassification(tokenizer)
+        validate = self.evaluator(accelerator, data["validation"], collate, settings)
+        test = self.evaluator(accelerator, data["test"], collate, settings)
+
+        begin_folder(accelerator, settings)
+        lengths = [len(window.ids) for window in data["train"].windows]
+        accelerator.print(
+            f"{config.model_type}, {facts['parameters']:,} parameters; {len(lengths)} / {len(data['validation'])} / "
+            f"{len(data['test'])} windows of up to {max_length} tokens; {hardware(accelerator)}"
+        )
+        trained, progress = train(accelerator, settings, model, data["train"], lengths, collate, validate)
+        scores = {
+            name: {**values, "n": len(data[name]), **data[name].counts()}
+            for name, values in (("test", test(trained)), ("validation", progress.best_scores))
+        }
+        metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores)
+        card = self.card(settings, metrics, about(model), command)
+        finish_folder(accelerator, settings, trained, tokenizer, card, metrics)
+        report(accelerator, settings, metrics, self.auto_class.__name__, shown(metrics))
+        return metrics
+
+    def card(self, settings: S, metrics: dict[str, Any], description: str, command: str) -> ModelCard:
+        full = settings.packing == "documents"
+        rows, limits = self.describe(settings, metrics)
+        return make_card(
+            settings,
+            metrics,
+            command or f"accelerate launch training/{self.script} --config settings.yaml",
+            task_type=self.task_type,
+            auto_class=self.auto_class.__name__,
+            description=f"{description}\n\n{self.purpose}",
+            shown=shown(metrics),
+            unit=f"windows of {'' if full else 'up to '}{metrics['model']['max_length']:,} tokens",
+            training_rows={
+                "windows": "documents joined and cut, without padding" if full else "of one document each, padded",
+                **rows,
+            },
+            limits=[*limits, "It has seen no more than this training data and repeats its slant."],
+        )
+
+    def evaluate_folder(self, folder: Path, overrides: list[str]) -> dict[str, float]:
+        """Test scores of a finished run, on its own data unless `overrides` say otherwise, e.g. `max_length=512`."""
+        settings = finished_settings(self.settings_class, folder, overrides)
+        accelerator = make_accelerator(settings)
+        texts = load_texts(settings)["test"]
+        tokenizer = self.load_tokenizer(settings, texts)
+        config = build_config(settings, tokenizer)
+        max_length = visible_length(settings, config)
+        model = self.build_model(settings, config, tokenizer)
+        data = self.make_windows("test", texts, tokenizer, max_length, settings)
+        test = self.evaluator(accelerator, data, DataCollatorForTokenClassification(tokenizer), settings)
+        scores = {**test(accelerator.prepare_model(model, evaluation_mode=True)), "n": len(data)}
+        accelerator.print(json.dumps({"max_length": max_length, **scores}))
+        return scores
+
+
+def shown(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in metrics["test"].items() if name in METRIC_NAMES}
