@@ -4,8 +4,8 @@
 
 Theory: (d + d')·N² for QKᵀ and the product with V in the order (QKᵀ)V, and 2·d'·d·N for the order Q(φ(K)ᵀV), where d is
 the head size and d' the number of features. A multiplication with its addition counts as one. The difference between
-the theory and the rest is what the order Q(KᵀV) needs besides: the features' own projection, the column of the
-normaliser, and for decoders the weights that are written out within a chunk.
+the theory and the rest is what the order Q(KᵀV) needs besides: the features' own projection, and for decoders the
+weights that are written out within a chunk.
 """
 
 import argparse

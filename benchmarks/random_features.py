@@ -94,7 +94,7 @@ def main() -> None:
     if out is None:
         return
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
     for name, errors in found.items():
         if "independent" not in name:
             axes.loglog(
@@ -106,7 +106,7 @@ def main() -> None:
     axes.minorticks_off()
     axes.set_xlabel("random features m (of RFA: pairs of sine and cosine)")
     axes.set_ylabel("root mean square error, as a share")
-    axes.legend(fontsize=8, title="slope of the logarithms")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="slope of the logarithms")
     axes.grid(alpha=0.3)
     figure.savefig(out.with_suffix(".png"), dpi=150)
 

@@ -67,10 +67,9 @@ def kernel_flops(config: EtConfig, length: int) -> int:
     assert isinstance(config, KernelConfig)
     dim, features = config.head_dim, config.features_per_head
     rows = features // config.features.per_row if config.features.is_random else 0
-    mapped, columns = 2 * 2 * length * rows * dim, dim + 1
+    mapped = 2 * 2 * length * rows * dim
     if not config.is_decoder:
-        read = dim if config.features.per_feature else columns
-        return mapped + 2 * length * features * (columns + read)
+        return mapped + 2 * 2 * length * features * dim
     total, left = mapped, length
     segment = SEGMENT_ENTRIES // (config.num_attention_heads * features * CHUNK)
     segment = max(1, segment) * CHUNK
@@ -78,8 +77,8 @@ def kernel_flops(config: EtConfig, length: int) -> int:
         tokens = min(left, segment)
         size = min(CHUNK, tokens)
         chunks = -(-tokens // size)
-        inside = 2 * chunks * size * size * (features + columns)
-        across = 2 * chunks * features * columns * (2 * size + chunks)
+        inside = 2 * chunks * size * size * (features + dim)
+        across = 2 * chunks * features * (2 * size * dim + chunks * (dim + 1))
         total, left = total + inside + across, left - tokens
     return total
 

@@ -98,9 +98,9 @@ class StateCacheLayer(CacheLayerMixin):
 
     def select(self, rows: Tensor) -> None:
         if self.state is not None:
-            sums, peak = self.state
+            sums, total, peak = self.state
             rows = rows.to(sums.device)
-            self.state = LinearState(sums[rows], None if peak is None else peak[rows])
+            self.state = LinearState(sums[rows], total[rows], None if peak is None else peak[rows])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select(beam_idx)

@@ -35,11 +35,12 @@ KEPT_ENTRIES = 2**24  # features of a sequence that are kept for the backward pa
 class LinearState(NamedTuple):
     """What is left of the keys and values so far.
 
-    sums: Σ φ(k)[v, 1]ᵀ, (b, h, f, d + 1); the last column is the normaliser.
-    peak: where features come as logarithms, the largest of each so far, (b, h, f); sums are in units of its exp.
+    sums: Σ φ(k) vᵀ, (b, h, f, d). total: Σ φ(k), (b, h, f).
+    peak: where features come as logarithms, the largest of each so far, (b, h, f); both sums are in units of its exp.
     """
 
     sums: Tensor
+    total: Tensor
     peak: Tensor | None = None
 
 
@@ -57,9 +58,9 @@ def linear_attention(
     state = None
     with torch.autocast(q.device.type, enabled=False):
         for keys, rows, kept in segments(size, k, values, keep):
-            state = run(absorb, keys, rows, kept, state, feature_map, projection)
+            state = run(absorb, keys, rows, kept, None, state, feature_map, projection)
         out = [run(read, queries, state, feature_map, projection) for (queries,) in segments(size, q)]
-    return torch.cat(out, 2).to(v.dtype)
+    return together(out).to(v.dtype)
 
 
 def causal_linear_attention(
@@ -74,8 +75,8 @@ def causal_linear_attention(
 ) -> tuple[Tensor, LinearState]:
     r"""A query reads `state` and the keys up to its own: (b, h, n, d), and the state behind the last one.
 
-    `log_decay` (b, h, n) is log g of a recency gate: :math:`S_t = g_t S_{t-1} + (1 - g_t)\,\phi(k_t) [v_t, 1]^\top`
-    (Peng et al. 2021, arXiv:2103.02143, section 3.2). O(n·f·d) time and O(n·d) memory.
+    `log_decay` (b, h, n) is log g of a recency gate: :math:`S_t = g_t S_{t-1} + (1 - g_t)\,\phi(k_t) v_t^\top`, and
+    the normaliser likewise (Peng et al. 2021, arXiv:2103.02143, section 3.2). O(n·f·d) time and O(n·d) memory.
     """
     q, k, values, keep, log_decay = prepared(q, k, v, keep, log_decay)
     use_fla = fla_takes(q)
@@ -87,7 +88,7 @@ def causal_linear_attention(
             mixed, state = run(causal_segment, *segment, state, feature_map, projection, use_fla)
             out.append(mixed)
     assert state is not None
-    return torch.cat(out, 2).to(v.dtype), state
+    return together(out).to(v.dtype), state
 
 
 def linear_attention_step(
@@ -104,8 +105,9 @@ def linear_attention_step(
     q, k, values, keep, log_decay = prepared(q, k, v, keep, log_decay)
     with torch.autocast(q.device.type, enabled=False):
         if log_decay is not None and state is not None:
-            state = state._replace(sums=state.sums * log_decay.exp())
-        state = absorb(k, values, keep, state, feature_map, projection)
+            kept = log_decay.exp()
+            state = state._replace(sums=state.sums * kept, total=state.total * kept[..., 0])
+        state = absorb(k, values, keep, log_decay, state, feature_map, projection)
         return read(q, state, feature_map, projection).to(v.dtype), state
 
 
@@ -148,13 +150,10 @@ def attention_matrix(
 
 
 def prepared(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, log_decay: Tensor | None = None) -> tuple:
-    """All in one dtype, values with a column of ones and the gate's weight, masks as broad as the features."""
+    """All in one dtype, and masks and gates with the axes of the features."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    values = F.pad(v.to(wide), (0, 1), value=1.0)
-    if log_decay is not None:
-        log_decay = log_decay.to(wide)[..., None]
-        values = values * -torch.expm1(log_decay)
-    return q.to(wide), k.to(wide), values, None if keep is None else keep[:, None, :, None], log_decay
+    keep = None if keep is None else keep[:, None, :, None]
+    return q.to(wide), k.to(wide), v.to(wide), keep, None if log_decay is None else log_decay.to(wide)[..., None]
 
 
 def segment_size(k: Tensor, feature_map: FeatureMap, projection: Tensor | None) -> int | None:
@@ -186,6 +185,11 @@ def segments(size: int | None, *tensors: Tensor | None) -> Iterator[tuple[Tensor
     yield from zip(*([None] * count if x is None else x.split(size, 2) for x in tensors), strict=True)
 
 
+def together(parts: list[Tensor]) -> Tensor:
+    """Segments (b, h, s, d) as (b, h, n, d), a view of (b, n, h, d): the heads are side by side for what comes next."""
+    return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
+
+
 def key_features(
     k: Tensor,
     keep: Tensor | None,
@@ -193,26 +197,27 @@ def key_features(
     feature_map: FeatureMap,
     projection: Tensor | None,
     causal: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """φ(k), 0 where there is no key; the peak so far; and the sums of `state` in units of that peak.
+) -> tuple[Tensor, LinearState | None, Tensor | None]:
+    """φ(k), 0 where there is no key, `state` in the same units, and the peak so far.
 
     A query that does not read the key with the peak must not be left with nothing: if `causal`, no feature is taken for
     less than exp(-43) of the largest one in its segment (exp(-354) in float64).
     """
-    features, sums = feature_map(k, projection), None if state is None else state.sums
+    features = feature_map(k, projection)
     if not feature_map.in_logs:
-        return features if keep is None else features * keep, None, sums
+        return features if keep is None else features * keep, state, None
     lowest = torch.finfo(features.dtype).min
     seen = features.detach()  # the result does not depend on the peak, so nothing is to be learnt from it
     peak = (seen if keep is None else seen.masked_fill(~keep, lowest)).amax(2)
     if state is not None:
         assert state.peak is not None
         peak = torch.maximum(peak, state.peak)
-        sums = state.sums * (state.peak - peak).exp()[..., None]
+        unit = (state.peak - peak).exp()
+        state = LinearState(state.sums * unit[..., None], state.total * unit, peak)
     features = features - peak[:, :, None]
     if causal:
         features = features.clamp(min=math.log(torch.finfo(features.dtype).tiny) / 2)
-    return (features if keep is None else features.masked_fill(~keep, lowest)).exp(), peak, sums
+    return (features if keep is None else features.masked_fill(~keep, lowest)).exp(), state, peak
 
 
 def query_features(q: Tensor, peak: Tensor | None, feature_map: FeatureMap, projection: Tensor | None) -> Tensor:
@@ -226,30 +231,35 @@ def query_features(q: Tensor, peak: Tensor | None, feature_map: FeatureMap, proj
 
 def absorb(
     k: Tensor,
-    values: Tensor,
+    v: Tensor,
     keep: Tensor | None,
+    log_decay: Tensor | None,
     state: LinearState | None,
     feature_map: FeatureMap,
     projection: Tensor | None,
 ) -> LinearState:
-    """The state behind some more keys."""
-    features, peak, sums = key_features(k, keep, state, feature_map, projection)
-    more = features.transpose(-1, -2) @ values
-    return LinearState(more if sums is None else sums + more, peak)
+    """The state behind some more keys, of which a gate takes the share 1 - g."""
+    features, state, peak = key_features(k, keep, state, feature_map, projection)
+    if log_decay is not None:
+        features = features * -torch.expm1(log_decay)
+    sums, total = features.transpose(-1, -2) @ v, features.sum(2)
+    return (
+        LinearState(sums, total, peak) if state is None else LinearState(state.sums + sums, state.total + total, peak)
+    )
 
 
 def read(q: Tensor, state: LinearState, feature_map: FeatureMap, projection: Tensor | None) -> Tensor:
     """What queries that read all of a state get, (b, h, n, d)."""
     features = query_features(q, state.peak, feature_map, projection)
     if feature_map.per_feature:
-        return features @ quotient(state.sums)
-    return quotient(features @ state.sums)
+        return features @ (state.sums / nonzero(state.total[..., None]))
+    return (features @ state.sums) / nonzero(dot(features, state.total[:, :, None]))
 
 
 def causal_segment(
     q: Tensor,
     k: Tensor,
-    values: Tensor,
+    v: Tensor,
     keep: Tensor | None,
     log_decay: Tensor | None,
     state: LinearState | None,
@@ -257,49 +267,58 @@ def causal_segment(
     projection: Tensor | None,
     use_fla: bool = False,
 ) -> tuple[Tensor, LinearState]:
-    """`causal_linear_attention` of one segment; values have their column of ones."""
-    keys, peak, sums = key_features(k, keep, state, feature_map, projection, causal=True)
+    """`causal_linear_attention` of one segment."""
+    keys, state, peak = key_features(k, keep, state, feature_map, projection, causal=True)
     queries = query_features(q, peak, feature_map, projection)
     if feature_map.per_feature:
         total = keys.cumsum(2)
-        queries = queries / nonzero(total if sums is None else total + sums[..., -1][:, :, None])
+        queries = queries / nonzero(total if state is None else total + state.total[:, :, None])
     products = fla_products if use_fla else chunked_products
-    out, sums = products(queries, keys, values, log_decay, sums)
-    return (out[..., :-1] if feature_map.per_feature else quotient(out)), LinearState(sums, peak)
+    mixed, weight, sums, total = products(queries, keys, v, log_decay, state)
+    # the weights of per_feature sum to 1 as they are
+    return mixed if feature_map.per_feature else mixed / nonzero(weight), LinearState(sums, total, peak)
 
 
 def chunked_products(
-    q: Tensor, k: Tensor, values: Tensor, log_decay: Tensor | None, sums: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Σ_{j ≤ i} (q_i·k_j) v_j with what the gate leaves of it, plus what `sums` holds, (b, h, n, d + 1); new sums.
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: LinearState | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Σ w v (b, h, n, d) and Σ w (b, h, n, 1) over the past, w = q_i·k_j of mapped q and k; sums and total behind it.
 
     Within a chunk the weights are written out; what came before it is read from a state at its beginning.
     """
     length, size = q.shape[2], CHUNK if torch.compiler.is_compiling() else min(CHUNK, q.shape[2])
-    q, k, values = (in_chunks(x, size) for x in (q, k, values))  # (b, h, c, size, ·)
-    count = q.shape[2]
+    q, k, v = (in_chunks(x, size) for x in (q, k, v))  # (b, h, c, size, ·)
     weights = q @ k.transpose(-1, -2)
-    own = k.transpose(-1, -2) @ values
-    earlier = q.new_ones(count, count).tril(-1)
+    earlier = q.new_ones(q.shape[2], q.shape[2])
     if log_decay is None:
-        weights, carried = weights.tril(), sums
+        weights, earlier, left = weights.tril_(), earlier.tril(-1), None
     else:
-        passed = in_chunks(log_decay, size).cumsum(3)  # (b, h, c, size, 1), from the beginning of the chunk
-        weights = weights * decay_between(passed, passed)
+        gates = in_chunks(log_decay, size)
+        taken, passed = -torch.expm1(gates), gates.cumsum(3)  # passed: from the beginning of the chunk
         whole = passed[..., -1, :]  # (b, h, c, 1)
-        own = (k * (whole[..., None, :] - passed).exp()).transpose(-1, -2) @ values
         since = whole.cumsum(2)  # from the beginning of the segment
-        earlier = decay_between(since - whole, since, -1)
-        carried = None if sums is None else sums[:, :, None] * (since - whole).exp()[..., None]
-        q = q * passed.exp()
-    before = (earlier @ own.flatten(-2)).unflatten(-1, own.shape[-2:])
-    if carried is not None:
-        before = before + (carried if log_decay is not None else carried[:, :, None])
-    out = weights @ values + q @ before
-    last = before[:, :, -1]
+        weights = weights * (decay_between(passed, passed) * taken.transpose(-1, -2))
+        earlier, left = decay_between(since - whole, since, -1), (since - whole).exp()
+        k, q = k * (taken * (whole[..., None, :] - passed).exp()), q * passed.exp()
+    own, own_total = k.transpose(-1, -2) @ v, k.sum(3)
+    before, before_total = (earlier @ own.flatten(-2)).unflatten(-1, own.shape[-2:]), earlier @ own_total
+    if state is not None:
+        carried, carried_total = state.sums[:, :, None], state.total[:, :, None]
+        before = before + (carried if left is None else carried * left[..., None])
+        before_total = before_total + (carried_total if left is None else carried_total * left)
+    mixed = weights @ v + q @ before
+    weight = weights.sum(-1, keepdim=True) + dot(q, before_total[..., None, :])
+    sums, total = before[:, :, -1], before_total[:, :, -1]
     if log_decay is not None:
-        last = last * whole[:, :, -1, :, None].exp()
-    return out.flatten(2, 3)[:, :, :length], last + own[:, :, -1]
+        last = whole[:, :, -1].exp()
+        sums, total = sums * last[..., None], total * last
+    sums, total = sums + own[:, :, -1], total + own_total[:, :, -1]
+    return mixed.flatten(2, 3)[:, :, :length], weight.flatten(2, 3)[:, :, :length], sums, total
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """x·y, (…, 1); a product with a single column takes four times as long."""
+    return (x * y).sum(-1, keepdim=True)
 
 
 def decay_between(to: Tensor, since: Tensor, diagonal: int = 0) -> Tensor:
@@ -319,12 +338,7 @@ def in_chunks(x: Tensor, size: int) -> Tensor:
         x = x.index_select(2, index.clamp(max=length - 1)) * (index < length)[:, None]
     elif length % size:
         x = F.pad(x, (0, 0, 0, -length % size))
-    return x.unflatten(2, (-1, size))
-
-
-def quotient(sums: Tensor) -> Tensor:
-    """The sums of the values over that of the weights, the last column."""
-    return sums[..., :-1] / nonzero(sums[..., -1:])
+    return x.unflatten(2, (-1, size)).contiguous()  # once, or every product would copy it
 
 
 def nonzero(x: Tensor) -> Tensor:
@@ -347,10 +361,15 @@ def fla() -> Any:
 
 
 def fla_products(
-    q: Tensor, k: Tensor, values: Tensor, log_decay: Tensor | None, sums: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`chunked_products` by the kernels of flash-linear-attention; their layout is (b, n, h, ·)."""
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: LinearState | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`chunked_products` by flash-linear-attention: layout (b, n, h, ·), and the total as a column of ones."""
+    values, gate, before = F.pad(v, (0, 1), value=1.0), None, None
+    if log_decay is not None:
+        values, gate = values * -torch.expm1(log_decay), log_decay.squeeze(-1).transpose(1, 2).contiguous()
+    if state is not None:
+        before = torch.cat([state.sums, state.total[..., None]], -1)
     rows = (x.transpose(1, 2).contiguous() for x in (q, k, values))
-    gate = None if log_decay is None else log_decay.squeeze(-1).transpose(1, 2).contiguous()
-    out, state = fla().chunk_simple_gla(*rows, g=gate, scale=1.0, initial_state=sums, output_final_state=True)
-    return out.transpose(1, 2), state
+    out, sums = fla().chunk_simple_gla(*rows, g=gate, scale=1.0, initial_state=before, output_final_state=True)
+    out = out.transpose(1, 2)
+    return out[..., :-1], out[..., -1:], sums[..., :-1], sums[..., -1]
