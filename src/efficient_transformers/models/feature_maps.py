@@ -59,6 +59,7 @@ class FeatureMap(NamedTuple):
     in_logs: it gives log φ, which the engine shifts by the largest key of each feature so that nothing overflows.
     per_feature: each feature of the keys is divided by its sum over positions, those of a query by their sum over
         features (Shen et al. 2018); False divides each query by the sum of its weights.
+    floor: the least that a query is divided by, per key that it reads, where weights may cancel.
     """
 
     features: Callable[..., Tensor]
@@ -66,6 +67,7 @@ class FeatureMap(NamedTuple):
     per_row: int = 1
     in_logs: bool = False
     per_feature: bool = False
+    floor: float = 0.0
 
     def __call__(self, x: Tensor, projection: Tensor | None) -> Tensor:
         if not self.is_random:
@@ -79,7 +81,9 @@ FEATURE_MAPS = {
     "softmax": FeatureMap(log_identity, in_logs=True, per_feature=True),
     "positive": FeatureMap(log_positive_random_features, is_random=True, in_logs=True),
     "relu": FeatureMap(relu_random_features, is_random=True),
-    "trigonometric": FeatureMap(trigonometric_random_features, is_random=True, per_row=2),
+    # The paper divides by the estimate as it is, which may come near zero or below, and training explodes there. The
+    # kernel itself is at least exp(-2) = 0.135 between vectors of norm 1.
+    "trigonometric": FeatureMap(trigonometric_random_features, is_random=True, per_row=2, floor=0.1),
 }
 
 

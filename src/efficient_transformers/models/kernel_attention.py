@@ -98,9 +98,8 @@ class StateCacheLayer(CacheLayerMixin):
 
     def select(self, rows: Tensor) -> None:
         if self.state is not None:
-            sums, total, peak = self.state
-            rows = rows.to(sums.device)
-            self.state = LinearState(sums[rows], total[rows], None if peak is None else peak[rows])
+            rows = rows.to(self.state.sums.device)
+            self.state = LinearState(*(x if x is None else x[rows] for x in self.state))  # type: ignore[arg-type]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select(beam_idx)

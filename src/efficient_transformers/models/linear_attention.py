@@ -36,11 +36,13 @@ class LinearState(NamedTuple):
     """What is left of the keys and values so far.
 
     sums: Σ φ(k) vᵀ, (b, h, f, d). total: Σ φ(k), (b, h, f).
+    mass: how many keys that is, less what a gate has left of them, (b, h or 1, 1, 1); of maps with a floor.
     peak: where features come as logarithms, the largest of each so far, (b, h, f); both sums are in units of its exp.
     """
 
     sums: Tensor
     total: Tensor
+    mass: Tensor | None = None
     peak: Tensor | None = None
 
 
@@ -122,7 +124,7 @@ def attention_matrix(
 ) -> Tensor:
     """The weights of all pairs, (b, h, n, n): what the functions above never write out. O(n²·f).
 
-    Rows sum to 1, those of padding to 0.
+    Rows sum to 1, or less where the map has a floor; those of padding to 0.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     there = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
@@ -141,12 +143,16 @@ def attention_matrix(
             queries, keys = queries + peak, (keys - peak).exp()
             scale = 0 if feature_map.per_feature else queries.amax(-1, keepdim=True)
             queries = (queries - scale).exp()
-        weights = (queries @ keys.transpose(-1, -2)).masked_fill(~there, 0)
+        left = there.to(wide)  # of each key to each query
         if log_decay is not None:
             passed = log_decay.to(wide).cumsum(-1)
-            weights = weights * (passed[..., :, None] - passed[..., None, :]).masked_fill(~there, 0).exp()
-            weights = weights * -torch.expm1(log_decay.to(wide))[..., None, :]
-        return weights if feature_map.per_feature else weights / nonzero(weights.sum(-1, keepdim=True))
+            left = left * (passed[..., :, None] - passed[..., None, :]).masked_fill(~there, 0).exp()
+            left = left * -torch.expm1(log_decay.to(wide))[..., None, :]
+        weights = (queries @ keys.transpose(-1, -2)).masked_fill(~there, 0) * left
+        mass = left.sum(-1, keepdim=True) if feature_map.floor else None
+        return (
+            weights if feature_map.per_feature else divided(weights, weights.sum(-1, keepdim=True), mass, feature_map)
+        )
 
 
 def prepared(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, log_decay: Tensor | None = None) -> tuple:
@@ -213,7 +219,7 @@ def key_features(
         assert state.peak is not None
         peak = torch.maximum(peak, state.peak)
         unit = (state.peak - peak).exp()
-        state = LinearState(state.sums * unit[..., None], state.total * unit, peak)
+        state = LinearState(state.sums * unit[..., None], state.total * unit, state.mass, peak)
     features = features - peak[:, :, None]
     if causal:
         features = features.clamp(min=math.log(torch.finfo(features.dtype).tiny) / 2)
@@ -243,9 +249,24 @@ def absorb(
     if log_decay is not None:
         features = features * -torch.expm1(log_decay)
     sums, total = features.transpose(-1, -2) @ v, features.sum(2)
-    return (
-        LinearState(sums, total, peak) if state is None else LinearState(state.sums + sums, state.total + total, peak)
-    )
+    mass = masses(k, keep, log_decay, state)[:, :, -1:] if feature_map.floor else None
+    if state is not None:
+        sums, total = state.sums + sums, state.total + total
+    return LinearState(sums, total, mass, peak)
+
+
+def masses(k: Tensor, keep: Tensor | None, log_decay: Tensor | None, state: LinearState | None) -> Tensor:
+    """The `mass` behind every one of these keys, (b, h or 1, n, 1)."""
+    before = 0 if state is None or state.mass is None else state.mass
+    if log_decay is not None:
+        return 1 - log_decay.cumsum(2).exp() * (1 - before)
+    real = k.new_ones(k.shape[0], 1, k.shape[2], 1) if keep is None else keep.to(k.dtype)
+    return before + real.cumsum(2)
+
+
+def divided(mixed: Tensor, weight: Tensor, mass: Tensor | None, feature_map: FeatureMap) -> Tensor:
+    """Σ w v over Σ w, or over the floor; 0 where there was no key."""
+    return mixed / nonzero(weight if mass is None else torch.maximum(weight, feature_map.floor * mass))
 
 
 def read(q: Tensor, state: LinearState, feature_map: FeatureMap, projection: Tensor | None) -> Tensor:
@@ -253,7 +274,7 @@ def read(q: Tensor, state: LinearState, feature_map: FeatureMap, projection: Ten
     features = query_features(q, state.peak, feature_map, projection)
     if feature_map.per_feature:
         return features @ (state.sums / nonzero(state.total[..., None]))
-    return (features @ state.sums) / nonzero(dot(features, state.total[:, :, None]))
+    return divided(features @ state.sums, dot(features, state.total[:, :, None]), state.mass, feature_map)
 
 
 def causal_segment(
@@ -275,8 +296,10 @@ def causal_segment(
         queries = queries / nonzero(total if state is None else total + state.total[:, :, None])
     products = fla_products if use_fla else chunked_products
     mixed, weight, sums, total = products(queries, keys, v, log_decay, state)
-    # the weights of per_feature sum to 1 as they are
-    return mixed if feature_map.per_feature else mixed / nonzero(weight), LinearState(sums, total, peak)
+    mass = masses(k, keep, log_decay, state) if feature_map.floor else None
+    if not feature_map.per_feature:  # those weights sum to 1 as they are
+        mixed = divided(mixed, weight, mass, feature_map)
+    return mixed, LinearState(sums, total, None if mass is None else mass[:, :, -1:], peak)
 
 
 def chunked_products(
