@@ -30,6 +30,10 @@ from efficient_transformers.models.feature_maps import (
 from efficient_transformers.models.linear_attention import linear_attention
 
 DIM, DRAWS, COUNTS = 64, 64, (16, 32, 64, 128, 256, 512, 1024)
+NOTE = """Root mean square errors as a share of what is estimated, by `python benchmarks/random_features.py --out
+docs/random_features`. Every estimate is unbiased and falls as 1/√m in the end; but the variance of the softmax kernel's
+grows as the exponential of the squared norms, so for queries and keys N(0, 1), which a trained layer may well have, a
+thousand features are far from enough."""
 
 
 def share(found: Tensor, exact: Tensor) -> float:
@@ -93,7 +97,8 @@ def main() -> None:
     print("\n".join(lines))
     if out is None:
         return
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    picture = f"![error against the number of features]({out.with_suffix('.png').name})"
+    out.with_suffix(".md").write_text("\n".join([*lines, "", NOTE, "", picture]) + "\n")
     figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
     for name, errors in found.items():
         if "independent" not in name:
