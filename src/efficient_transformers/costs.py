@@ -11,7 +11,7 @@ from .models import sparse_attention as engine
 from .models.attention import group_heads
 from .models.configuration import EtConfig
 from .models.kernel_attention import KernelConfig
-from .models.linear_attention import CHUNK, SEGMENT_ENTRIES
+from .models.linear_attention import CHUNK, segment_tokens
 from .models.patterns import AttentionPattern
 from .models.tiles import OwnRead, tiles
 
@@ -71,8 +71,7 @@ def kernel_flops(config: EtConfig, length: int) -> int:
     if not config.is_decoder:
         return mapped + 2 * 2 * length * features * dim
     total, left = mapped, length
-    segment = SEGMENT_ENTRIES // (config.num_attention_heads * features * CHUNK)
-    segment = max(1, segment) * CHUNK
+    segment = segment_tokens(config.num_attention_heads * features)
     while left > 0:
         tokens = min(left, segment)
         size = min(CHUNK, tokens)

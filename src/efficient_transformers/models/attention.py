@@ -47,7 +47,7 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
 
     Su et al. 2021 (arXiv:2104.09864), section 3.4.2. Computed in float32 or wider, returned in `dtype`.
     """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(dtype, torch.float32)
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=wide) / head_dim
     angles = positions[..., None, None].to(wide) * theta**-exponent
     return angles.cos().to(dtype), angles.sin().to(dtype)

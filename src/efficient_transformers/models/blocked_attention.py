@@ -55,7 +55,7 @@ def blocked_attention(
     real = torch.ones(1, length, dtype=torch.bool, device=device) if keep is None else keep
     there = tiles_of(real[..., None], keys_at)[..., 0] & (keys_at >= 0) & (keys_at < length)  # (b, s, c, keys)
     queries = tiles_of(q * q.shape[-1] ** -0.5, queries_at)  # (b, h, s, c, size, d)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(q.dtype, torch.float32)
 
     def score(keys: Tensor, allowed: Tensor) -> Tensor:
         """q·k where allowed, (b, h, s, c, size, keys); `allowed` broadcasts to that."""

@@ -56,8 +56,7 @@ def linear_attention(
 ) -> Tensor:
     """Every query reads every key that is kept: (b, h, n, d). O(n·f·d) time and O(n·d) memory."""
     q, k, values, keep, _ = prepared(q, k, v, keep)
-    size, run = segment_size(k, feature_map, projection), runner(k, feature_map, projection)
-    state = None
+    (size, run), state = plan(k, feature_map, projection), None
     with torch.autocast(q.device.type, enabled=False):
         for keys, rows, kept in segments(size, k, values, keep):
             state = run(absorb, keys, rows, kept, None, state, feature_map, projection)
@@ -81,12 +80,9 @@ def causal_linear_attention(
     the normaliser likewise (Peng et al. 2021, arXiv:2103.02143, section 3.2). O(n·f·d) time and O(n·d) memory.
     """
     q, k, values, keep, log_decay = prepared(q, k, v, keep, log_decay)
-    use_fla = fla_takes(q)
-    size = None if use_fla else segment_size(k, feature_map, projection)
-    run = runner(k, feature_map, projection)
-    out = []
+    (size, run), use_fla, out = plan(k, feature_map, projection), fla_takes(q), []
     with torch.autocast(q.device.type, enabled=False):
-        for segment in segments(size, q, k, values, keep, log_decay):
+        for segment in segments(None if use_fla else size, q, k, values, keep, log_decay):
             mixed, state = run(causal_segment, *segment, state, feature_map, projection, use_fla)
             out.append(mixed)
     assert state is not None
@@ -126,7 +122,7 @@ def attention_matrix(
 
     Rows sum to 1, or less where the map has a floor; those of padding to 0.
     """
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(q.dtype, torch.float32)
     there = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
     there = (there.tril() if causal else there)[None, None]
     if keep is not None:
@@ -157,29 +153,32 @@ def attention_matrix(
 
 def prepared(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, log_decay: Tensor | None = None) -> tuple:
     """All in one dtype, and masks and gates with the axes of the features."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(q.dtype, torch.float32)
     keep = None if keep is None else keep[:, None, :, None]
     return q.to(wide), k.to(wide), v.to(wide), keep, None if log_decay is None else log_decay.to(wide)[..., None]
 
 
-def segment_size(k: Tensor, feature_map: FeatureMap, projection: Tensor | None) -> int | None:
-    """Tokens of a segment, a multiple of the chunk; None takes the whole sequence."""
-    if torch.compiler.is_compiling():
-        return None
-    of_token = k.shape[0] * k.shape[1] * num_features(k, feature_map, projection)
+def segment_tokens(of_token: int) -> int:
+    """Tokens of a segment, a multiple of the chunk, if each has `of_token` features in all heads of a batch."""
     return max(1, SEGMENT_ENTRIES // (of_token * CHUNK)) * CHUNK
 
 
-def num_features(k: Tensor, feature_map: FeatureMap, projection: Tensor | None) -> int:
-    return k.shape[-1] if projection is None else projection.shape[-2] * feature_map.per_row
+def plan(k: Tensor, feature_map: FeatureMap, projection: Tensor | None) -> tuple[int | None, Callable[..., Any]]:
+    """Tokens of a segment, None for the whole sequence, and what calls the function of one.
 
+    That is the function itself, or `checkpoint` where there is too much to be kept.
+    """
 
-def runner(k: Tensor, feature_map: FeatureMap, projection: Tensor | None) -> Callable[..., Any]:
-    """What calls the function of a segment: itself, or `checkpoint` where there is too much to be kept."""
-    entries = k.shape[0] * k.shape[1] * k.shape[2] * num_features(k, feature_map, projection)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or entries <= KEPT_ENTRIES:
-        return lambda function, *arguments: function(*arguments)
-    return partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+    if torch.compiler.is_compiling():
+        return None, call
+    features = k.shape[-1] if projection is None else projection.shape[-2] * feature_map.per_row
+    of_token = k.shape[0] * k.shape[1] * features
+    if torch.is_grad_enabled() and of_token * k.shape[2] > KEPT_ENTRIES:
+        return segment_tokens(of_token), partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    return segment_tokens(of_token), call
 
 
 def segments(size: int | None, *tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:

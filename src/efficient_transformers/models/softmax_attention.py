@@ -17,7 +17,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, dropout:
     wider. `dropout` is applied to the weights that are used and not to those returned.
     """
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(q.dtype, torch.float32)
     scores = scores.to(wide)
     if allowed.dtype != torch.bool:  # a key read c times weighs c·exp(s) = exp(s + log c)
         scores, allowed = scores + allowed.clamp(min=1).to(wide).log(), allowed > 0
@@ -52,7 +52,7 @@ def folded_attention(
     queries = torch.einsum("bhgd,hde->bhge", q, k_weight.unflatten(0, (heads, dim))).flatten(1, 2)
     scores = (queries @ hidden.transpose(1, 2)).unflatten(1, (heads, count))  # (b, h, g, n)
     scores = scores + (q * k_bias.view(heads, 1, dim)).sum(-1, keepdim=True)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(q.dtype, torch.float32)
     scores = scores.to(wide)
     if keep is not None:
         scores = scores.masked_fill(~keep[:, None, None], torch.finfo(wide).min)
