@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,11 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 class Mixer(nn.Module):
     """What stands in the place of attention: forward(hidden, sequence) -> hidden and, if there are any, weights."""
 
+    cache_class: ClassVar[type[CacheLayerMixin]]  # of what `new_cache_layer` gives
+
+    def init_own(self) -> None:
+        """Give the parameters and buffers of this module itself their values, by transformers' `initialization`."""
+
     def new_cache_layer(self) -> CacheLayerMixin:
         """What this layer has to remember of the tokens before, empty."""
         raise NotImplementedError
@@ -109,6 +115,7 @@ class PatternAttention(MultiHeadAttention):
     global_rows: are the rows of global tokens computed as all others? False leaves them to the variant.
     """
 
+    cache_class = PatternCacheLayer
     random_blocks: Tensor | None
     global_rows: bool = True
 

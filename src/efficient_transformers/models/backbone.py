@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils.generic import can_return_tuple
 
-from .attention import SequenceInfo, rotary_angles
+from .attention import Mixer, SequenceInfo, rotary_angles
 from .caching import prepare_cache
 from .checks import check_length, check_shape
 from .configuration import EtConfig
@@ -34,7 +34,9 @@ class EtPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ExternalTokens):
+        if isinstance(module, Mixer):
+            module.init_own()
+        elif isinstance(module, ExternalTokens):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
 
 
@@ -287,7 +289,9 @@ class Encoder:
             wanted = False  # a checkpointed layer runs twice and would store its keys twice
         if cache is None and not wanted:
             return None
-        return prepare_cache(cache, [layer.mixer.new_cache_layer() for layer in self.layers])  # type: ignore[operator]
+        mixers: list[Any] = [layer.mixer for layer in self.layers]
+        kinds = [mixer.cache_class for mixer in mixers]
+        return prepare_cache(cache, kinds, lambda: [mixer.new_cache_layer() for mixer in mixers])
 
     def locate(self, hidden: Tensor, mask: Tensor | None, seen: int) -> tuple[Tensor | None, Tensor]:
         """Which of the new tokens are real (None: all), and how many real ones stand before each; -1 at padding."""

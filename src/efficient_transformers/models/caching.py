@@ -1,13 +1,43 @@
 """What a causal model has to remember, and no more."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from .patterns import AttentionPattern
 
 
-class PatternCacheLayer(DynamicLayer):
+class SelectableRows:
+    """Mixin of the cache layers: what `generate` does with the rows of a batch, and that nothing can be taken back."""
+
+    is_croppable = False
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch; 0 while it is empty."""
+        raise NotImplementedError
+
+    def select(self, rows: Tensor) -> None:
+        """Rows of the batch in another order, some of them or several times; nothing while it is empty."""
+        raise NotImplementedError
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError("a cache that forgets cannot be rolled back: generate without assistant or look-up.")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.select(torch.arange(self.num_rows).repeat_interleave(repeats))
+
+
+class PatternCacheLayer(SelectableRows, DynamicLayer):
     """Keys and values with their positions, forgetting what no later query can read.
 
     Kept are the first `num_prefix` real tokens and the last `span` ones; `span=None` keeps all. Positions count the
@@ -16,7 +46,6 @@ class PatternCacheLayer(DynamicLayer):
     a token is written behind the others instead of copying them all.
     """
 
-    is_croppable = False
     keys: Tensor  # type: ignore[reportIncompatibleVariableOverride] — there from the first update on
     values: Tensor  # type: ignore[reportIncompatibleVariableOverride]
     positions: Tensor
@@ -75,9 +104,9 @@ class PatternCacheLayer(DynamicLayer):
         self.room.clear()
         super().reset()
 
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise ValueError("a cache that forgets cannot be rolled back: generate without assistant or look-up.")
+    @property
+    def num_rows(self) -> int:
+        return 0 if self.is_empty else len(self.positions)
 
     def select(self, rows: Tensor) -> None:
         if not self.is_empty:
@@ -85,16 +114,6 @@ class PatternCacheLayer(DynamicLayer):
             self.keys, self.values, self.positions = (
                 x.index_select(0, rows) for x in (self.keys, self.values, self.positions)
             )
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if not self.is_empty:
-            self.select(torch.arange(self.positions.shape[0]).repeat_interleave(repeats))
 
 
 def is_closed(x: Tensor) -> bool:
@@ -112,20 +131,20 @@ def cache_layer(patterns: list[AttentionPattern]) -> PatternCacheLayer:
     return PatternCacheLayer(num_prefix, span)
 
 
-def prepare_cache(cache: Cache | None, layers: list[CacheLayerMixin]) -> Cache:
-    """A cache with the layers this model needs; an empty one that somebody else made is filled in place.
+def prepare_cache(cache: Cache | None, kinds: list[type], new_layers: Callable[[], list]) -> Cache:
+    """A cache with the layers this model needs, of these `kinds`; `new_layers` makes them where they are not there yet.
 
-    `generate` hands in a `DynamicCache`, and callers keep the object they passed. Raises ValueError for a cache that
-    already holds another model's states.
+    An empty cache that somebody else made is filled in place: `generate` hands in a `DynamicCache`, and callers keep
+    the object they passed. Raises ValueError for a cache that already holds another model's states.
     """
     if cache is None:
-        return Cache(layers=layers)  # type: ignore[arg-type]
-    if [type(layer) for layer in cache.layers] == [type(layer) for layer in layers]:
+        return Cache(layers=new_layers())
+    if [type(layer) for layer in cache.layers] == kinds:
         return cache
     if cache.get_seq_length():
         raise ValueError(
             f"past_key_values ({type(cache).__name__} with {len(cache)} layers) already holds states this model "
             "did not write: pass None, or an empty cache."
         )
-    cache.layers[:] = layers
+    cache.layers[:] = new_layers()
     return cache

@@ -6,6 +6,7 @@ from transformers import initialization as init
 from transformers.cache_utils import CacheLayerMixin
 
 from .attention import MultiHeadAttention, SequenceInfo
+from .caching import SelectableRows
 from .checks import check_at_least
 from .feature_maps import FeatureMap, gaussian_projection, orthogonal_projection
 from .linear_attention import (
@@ -60,10 +61,8 @@ class RandomFeatureConfig(KernelConfig):
             check_at_least("feature_redraw_interval", self.feature_redraw_interval, 1, "None never draws again")
 
 
-class StateCacheLayer(CacheLayerMixin):
+class StateCacheLayer(SelectableRows, CacheLayerMixin):
     """The state of linear attention: sums over all tokens so far, of a size that does not grow with them."""
-
-    is_croppable = False
 
     def __init__(self):
         super().__init__()
@@ -92,24 +91,14 @@ class StateCacheLayer(CacheLayerMixin):
         self.state = None
         super().reset()
 
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise ValueError("a state cannot be rolled back: generate without assistant or look-up.")
+    @property
+    def num_rows(self) -> int:
+        return 0 if self.state is None else len(self.state.sums)
 
     def select(self, rows: Tensor) -> None:
         if self.state is not None:
             rows = rows.to(self.state.sums.device)
             self.state = LinearState(*(x if x is None else x[rows] for x in self.state))  # type: ignore[arg-type]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            self.select(torch.arange(len(self.state.sums)).repeat_interleave(repeats))
 
 
 class KernelAttention(MultiHeadAttention):
@@ -119,6 +108,7 @@ class KernelAttention(MultiHeadAttention):
     the past is a state of fixed size.
     """
 
+    cache_class = StateCacheLayer
     projection: Tensor | None
 
     def __init__(self, config, layer: int):
@@ -190,7 +180,6 @@ class RandomFeatureAttention(KernelAttention):
             drawn = self.draw(int(self.passes) // interval)
             self.projection = drawn.to(self.projection.device, self.projection.dtype)
 
-    def init_buffers(self) -> None:
-        """What `_init_weights` does with the buffers."""
+    def init_own(self) -> None:
         init.copy_(self.projection, self.draw(0))
         init.zeros_(self.passes)

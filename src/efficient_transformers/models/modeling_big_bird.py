@@ -13,7 +13,7 @@ Any length works, in the same way: the last block may be short, and a sequence o
 from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import initialization as init
 
 from .attention import PatternAttention
@@ -105,6 +105,10 @@ class BigBirdAttention(PatternAttention):
         if config.random_blocks == "stored":
             self.register_buffer("random_blocks", self.draw())
 
+    def init_own(self) -> None:
+        if self.random_blocks is not None:
+            init.copy_(self.random_blocks, self.draw())
+
     def draw(self) -> Tensor:
         """(h, blocks, r) for the longest sequence; heads without random blocks hold a draw that nobody reads."""
         config, pattern = self.config, self.groups[0][0]
@@ -115,11 +119,6 @@ class BigBirdAttention(PatternAttention):
 class EtBigBirdPreTrainedModel(EtPreTrainedModel):
     config: EtBigBirdConfig
     mixer_class = BigBirdAttention
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, BigBirdAttention) and module.random_blocks is not None:
-            init.copy_(module.random_blocks, module.draw())
 
 
 class EtBigBirdModel(Encoder, EtBigBirdPreTrainedModel):

@@ -11,7 +11,7 @@ and drawn again now and then in training, so that no layer learns to live with t
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.generation import GenerationMixin
 
 from .backbone import Encoder, EtPreTrainedModel
@@ -62,11 +62,6 @@ class EtPerformerPreTrainedModel(EtPreTrainedModel):
     mixer_class = EtPerformerAttention
     _is_stateful = True
     _supports_flex_attn = False
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, EtPerformerAttention):
-            module.init_buffers()
 
 
 class EtPerformerModel(Encoder, EtPerformerPreTrainedModel):

@@ -63,6 +63,10 @@ class EtRfaAttention(RandomFeatureAttention):
             raise ValueError("gated=True needs a causal model, for the gate forgets the past: set is_decoder=True.")
         self.gate_proj = nn.Linear(config.hidden_size, self.num_heads) if config.gated else None
 
+    def init_own(self) -> None:
+        super().init_own()
+        init.ones_(self.scale)
+
     def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         q, k = (F.normalize(x, dim=-1) * self.scale for x in (q, k))
         return q, k
@@ -79,12 +83,6 @@ class EtRfaPreTrainedModel(EtPreTrainedModel):
     mixer_class = EtRfaAttention
     _is_stateful = True
     _supports_flex_attn = False
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, EtRfaAttention):
-            init.ones_(module.scale)
-            module.init_buffers()
 
 
 class EtRfaModel(Encoder, EtRfaPreTrainedModel):
