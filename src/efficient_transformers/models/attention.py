@@ -1,9 +1,9 @@
 """Multi-head attention over drawn patterns: projections, rotary positions, cache, and the choice of the engine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class SequenceInfo:
     global_tokens: the same as positions per row; None as `lengths`.
     rotary: cos and sin of the angles, (b, n, 1, d/2) each.
     cache: of a causal model; holds everything before these tokens.
+    decisions: what mixers have chosen by the data, by layer. A layer that runs a second time, to be differentiated,
+        finds them: rounding must not send a token elsewhere than the first time.
     """
 
     positions: Tensor
@@ -41,6 +43,14 @@ class SequenceInfo:
     cache: Cache | None = None
     output_attentions: bool = False
     block_masks: dict = field(default_factory=dict)  # FlexAttention's, made once for all layers
+    decisions: dict[int, Any] = field(default_factory=dict)
+
+    def decide(self, layer: int, choose: Callable[[], Any]) -> Any:
+        """What `choose` gives, or gave when `layer` asked first. It has no gradient."""
+        if layer not in self.decisions:
+            with torch.no_grad():
+                self.decisions[layer] = choose()
+        return self.decisions[layer]
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -75,6 +85,9 @@ class Mixer(nn.Module):
 
     def count_pass(self) -> None:
         """Called in front of every forward pass in training, outside of what gradient checkpointing repeats."""
+
+    def finish_pass(self, sequence: SequenceInfo) -> None:
+        """Called behind every forward pass in training; `sequence.decisions` holds what this layer has chosen."""
 
 
 class MultiHeadAttention(Mixer):

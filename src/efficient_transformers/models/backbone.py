@@ -266,6 +266,9 @@ class Encoder:
             hidden, weights = layer(hidden, sequence)
             if output_attentions and weights is not None:
                 attentions.append(packing.restore_weights(weights))
+        if self.training:  # type: ignore[attr-defined]
+            for layer in self.layers:
+                layer.mixer.finish_pass(sequence)  # type: ignore[operator]
         if config.norm_first:
             hidden = self.norm(hidden)
         hidden = packing.restore(hidden)
