@@ -109,11 +109,15 @@ def test_a_window_as_wide_as_the_text_is_full_attention():
     assert not torch.allclose(narrow["logits"], outputs(source, inputs)["logits"])
 
 
-@pytest.mark.parametrize("variant", ["stride", "global", "mixed", "efficient", "linear", "rfa", "performer"])
+@pytest.mark.parametrize("variant", ["stride", "global", "mixed", "efficient", "linear", "rfa", "performer", "routing"])
 def test_every_variant_with_its_projections_holds_the_weights(variant):
     source = make("Bert", "SequenceClassification")
     conversion = convert(source, variant)
-    own = {"rfa": {"scale", "projection", "passes"}, "performer": {"projection", "passes"}}
+    own = {
+        "rfa": {"scale", "projection", "passes"},
+        "performer": {"projection", "passes"},
+        "routing": {"centroids", "sums", "savings"},
+    }
     assert {name.rpartition(".")[2] for name in conversion.report.created} == own.get(variant, set())
     assert outputs(conversion.model, batch(None, 0))["logits"].isfinite().all()
     one_token = torch.randint(4, 99, (3, 1))  # that is read with weight 1, however weights are made

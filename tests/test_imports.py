@@ -11,12 +11,13 @@ import efficient_transformers
 MODELS = Path(efficient_transformers.__file__).parent / "models"
 FILES = sorted(path for path in MODELS.glob("*.py") if path.stem != "__init__")
 TIERS = [
-    ["checks", "packing", "feature_maps"],
+    ["checks", "packing", "feature_maps", "hashing", "slots", "sinkhorn", "clustering"],
     ["patterns"],
     ["tiles"],
     ["softmax_attention", "sparse_attention", "blocked_attention", "flex_attention", "linear_attention"],
-    ["configuration", "caching"],
+    ["configuration", "caching", "sinkhorn_attention", "slot_attention"],
     ["attention"],
+    ["reversible"],
     ["kernel_attention", "backbone"],
     ["heads"],
 ]

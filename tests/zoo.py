@@ -40,6 +40,22 @@ SETTINGS: dict[str, list[dict]] = {
         {"block_size": 4, "random_blocks": "stored"},
         {"block_size": 4, "head_layout": "per_head", "stride": 5},
     ],
+    "reformer": [
+        {"lsh_chunk_length": 6, "num_hashes": 2},
+        {"lsh_chunk_length": 3, "num_hashes": 3, "num_buckets": [2, 4], "reversible": False},
+        {"lsh_chunk_length": 7, "num_buckets": 4, "attend_across_buckets": True, "position_embedding_type": "rotary"},
+        {"num_buckets": 1},
+    ],
+    "routing": [
+        {"num_clusters": 4, "window_size": 3},
+        {"num_clusters": 1, "local_heads": 4, "window_size": 3},
+        {"num_clusters": 5, "local_heads": 0, "cluster_size": 6, "position_embedding_type": "rotary"},
+    ],
+    "sinkhorn": [
+        {"block_size": 7},
+        {"block_size": 5, "sortcut_blocks": 3},
+        {"block_size": 16, "position_embedding_type": "rotary", "norm_first": False, "sinkhorn_iterations": 3},
+    ],
     "efficient": [{"position_embedding_type": "rotary"}],
     "linear": [{}],
     "rfa": [{"num_random_features": 16}, {"num_random_features": 11, "position_embedding_type": "rotary"}],
@@ -50,7 +66,8 @@ IDS = [f"{variant.slug}-{number}" for variant, settings in CASES for number in [
 
 
 def can_be_causal(variant: Variant, settings: dict) -> bool:
-    return variant.causal and settings.get("global_token_type") != "external"
+    encoders_only = {"sortcut_blocks", "attend_across_buckets"}
+    return variant.causal and settings.get("global_token_type") != "external" and not settings.keys() & encoders_only
 
 
 CAUSAL = [(case, case_id) for case, case_id in zip(CASES, IDS, strict=True) if can_be_causal(*case)]
@@ -72,7 +89,9 @@ def build(variant: Variant, settings: dict, head: str | None = None, **changes):
 def one_layer(settings: dict) -> dict:
     """The settings of the first layer alone, where they are given for each."""
     fields = {
-        name: value[:1] for name, value in settings.items() if isinstance(value, list) and name != "head_patterns"
+        name: value[:1]
+        for name, value in settings.items()
+        if isinstance(value, list) and name not in ("head_patterns", "num_buckets")
     }
     return {"num_hidden_layers": 1, **fields}
 
@@ -81,9 +100,10 @@ def inputs(batch: int, length: int, vocab_size: int = 99) -> Tensor:
     return torch.randint(1, vocab_size, (batch, length))
 
 
-def readable(model, length: int) -> Tensor:
-    """(length, length) bool: does output i depend on input embedding j? By gradients, so no formula is trusted."""
-    embeds = torch.randn(1, length, model.config.hidden_size, dtype=model.dtype, requires_grad=True)
+def readable(model, embeds: Tensor) -> Tensor:
+    """(n, n) bool: does output i depend on `embeds` (1, n, e) at j? By gradients, so no formula is trusted."""
+    length = embeds.shape[1]
+    embeds = embeds.detach().requires_grad_()
     output = model(inputs_embeds=embeds).last_hidden_state[0]
     # a random projection of each output: the sum over features of a normalised vector has no gradient
     probe = torch.randn(output.shape[-1], dtype=output.dtype)

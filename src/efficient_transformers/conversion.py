@@ -128,6 +128,8 @@ CREATED = (
     Creation(r".*\.mixer\.projection", None, "drawn by feature_seed"),
     Creation(r".*\.mixer\.passes", None, "zero: no forward pass in training yet"),
     Creation(r".*\.mixer\.scale", None, "one: to be learnt"),
+    Creation(r".*\.mixer\.centroids", None, "drawn by cluster_seed: training moves them to the data"),
+    Creation(r".*\.mixer\.(sums|savings)", None, "zero: no forward pass in training yet"),
     Creation(r"model\.external_tokens\.weight", None, "initialised: the source has no such tokens"),
     Creation(r"model\.pooler\..*", None, "initialised: the source has none"),
     Creation(r"lm_head\.decoder\.weight", WORDS, "begins as the word embeddings"),

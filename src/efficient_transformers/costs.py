@@ -10,8 +10,12 @@ from transformers import PreTrainedModel
 from .models import sparse_attention as engine
 from .models.attention import group_heads
 from .models.configuration import EtConfig
+from .models.hashing import bucket_factors
 from .models.kernel_attention import KernelConfig
 from .models.linear_attention import CHUNK, segment_tokens
+from .models.modeling_reformer import EtReformerConfig
+from .models.modeling_routing import EtRoutingConfig
+from .models.modeling_sinkhorn import EtSinkhornConfig
 from .models.patterns import AttentionPattern
 from .models.tiles import OwnRead, tiles
 
@@ -51,6 +55,12 @@ def attention_flops(config: EtConfig, length: int) -> int:
     """Of what stands between the projections and the output, in all layers, for one sequence of `length` tokens."""
     if isinstance(config, KernelConfig):
         return config.num_hidden_layers * config.num_attention_heads * kernel_flops(config, length)
+    if isinstance(config, EtReformerConfig):
+        return config.num_hidden_layers * config.num_attention_heads * reformer_flops(config, length)
+    if isinstance(config, EtRoutingConfig):
+        return config.num_hidden_layers * routing_flops(config, length)
+    if isinstance(config, EtSinkhornConfig):
+        return config.num_hidden_layers * sinkhorn_flops(config, length)
     length += getattr(config, "num_external_tokens", 0)
     apart = getattr(config, "has_global_projections", False)
     total = 0
@@ -82,6 +92,42 @@ def kernel_flops(config: EtConfig, length: int) -> int:
     return total
 
 
+def reformer_flops(config: EtReformerConfig, length: int) -> int:
+    """Of one head: its hashes, and chunks that read themselves and the one before."""
+    rounds, size = 1 if config.is_exact else config.num_hashes, min(config.chunk_length, length)
+    factors = config.widest_factors
+    if config.num_buckets is None and not config.is_decoder:
+        factors = bucket_factors(torch.tensor([length]), config.lsh_chunk_length, config.bucket_limit)[0].tolist()
+    columns = sum(factor // 2 for factor in factors)
+    return 2 * rounds * config.head_dim * (length * columns + 2 * -(-length // size) * size * 2 * size)
+
+
+def routing_flops(config: EtRoutingConfig, length: int) -> int:
+    """Of all heads of a layer of clusters: windows, groups, and how near each token is to each centroid."""
+    local, routing, count = config.num_local_heads, config.num_routing_heads, config.clusters_per_head
+    near = local * tile_pairs(config.window, length, local) if local else 0
+    if config.is_decoder:  # chunks of neighbours in a cluster, which read the one before them, too
+        size, placed = min(config.reach, length), 1
+        far = -(-length // size) * size * 2 * size
+    else:
+        size, placed = min(config.cluster_size or -(-length // count), length), 2
+        far = count * size * size
+    return 2 * config.head_dim * (2 * near + routing * (2 * far + placed * length * count))
+
+
+def sinkhorn_flops(config: EtSinkhornConfig, length: int) -> int:
+    """Of one layer: the sorting network on its blocks, the mixtures of them, and what queries read of these."""
+    hidden, size, heads = config.hidden_size, config.block_size, config.num_attention_heads
+    count = -(-length // size)
+    rows = count if config.sortcut_blocks is None else min(config.sortcut_blocks, count)
+    scores = 4 * count * hidden**2 + count**2 * hidden
+    mixtures = 2 * rows * count * size * hidden
+    if length % size and not config.is_decoder:  # how much of each sorted token is there
+        mixtures += rows * count * size * heads
+    keys = 2 * size if config.sortcut_blocks is None else rows * size
+    return 2 * (scores + mixtures + 2 * count * size * keys * hidden)
+
+
 def global_row_flops(config: EtConfig, length: int) -> int:
     """Of the rows of Longformer's own global tokens in one layer, with their projections."""
     size, count = config.hidden_size, min(getattr(config, "num_global_tokens", None) or 0, length)
@@ -96,7 +142,8 @@ def forward_flops(model: PreTrainedModel, length: int) -> int:
     inner = length + getattr(config, "num_external_tokens", 0)
     total = attention_flops(config, length)
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".global_" not in name:  # those are in global_row_flops
+        apart = ".global_" in name or ".sorting_network." in name  # counted in attention_flops
+        if isinstance(module, torch.nn.Linear) and not apart:
             once = name.endswith("pooler.dense") or (name == "classifier" and getattr(model, "pools", False))
             rows = 1 if once else inner if ".layers." in f".{name}" else length
             total += 2 * rows * module.in_features * module.out_features

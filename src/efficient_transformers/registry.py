@@ -15,7 +15,10 @@ from .models import (
     modeling_longformer,
     modeling_mixed,
     modeling_performer,
+    modeling_reformer,
     modeling_rfa,
+    modeling_routing,
+    modeling_sinkhorn,
     modeling_stride,
 )
 from .models.configuration import EtConfig
@@ -28,6 +31,7 @@ class Variant:
     slug: `et_<slug>` is its model type.
     cost: law of its time and memory in n tokens of d features per head; the other letters are its config fields.
     causal: is there a CausalLM head? any_length: is it free of per-position parameters besides the embeddings?
+    chooses: does it depend on the data which tokens a token reads?
     """
 
     slug: str
@@ -37,6 +41,7 @@ class Variant:
     cost: str
     causal: bool = True
     any_length: bool = True
+    chooses: bool = False
 
     @property
     def model_type(self) -> str:
@@ -69,6 +74,29 @@ VARIANTS = {
         Variant("mixed", modeling_mixed, "a pattern per head", "arXiv:1904.10509", "mean of the heads"),
         Variant("longformer", modeling_longformer, "Longformer", "arXiv:2004.05150", "n·attention_window·d"),
         Variant("big_bird", modeling_big_bird, "BigBird", "arXiv:2007.14062", "n·block_size·d", causal=False),
+        Variant(
+            "reformer",
+            modeling_reformer,
+            "Reformer",
+            "arXiv:2001.04451",
+            "n·num_hashes·lsh_chunk_length·d",
+            chooses=True,
+        ),
+        Variant(
+            "routing",
+            modeling_routing,
+            "Routing Transformer",
+            "arXiv:2003.05997",
+            "n·(num_clusters + n/num_clusters)·d",
+            chooses=True,
+        ),
+        Variant(
+            "sinkhorn",
+            modeling_sinkhorn,
+            "Sinkhorn sorting network",
+            "arXiv:2002.11296",
+            "n·(block_size + n/block_size)·d",
+        ),
         Variant("efficient", modeling_efficient, "Efficient Attention", "arXiv:1812.01243", "n·d²"),
         Variant("linear", modeling_linear, "Linear Transformer", "arXiv:2006.16236", "n·d²"),
         Variant("rfa", modeling_rfa, "Random Feature Attention", "arXiv:2103.02143", "n·num_random_features·d"),

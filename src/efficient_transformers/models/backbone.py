@@ -1,10 +1,12 @@
 """The encoder every variant shares: embeddings, blocks of mixer and MLP, packing, cache; and its pretrained base."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -18,6 +20,7 @@ from .caching import prepare_cache
 from .checks import check_length, check_shape
 from .configuration import EtConfig
 from .packing import inverse, pack, packing_order, unpack
+from .reversible import chunks, reversible_stack
 
 
 class EtPreTrainedModel(PreTrainedModel):
@@ -27,7 +30,7 @@ class EtPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["EtBlock", "EtEmbeddings"]
+    _no_split_modules = ["EtBlock", "EtReversibleBlock", "EtEmbeddings"]
     _supports_sdpa = True
     _supports_flex_attn = True
     mixer_class: ClassVar[type[nn.Module]]
@@ -93,12 +96,9 @@ class EtMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.chunk_size = config.chunk_size_feed_forward
 
     def forward(self, hidden: Tensor) -> Tensor:
-        chunks = hidden.split(self.chunk_size, 1) if self.chunk_size else [hidden]
-        mixed = [self.down_proj(self.activation(self.up_proj(chunk))) for chunk in chunks]
-        return mixed[0] if len(mixed) == 1 else torch.cat(mixed, 1)
+        return self.down_proj(self.activation(self.up_proj(hidden)))
 
 
 class EtBlock(GradientCheckpointingLayer):
@@ -112,15 +112,44 @@ class EtBlock(GradientCheckpointingLayer):
         self.mlp = EtMLP(config)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.chunk_size = config.chunk_size_feed_forward
 
     def forward(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
+        mixed, weights = self.mix(hidden, sequence)
         if self.norm_first:
-            mixed, weights = self.mixer(self.mixer_norm(hidden), sequence)
-            hidden = hidden + self.dropout(mixed)
-            return hidden + self.dropout(self.mlp(self.mlp_norm(hidden))), weights
-        mixed, weights = self.mixer(hidden, sequence)
-        hidden = self.mixer_norm(hidden + self.dropout(mixed))
-        return self.mlp_norm(hidden + self.dropout(self.mlp(hidden))), weights
+            hidden = hidden + mixed
+            return hidden + self.feed_forward(hidden), weights
+        hidden = self.mixer_norm(hidden + mixed)
+        return self.mlp_norm(hidden + self.feed_forward(hidden)), weights
+
+    def mix(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
+        """What the mixer adds to `hidden` (b, n, e), and its weights if it gives any."""
+        mixed, weights = self.mixer(self.mixer_norm(hidden) if self.norm_first else hidden, sequence)
+        return self.dropout(mixed), weights
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        """What the MLP adds to `hidden` (b, n, e), by `chunk_size` positions at a time.
+
+        No more than the activations of one chunk exist at once, in a backward pass neither.
+        """
+        if not self.chunk_size:
+            return self.feed_forward_chunk(hidden)
+        rule = self.feed_forward_chunk
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            rule = partial(checkpoint, rule, use_reentrant=False)
+        return torch.cat([rule(hidden[:, rows]) for rows in chunks(hidden.shape[1], self.chunk_size)], 1)
+
+    def feed_forward_chunk(self, hidden: Tensor) -> Tensor:
+        return self.dropout(self.mlp(self.mlp_norm(hidden) if self.norm_first else hidden))
+
+
+class EtReversibleBlock(EtBlock):
+    """Two streams that take turns: the mixer reads the second and adds to the first, the MLP the other way round."""
+
+    def forward(self, x1: Tensor, x2: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
+        mixed, weights = self.mix(x2, sequence)
+        y1 = x1 + mixed
+        return y1, x2 + self.feed_forward(y1), weights
 
 
 class EtPooler(nn.Module):
@@ -194,7 +223,8 @@ class Encoder:
         if self.num_external:
             self.external_tokens = ExternalTokens(self.num_external, config.hidden_size)
         mixers = (self.mixer_class(config, layer) for layer in range(config.num_hidden_layers))  # type: ignore[attr-defined]
-        self.layers = nn.ModuleList(EtBlock(config, mixer) for mixer in mixers)
+        block_class = EtReversibleBlock if config.reversible else EtBlock
+        self.layers = nn.ModuleList(block_class(config, mixer) for mixer in mixers)
         if config.norm_first:
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = EtPooler(config) if add_pooling_layer else None
@@ -259,13 +289,10 @@ class Encoder:
             for layer in self.layers:
                 layer.mixer.count_pass()  # type: ignore[operator]
         hidden_states, attentions = [], []
-        for layer in self.layers:
-            if output_hidden_states:
-                hidden_states.append(packing.restore(hidden))
-                hidden = packing.again(hidden_states[-1], hidden)  # what is given out gets the gradient, too
-            hidden, weights = layer(hidden, sequence)
-            if output_attentions and weights is not None:
-                attentions.append(packing.restore_weights(weights))
+        if self.recomputes(sequence, bool(output_hidden_states)):
+            hidden = reversible_stack(self.layers, hidden, sequence)  # type: ignore[arg-type]
+        else:
+            hidden, hidden_states, attentions = self.run_layers(hidden, sequence, packing, bool(output_hidden_states))
         if self.training:  # type: ignore[attr-defined]
             for layer in self.layers:
                 layer.mixer.finish_pass(sequence)  # type: ignore[operator]
@@ -283,13 +310,41 @@ class Encoder:
             attentions=tuple(attentions) if output_attentions and attentions else None,
         )
 
+    def recomputes(self, sequence: SequenceInfo, output_hidden_states: bool) -> bool:
+        """Does the stack run without keeping its activations? Not where there is something to give out or to store."""
+        if not self.config.reversible or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        checkpointing = self.gradient_checkpointing and self.training  # type: ignore[attr-defined]
+        gives_out = output_hidden_states or sequence.output_attentions
+        return not checkpointing and not gives_out and sequence.cache is None
+
+    def run_layers(
+        self, hidden: Tensor, sequence: SequenceInfo, packing: Packing, output_hidden_states: bool
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """What leaves the last layer; what enters each, if wanted; and the weights of each, if wanted."""
+        hidden_states, attentions = [], []
+        # Gomez et al. split the features in two; the Reformer paper leaves open how its streams begin and end.
+        # transformers' begins as here and ends with the streams side by side, which makes every head twice as wide.
+        streams = [hidden, hidden] if self.config.reversible else [hidden]
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden = mean(streams)
+                hidden_states.append(packing.restore(hidden))
+                # zero at real tokens: what is given out gets the gradient, too
+                change = packing.again(hidden_states[-1], hidden) - hidden
+                streams = [stream + change for stream in streams]
+            *streams, weights = layer(*streams, sequence)
+            if sequence.output_attentions and weights is not None:
+                attentions.append(packing.restore_weights(weights))
+        return mean(streams), hidden_states, attentions
+
     def open_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache to read and write, or None."""
         if not self.config.is_decoder:
             return None
         wanted = self.config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:  # type: ignore[attr-defined]
-            wanted = False  # a checkpointed layer runs twice and would store its keys twice
+        if (self.gradient_checkpointing or self.config.reversible) and self.training:  # type: ignore[attr-defined]
+            wanted = False  # a layer that runs twice would store its keys twice
         if cache is None and not wanted:
             return None
         mixers: list[Any] = [layer.mixer for layer in self.layers]
@@ -373,6 +428,10 @@ class Encoder:
             cache=cache,
             output_attentions=output_attentions,
         )
+
+
+def mean(streams: list[Tensor]) -> Tensor:
+    return streams[0] if len(streams) == 1 else (streams[0] + streams[1]) / 2
 
 
 def marked_positions(marked: Tensor) -> tuple[tuple[int, ...], ...]:

@@ -116,6 +116,25 @@ class PatternCacheLayer(SelectableRows, DynamicLayer):
             )
 
 
+class BucketCacheLayer(PatternCacheLayer):
+    """Keys and values of all tokens, with their positions and with the buckets that the data put them in."""
+
+    buckets: Tensor
+
+    def __init__(self):
+        super().__init__(0, None)
+
+    def update(self, key_states: Tensor, value_states: Tensor, positions: Tensor, buckets: Tensor, *args, **kwargs):  # type: ignore[override]
+        """Append (b, h, n, d) keys and values at `positions` (b, n) in `buckets` (b, h, r, n); return all there are."""
+        self.buckets = buckets if self.is_empty else self.extended("buckets", self.buckets, buckets, 3)
+        return *super().update(key_states, value_states, positions), self.buckets
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        if not self.is_empty:
+            self.buckets = self.buckets.index_select(0, rows.to(self.buckets.device))
+
+
 def is_closed(x: Tensor) -> bool:
     """Was `x` made in inference mode, outside of which nothing may be written into it?"""
     return x.is_inference() and not torch.is_inference_mode_enabled()

@@ -26,6 +26,9 @@ class EtConfig(PreTrainedConfig):
         type_vocab_size: number of token types; 0 has none.
         norm_first: True normalises in front of mixer and MLP and once at the end; False behind them and behind the
             embeddings, as BERT does.
+        reversible: two residual streams, from whose ends the activations of all layers are computed again in training:
+            its memory does not grow with the depth, for the time of one more forward pass. Another model, not only
+            another way to train one. Needs `norm_first`.
         hidden_dropout_prob, attention_probs_dropout_prob: as in BERT.
         classifier_dropout: in front of a classifier; None takes hidden_dropout_prob.
         classifier_pooling: what a sequence is judged by: the mean of its tokens, its first (`cls`) or its last one.
@@ -48,6 +51,7 @@ class EtConfig(PreTrainedConfig):
     rope_theta: float | int = 10000.0
     type_vocab_size: int = 2
     norm_first: bool = True
+    reversible: bool = False
     layer_norm_eps: float | int = 1e-12
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.0
@@ -97,6 +101,11 @@ class EtConfig(PreTrainedConfig):
             check_divisible("head_dim", self.head_dim, "2", 2, "rotary positions turn pairs of features")
         if self.position_embedding_type == "sinusoidal":
             check_divisible("hidden_size", self.hidden_size, "2", 2, "sinusoidal positions fill pairs of features")
+        if self.reversible and not self.norm_first:
+            raise ValueError(
+                f"reversible ({self.reversible}) needs norm_first, which is {self.norm_first}: a sum with a norm "
+                "behind it cannot be undone. Set norm_first=True or reversible=False."
+            )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             rate = getattr(self, name)
             if rate is not None and not 0 <= rate < 1:
