@@ -3,8 +3,8 @@
     python benchmarks/attention.py [--suite layers] [--lengths 512 1024 …] [--dtypes float32 …] [--out docs/attention]
 
 `layers` compares the patterns of the zoo, one layer each with its projections; `kernels` the mixers through a feature
-map, both ways and causal; `peers` Longformer and BigBird with those of transformers in the same way, by window;
-`models` whole encoders of 6 layers.
+map and `chosen` those that find their pattern in the data, both ways and causal; `peers` Longformer and BigBird with
+those of transformers in the same way, by window; `models` whole encoders of 6 layers.
 Hidden size 256, 4 heads, batch 1, no padding, no dropout, weights and inputs drawn from a seed.
 Every repeat runs all contenders one after another, so that a slow moment of the machine meets all of them; what is
 compared are medians, and times relative to full attention through torch's SDPA in the same run.
@@ -25,9 +25,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import BigBirdConfig, BigBirdModel, LongformerConfig, LongformerModel
+from transformers import BigBirdConfig, BigBirdModel, LongformerConfig, LongformerModel, ReformerConfig
 from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from efficient_transformers import VARIANTS
 from efficient_transformers.models.attention import SequenceInfo
@@ -47,6 +48,11 @@ KERNELS = {
     "linear": ("linear", {}),
     "rfa, 256 features": ("rfa", {"num_random_features": 128}),
     "performer, 256 features": ("performer", {"num_random_features": 256, "feature_redraw_interval": None}),
+}
+CHOSEN = {
+    "Reformer": ("reformer", {}),
+    "Routing": ("routing", {}),
+    "Sinkhorn": ("sinkhorn", {}),
 }
 PROJECTIONS, LONGFORMER = "projections alone", "transformers Longformer ±128"
 WINDOWS = (512, 256, 128)  # of Longformer, on both sides together; with one global token
@@ -79,8 +85,11 @@ class Ours(nn.Module):
         self.layer = VARIANTS[slug].model_class().mixer_class(config, 0)  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        return self.layer(hidden, SequenceInfo(positions))[0]
+        sequence = SequenceInfo(torch.arange(hidden.shape[1], device=hidden.device)[None])
+        mixed = self.layer(hidden, sequence)[0]
+        if self.training:
+            self.layer.finish_pass(sequence)
+        return mixed
 
 
 class TheirLongformer(nn.Module):
@@ -105,6 +114,22 @@ class TheirLongformer(nn.Module):
             is_global_attn=True,
         )[0]
         return self.out(mixed)
+
+
+class TheirReformer(nn.Module):
+    """transformers' LSH layer with the settings of ours, and an output projection as the others have."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        config = ReformerConfig(
+            hidden_size=HIDDEN, num_attention_heads=HEADS, attention_head_size=HIDDEN // HEADS, attn_layers=["lsh"],
+            num_hashes=4, lsh_attn_chunk_length=64, lsh_attention_probs_dropout_prob=0.0, is_decoder=False,
+            max_position_embeddings=length,
+        )  # fmt: skip
+        self.layer, self.out = LSHSelfAttention(config), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.out(self.layer(hidden).hidden_states)
 
 
 class TheirBigBird(nn.Module):
@@ -162,6 +187,14 @@ def kernels(length: int) -> dict[str, nn.Module]:
     return layers | {f"{name}, causal": Ours(slug, fields | causal, length) for name, (slug, fields) in KERNELS.items()}
 
 
+def chosen(length: int) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {PROJECTIONS: Projections(), YARDSTICK: Ours("full", {}, length)}
+    for name, (slug, fields) in CHOSEN.items():
+        layers[name] = Ours(slug, fields, length)
+        layers[f"{name}, causal"] = Ours(slug, fields | {"is_decoder": True}, length)
+    return layers | {"transformers Reformer": TheirReformer(length)}
+
+
 def peers(length: int) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {PROJECTIONS: Projections(), YARDSTICK: Ours("full", {}, length)}
     for window in WINDOWS:
@@ -189,7 +222,7 @@ def models(length: int) -> dict[str, nn.Module]:
     return whole
 
 
-SUITES = {"layers": mixers, "kernels": kernels, "peers": peers, "models": models}
+SUITES = {"layers": mixers, "kernels": kernels, "chosen": chosen, "peers": peers, "models": models}
 
 
 def run_forward(layer: nn.Module, hidden: Tensor) -> None:

@@ -20,7 +20,7 @@ from .caching import prepare_cache
 from .checks import check_length, check_shape
 from .configuration import EtConfig
 from .packing import inverse, pack, packing_order, unpack
-from .reversible import chunks, reversible_stack
+from .reversible import chunks, reversible_stack, wide
 
 
 class EtPreTrainedModel(PreTrainedModel):
@@ -144,12 +144,21 @@ class EtBlock(GradientCheckpointingLayer):
 
 
 class EtReversibleBlock(EtBlock):
-    """Two streams that take turns: the mixer reads the second and adds to the first, the MLP the other way round."""
+    """Two streams that take turns: the mixer reads the second and adds to the first, the MLP the other way round.
+
+    The streams may be wider than the weights.
+    """
 
     def forward(self, x1: Tensor, x2: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
         mixed, weights = self.mix(x2, sequence)
         y1 = x1 + mixed
         return y1, x2 + self.feed_forward(y1), weights
+
+    def mix(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
+        return super().mix(hidden.to(self.mixer_norm.weight.dtype), sequence)
+
+    def feed_forward_chunk(self, hidden: Tensor) -> Tensor:
+        return super().feed_forward_chunk(hidden.to(self.mlp_norm.weight.dtype))
 
 
 class EtPooler(nn.Module):
@@ -325,10 +334,10 @@ class Encoder:
         hidden_states, attentions = [], []
         # Gomez et al. split the features in two; the Reformer paper leaves open how its streams begin and end.
         # transformers' begins as here and ends with the streams side by side, which makes every head twice as wide.
-        streams = [hidden, hidden] if self.config.reversible else [hidden]
+        dtype, streams = hidden.dtype, [wide(hidden)] * 2 if self.config.reversible else [hidden]
         for layer in self.layers:
             if output_hidden_states:
-                hidden = mean(streams)
+                hidden = mean(streams).to(dtype)
                 hidden_states.append(packing.restore(hidden))
                 # zero at real tokens: what is given out gets the gradient, too
                 change = packing.again(hidden_states[-1], hidden) - hidden
@@ -336,7 +345,7 @@ class Encoder:
             *streams, weights = layer(*streams, sequence)
             if sequence.output_attentions and weights is not None:
                 attentions.append(packing.restore_weights(weights))
-        return mean(streams), hidden_states, attentions
+        return mean(streams).to(dtype), hidden_states, attentions
 
     def open_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache to read and write, or None."""

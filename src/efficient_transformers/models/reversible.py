@@ -32,10 +32,15 @@ def reversible_stack(blocks: Sequence[nn.Module], hidden: Tensor, sequence: Sequ
     no longer those of the forward pass.
     """
     run = Run(list(blocks), sequence, autocast_as_now(hidden.device.type))
-    x1 = x2 = hidden
+    x1 = x2 = wide(hidden)
     for number, block in enumerate(blocks):
         x1, x2 = ReversibleLayer.apply(run, number, x1, x2, *trained_parameters(block))  # type: ignore[misc]
-    return Mean.apply(run, x1, x2)  # type: ignore[return-value]
+    return Mean.apply(run, x1, x2).to(hidden.dtype)  # type: ignore[union-attr]
+
+
+def wide(hidden: Tensor) -> Tensor:
+    """A stream in float32 or wider: what half precision rounds off in 16 layers leaves nothing of the gradient."""
+    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 @dataclass
@@ -49,7 +54,7 @@ class Run:
 
 
 class ReversibleLayer(torch.autograd.Function):
-    """One block, of which autograd keeps nothing: in the backward pass it finds its output in `run`, and leaves its input.
+    """One block, of which autograd keeps nothing: going back it finds its output in `run`, and leaves its input there.
 
     A function for each layer and not one for the whole stack: gradients of parameters leave layer by layer, so that
     they can be summed over batches or processes, or used up, while the layers below are still at work.

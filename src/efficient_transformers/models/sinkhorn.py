@@ -10,10 +10,11 @@ def sinkhorn(scores: Tensor, iterations: int, temperature: float, keep: Tensor |
     .. math:: g \leftarrow -\log \textstyle\sum_i \exp(s_{ij}/\tau - \log \sum_l \exp(s_{il}/\tau + g_l)), \qquad
               P_{ij} \propto_j \exp(s_{ij}/\tau + g_j)
 
-    Sinkhorn 1964; in logarithms as in Mena et al. 2018 (arXiv:1802.08665) and Tay et al. 2020 (arXiv:2002.11296). Each iteration takes the rows and then the columns. At the end the rows are normalised once more, since a row
-    is a mixture that somebody reads: rows sum to one exactly, columns in the limit. `scores` (…, c, c), in units of
-    `temperature`; towards 0 the result is the permutation with the largest sum of scores. `keep` (…, c) is True at real
-    blocks: rows and columns of the others are zero. Returns (…, c, c) in float32 or wider.
+    Sinkhorn 1964; in logarithms as in Mena et al. 2018 (arXiv:1802.08665) and Tay et al. 2020 (arXiv:2002.11296). Each
+    iteration takes the rows and then the columns. At the end the rows are normalised once more, since a row is a
+    mixture that somebody reads: rows sum to one exactly, columns in the limit. `scores` (…, c, c), in units of
+    `temperature`; towards 0 the result is the permutation with the largest sum of scores. `keep` (…, c) is True at
+    real blocks: rows and columns of the others are zero. Returns (…, c, c) in float32 or wider.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / temperature
     if keep is None:
@@ -41,8 +42,8 @@ def causal_sinkhorn(scores: Tensor, iterations: int, temperature: float) -> Tens
     A column is divided by what earlier rows have taken of it and the one that this row would take as a whole. Rows
     sum to one, row 0 to zero. Shapes, units and dtype as in `sinkhorn`; padding behind the real blocks needs no mask.
 
-    The paper's causal balancing masks its sums to the triangle; those of its columns run over all rows and tell a row of
-    later ones. Nor can what it aims at be had: the only strictly triangular matrix whose rows all sum to one and whose
+    The paper's causal balancing masks its sums to the triangle; those of its columns run over all rows and tell a row
+    of later ones. Nor can what it aims at be had: the only strictly triangular matrix whose rows all sum to one and whose
     columns do not exceed it is the previous block. Dividing by the rows up to i themselves, Σ_{i'≤i}, gives all of a
     column to its first reader, so that no block but the previous one ever weighs more than a half: of a block that is
     preferred by 13 (scores over temperature), .20 are left after one iteration and .04 after eight, of 64 blocks. By

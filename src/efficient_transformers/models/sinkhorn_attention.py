@@ -75,9 +75,9 @@ def sinkhorn_attention(
               [p_t, \tilde p_t] = \mathrm{softmax}_u[q_{it}^\top k_{iu}/\sqrt d,\;
               q_{it}^\top \tilde k_{iu}/\sqrt d + \log m_{iu}]
 
-    Tay et al. 2020 (arXiv:2002.11296), with `sort_blocks` for :math:`\tilde k, \tilde v, m`: a sorted
-    token that is there in part weighs as much as that part. With `sortcut` all queries read all sorted blocks and
-    nothing else (section 3.4, SortCut). With `causal` a query reads its own block up to itself, and the `order` is strictly
+    Tay et al. 2020 (arXiv:2002.11296), with `sort_blocks` for :math:`\tilde k, \tilde v, m`: a sorted token that is
+    there in part weighs as much as that part. With `sortcut` all queries read all sorted blocks and nothing else
+    (section 3.4, SortCut). With `causal` a query reads its own block up to itself, and the `order` is strictly
     triangular.
 
     `q` (b, h, r, s, d) are the blocks from number `first` on, of `k` and `v` (b, h, c, s, d) all from 0 on; `order`
