@@ -109,7 +109,9 @@ def test_a_window_as_wide_as_the_text_is_full_attention():
     assert not torch.allclose(narrow["logits"], outputs(source, inputs)["logits"])
 
 
-@pytest.mark.parametrize("variant", ["stride", "global", "mixed", "efficient", "linear", "rfa", "performer", "routing"])
+@pytest.mark.parametrize(
+    "variant", ["stride", "global", "mixed", "efficient", "linear", "rfa", "performer", "routing", "sinkhorn"]
+)
 def test_every_variant_with_its_projections_holds_the_weights(variant):
     source = make("Bert", "SequenceClassification")
     conversion = convert(source, variant)
@@ -117,8 +119,10 @@ def test_every_variant_with_its_projections_holds_the_weights(variant):
         "rfa": {"scale", "projection", "passes"},
         "performer": {"projection", "passes"},
         "routing": {"centroids", "sums", "savings"},
+        "sinkhorn": {"sorting_network"},
     }
-    assert {name.rpartition(".")[2] for name in conversion.report.created} == own.get(variant, set())
+    created = {name.partition(".mixer.")[2].partition(".")[0] for name in conversion.report.created}
+    assert created == own.get(variant, set())
     assert outputs(conversion.model, batch(None, 0))["logits"].isfinite().all()
     one_token = torch.randint(4, 99, (3, 1))  # that is read with weight 1, however weights are made
     agree(conversion.model, source, {"input_ids": one_token, "attention_mask": torch.ones_like(one_token)})
@@ -274,6 +278,7 @@ REFUSED = {
     "tied": ("Bert", {"head": "MaskedLM", "tie_word_embeddings": False}, "full", {"tie_word_embeddings": True}, "tie_"),
     "relu head": ("Roberta", {"head": "MaskedLM", "hidden_act": "relu"}, "full", {}, r"hidden_act \('relu'\) must be"),
     "tables": ("Bert", {}, "local", {"block_tables": [torch.zeros(4, 10, 1)]}, "block_tables are the stored random"),
+    "shared keys": ("Bert", {}, "reformer", {"reversible": False}, "et_reformer cannot hold the source's .*key.weight"),
     "scale": ("BigBird", {"head": "MaskedLM", "rescale_embeddings": True}, "full", {}, "untie them"),
 }
 

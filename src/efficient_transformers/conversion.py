@@ -130,6 +130,7 @@ CREATED = (
     Creation(r".*\.mixer\.scale", None, "one: to be learnt"),
     Creation(r".*\.mixer\.centroids", None, "drawn by cluster_seed: training moves them to the data"),
     Creation(r".*\.mixer\.(sums|savings)", None, "zero: no forward pass in training yet"),
+    Creation(r".*\.mixer\.sorting_network\..*", None, "initialised: the source does not sort"),
     Creation(r"model\.external_tokens\.weight", None, "initialised: the source has no such tokens"),
     Creation(r"model\.pooler\..*", None, "initialised: the source has none"),
     Creation(r"lm_head\.decoder\.weight", WORDS, "begins as the word embeddings"),

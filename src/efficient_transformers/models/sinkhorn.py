@@ -43,11 +43,11 @@ def causal_sinkhorn(scores: Tensor, iterations: int, temperature: float) -> Tens
     sum to one, row 0 to zero. Shapes, units and dtype as in `sinkhorn`; padding behind the real blocks needs no mask.
 
     The paper's causal balancing masks its sums to the triangle; those of its columns run over all rows and tell a row
-    of later ones. Nor can what it aims at be had: the only strictly triangular matrix whose rows all sum to one and whose
+    of later ones. Nor can what it aims at be had: the only strictly triangular matrix whose rows sum to one and whose
     columns do not exceed it is the previous block. Dividing by the rows up to i themselves, Σ_{i'≤i}, gives all of a
     column to its first reader, so that no block but the previous one ever weighs more than a half: of a block that is
     preferred by 13 (scores over temperature), .20 are left after one iteration and .04 after eight, of 64 blocks. By
-    the rule here it is 1.00 and .88. It goes to the same limit, more slowly: of 64 blocks with equal scores the
+    the rule here it is 1.00 and .88. That goes to the same limit, more slowly: of 64 blocks with equal scores the
     previous one gets .08, .11, .27, .64 and 1.00 after 0, 1, 4, 8 and 16 iterations.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / temperature
