@@ -17,10 +17,10 @@ train: .venv/installed
 		training/classify.py --config configs/era/local.yaml resume=true
 
 test: .venv/installed
-	.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/python -m pytest -m "not slow" -n auto --dist loadgroup
 
 test-all: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --dist loadgroup
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -13,3 +13,10 @@ torch.set_num_threads(1)  # two threads wait for each other longer than models o
 def seeded():
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """Modules that share something dear, as a finished training run, keep their tests in one process."""
+    for item in items:
+        if item.path.stem.startswith(("test_training", "test_data")):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))

@@ -216,13 +216,13 @@ class EtSinkhornAttention(MultiHeadAttention):
                 order = F.pad(order, (0, 0, 0, config.sortcut_blocks))
             order = order[:, :, : config.sortcut_blocks]
         how = order, real, causal, config.sortcut_blocks is not None
-        blocks = [in_blocks(x, size).contiguous() for x in (q, k, v)]
+        queries, keys, values = (in_blocks(x, size).contiguous() for x in (q, k, v))
         if sequence.output_attentions or config._attn_implementation == "eager":
-            weights = sinkhorn_matrix(*blocks[:2], *how)[:, :, :length, :length]
+            weights = sinkhorn_matrix(queries, keys, *how)[:, :, :length, :length]
             if sequence.keep is not None:
                 weights = weights * sequence.keep[:, None, :, None]
             return F.dropout(weights, self.dropout) @ v, weights
-        out = sinkhorn_attention(*blocks, *how, self.dropout).flatten(2, 3)
+        out = sinkhorn_attention(queries, keys, values, *how, self.dropout).flatten(2, 3)
         if torch.compiler.is_compiling():  # a slice would ask how a traced length compares
             return out.index_select(2, torch.arange(length, device=q.device)), None
         return out[:, :, :length], None

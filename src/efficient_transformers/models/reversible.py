@@ -39,8 +39,17 @@ def reversible_stack(blocks: Sequence[nn.Module], hidden: Tensor, sequence: Sequ
 
 
 def wide(hidden: Tensor) -> Tensor:
-    """A stream in float32 or wider: what half precision rounds off in 16 layers leaves nothing of the gradient."""
-    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    """`hidden` in the dtype of a stream, in which no more is rounded off than the layers can bear.
+
+    That is float32, and float64 where layers round to less: half precision, autocast, TF32. A sum of numbers of 8 or 11
+    bits is exact in float64, so each layer meets its input bit for bit again. In float32 it does not, the rounding of
+    the layers makes much of little, and in 16 of them nothing may be left of the gradient.
+    """
+    kind = hidden.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    rough = hidden.dtype.itemsize < 4 or autocast or torch.get_float32_matmul_precision() != "highest"
+    least = torch.float64 if rough and kind != "mps" else torch.float32  # there is no float64 on mps
+    return hidden.to(torch.promote_types(hidden.dtype, least))
 
 
 @dataclass
