@@ -20,7 +20,11 @@ SMALL = {
 # Several settings per variant, so that every branch of it meets every law. Sizes divide no test length.
 SETTINGS: dict[str, list[dict]] = {
     "full": [{}, {"norm_first": False, "position_embedding_type": "sinusoidal"}],
-    "local": [{"window_size": 3, "position_embedding_type": "rotary"}, {"window_size": [2, 70]}],
+    "local": [
+        {"window_size": 3, "position_embedding_type": "rotary"},
+        {"window_size": [2, 70]},
+        {"window_size": 3, "reversible": True},
+    ],
     "stride": [{"stride": 5, "hops": None}, {"stride": 3, "hops": 2, "position_embedding_type": "none"}],
     "global": [{"num_global_tokens": 2}, {"num_global_tokens": 3, "global_token_type": "external"}],
     "mixed": [
@@ -57,7 +61,7 @@ SETTINGS: dict[str, list[dict]] = {
         {"block_size": 16, "position_embedding_type": "rotary", "norm_first": False, "sinkhorn_iterations": 3},
     ],
     "efficient": [{"position_embedding_type": "rotary"}],
-    "linear": [{}],
+    "linear": [{}, {"reversible": True}],
     "rfa": [{"num_random_features": 16}, {"num_random_features": 11, "position_embedding_type": "rotary"}],
     "performer": [{"num_random_features": 20}, {"num_random_features": 7, "kernel": "relu"}],
 }

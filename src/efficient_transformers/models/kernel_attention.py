@@ -119,7 +119,8 @@ class KernelAttention(MultiHeadAttention):
         """What each head has read, (b, h, n, d), and the weights if asked for and nothing came before."""
         q, k = self.scaled(*(self.split_heads(proj(hidden), sequence.rotary) for proj in (self.q_proj, self.k_proj)))
         v, decay = self.split_heads(self.v_proj(hidden)), self.log_decay(hidden, sequence.keep)
-        how = self.config.features, self.projection, sequence.keep
+        # another pass may draw new features before this one runs again
+        how = self.config.features, sequence.decide(self.layer, lambda: self.projection), sequence.keep
         out = weights = None
         if sequence.cache is not None:
             memory: StateCacheLayer = sequence.cache.layers[self.layer]  # type: ignore[assignment]
