@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch.nn import functional as F
-from zoo import build, inputs
+from zoo import build, bytes_kept, inputs
 
 from efficient_transformers import VARIANTS
 from efficient_transformers.models import linear_attention as engine
@@ -407,14 +407,7 @@ def test_memory_of_a_causal_training_step_is_linear(slug, monkeypatch):
     mixer, kept = model.layers[0].mixer, []
     for length in (512, 1024):
         q, k, v = (torch.randn(1, 4, length, 8, requires_grad=True) for _ in range(3))
-        sizes: dict[int, int] = {}
-
-        def note(x, sizes=sizes):
-            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            out, _ = causal_linear_attention(q, k, v, mixer.config.features, mixer.projection)
-        kept.append(sum(sizes.values()))
-        del out
+        kept.append(
+            bytes_kept(lambda x=(q, k, v): causal_linear_attention(*x, mixer.config.features, mixer.projection))
+        )
     assert kept[1] < 2.1 * kept[0]

@@ -71,11 +71,13 @@ def compare(model: nn.Module, step, tolerance: float, model_by_autograd: nn.Modu
     assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.1e} over {tolerance:.1e}"
 
 
-def square(model, embeds: Tensor, **arguments) -> None:
-    """Backward from a loss in which every output counts differently."""
-    output = model(inputs_embeds=embeds, **arguments).last_hidden_state
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-    (output.square() * weights).sum().backward()
+def loss_of(output: Tensor) -> Tensor:
+    """In which every number counts differently: that of squares alone would not see what stands before a norm."""
+    return (output.square() * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum()
+
+
+def backward(model, embeds: Tensor, **arguments) -> None:
+    loss_of(model(inputs_embeds=embeds, **arguments).last_hidden_state).backward()
 
 
 def runs_reversibly(output: Tensor) -> bool:
@@ -104,7 +106,7 @@ def test_gradients_are_those_of_autograd(stack, padded, dropout):
 
     def step(model):
         leaves.append(embeds.clone().requires_grad_())
-        square(model, leaves[-1], attention_mask=mask)
+        backward(model, leaves[-1], attention_mask=mask)
 
     assert runs_reversibly(model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state)
     compare(model, step, 1e-10)
@@ -115,7 +117,7 @@ def test_gradients_are_those_of_autograd(stack, padded, dropout):
 def test_eight_layers_in_float32(stack):
     model = reversible(stack, num_hidden_layers=8, dtype=torch.float32, initializer_range=0.1, hidden_dropout_prob=0.1)
     embeds = torch.randn(2, 40, 32)
-    compare(model, lambda model: square(model, embeds), 1e-5)
+    compare(model, lambda model: backward(model, embeds), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["full", "local", "linear", "reformer"])
@@ -123,15 +125,13 @@ def test_eight_layers_in_float32(stack):
 def test_half_precision_loses_nothing_in_24_layers(name, kind):
     """Layers round to 8 bits; were their inputs not the same to the last bit, little would be left of the gradient."""
     dtype = torch.bfloat16 if kind == "weights" else torch.float32
-    model = reversible(
-        STACKS[name], num_hidden_layers=24, dtype=dtype, initializer_range=0.1, hidden_dropout_prob=0.1
-    )
+    model = reversible(STACKS[name], num_hidden_layers=24, dtype=dtype, initializer_range=0.1, hidden_dropout_prob=0.1)
     embeds = torch.randn(2, 40, 32, dtype=dtype)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=kind == "scaled")
 
     def step(model):
         with torch.autocast("cpu", torch.bfloat16, enabled=kind != "weights"):
-            loss = model(inputs_embeds=embeds).last_hidden_state.float().square().mean()
+            loss = loss_of(model(inputs_embeds=embeds).last_hidden_state.float())
         scaler.scale(loss).backward()  # outside of autocast, as accelerate and the Trainer do
 
     compare(model, step, 1e-5)
@@ -146,7 +146,7 @@ def test_a_backward_pass_inside_autocast():
         with torch.autocast("cpu", torch.bfloat16):
             model(inputs_embeds=embeds)
             model(inputs_embeds=embeds, output_hidden_states=True).last_hidden_state.sum()
-            square(model, embeds)
+            backward(model, embeds)
 
     compare(model, step, 1e-5)
 
@@ -156,7 +156,7 @@ def test_feed_forward_by_chunks(stack):
     """Chunks that do not divide the length, each with its own dropout."""
     model = reversible(stack, chunk_size_feed_forward=7, hidden_dropout_prob=0.1)
     embeds = torch.randn(2, 40, 32, dtype=torch.float64)
-    compare(model, lambda model: square(model, embeds), 1e-10)
+    compare(model, lambda model: backward(model, embeds), 1e-10)
 
 
 def test_feed_forward_by_chunks_in_the_ordinary_stack():
@@ -165,7 +165,7 @@ def test_feed_forward_by_chunks_in_the_ordinary_stack():
     chunked = build(VARIANTS["local"], {"window_size": 3}, chunk_size_feed_forward=7).train()
     chunked.load_state_dict(model.state_dict())
     embeds = torch.randn(2, 40, 32, dtype=torch.float64)
-    compare(chunked, lambda model: square(model, embeds), 1e-10, model)
+    compare(chunked, lambda model: backward(model, embeds), 1e-10, model)
 
 
 @pytest.mark.parametrize("head", ["MaskedLM", "CausalLM", "SequenceClassification"])
@@ -190,7 +190,7 @@ def test_some_parameters_are_trained(trained):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name)
     embeds = torch.randn(2, 40, 32, dtype=torch.float64)
-    compare(model, lambda model: square(model, embeds), 1e-10)
+    compare(model, lambda model: backward(model, embeds), 1e-10)
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {
         name for name, p in model.named_parameters() if trained in name
     }
@@ -204,7 +204,7 @@ def test_features_drawn_again_between_the_passes(passes):
     def step(model):
         if passes == "one by one":
             for embeds in pair:
-                square(model, embeds)
+                backward(model, embeds)
         else:
             first, second = (model(inputs_embeds=embeds).last_hidden_state for embeds in pair)
             (first * second).sum().backward()
@@ -219,7 +219,7 @@ def test_random_numbers_go_on_where_they_would_have():
     def step(model):
         output = model(inputs_embeds=torch.ones(1, 30, 32, dtype=torch.float64)).last_hidden_state
         drawn.append(torch.rand(3))
-        output.sum().backward()
+        loss_of(output).backward()
         drawn.append(torch.rand(3))
 
     compare(model, step, 1e-10)
@@ -255,7 +255,7 @@ def test_parameters_are_those_of_the_ordinary_stack():
 
 def test_gradients_are_taken_twice():
     model = reversible(hidden_dropout_prob=0.1)
-    loss = model(inputs(2, 20)).last_hidden_state.square().sum()
+    loss = loss_of(model(inputs(2, 20)).last_hidden_state)
     loss.backward(retain_graph=True)
     once = {name: p.grad.clone() for name, p in model.layers.named_parameters()}
     loss.backward()
@@ -272,7 +272,9 @@ def test_what_has_changed_since_is_refused(change):
             model.layers[1].mixer.q_proj.weight.mul_(2)
     else:
         model.eval()
-    with pytest.raises(RuntimeError, match="inplace operation" if change == "a weight" else r"call backward\(\) before"):
+    with pytest.raises(
+        RuntimeError, match="inplace operation" if change == "a weight" else r"call backward\(\) before"
+    ):
         loss.backward()
 
 
@@ -292,7 +294,7 @@ def test_replicas_of_data_parallel(monkeypatch):
         replicas = module(model, [0, 1])
         outputs = [replica(part).last_hidden_state for replica, part in zip(replicas, ids.chunk(2), strict=True)]
         assert all(not list(replica.parameters()) for replica in replicas)
-        torch.cat(outputs).square().sum().backward()
+        loss_of(torch.cat(outputs)).backward()
 
     compare(model, step, 1e-10)
 

@@ -8,7 +8,21 @@ import pytest
 import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import CASES, CAUSAL, IDS, MODES, SETTINGS, SMALL, build, can_be_causal, config, inputs, one_layer, readable
+from zoo import (
+    CASES,
+    CAUSAL,
+    IDS,
+    MODES,
+    SETTINGS,
+    SMALL,
+    build,
+    bytes_kept,
+    can_be_causal,
+    config,
+    inputs,
+    one_layer,
+    readable,
+)
 
 import efficient_transformers
 from efficient_transformers import VARIANTS, AttentionPattern, costs
@@ -337,24 +351,12 @@ def test_half_the_window_is_half_the_work():
     assert narrow < 0.61 * wide  # tiles of 64 queries read 192 keys and 320
 
 
-@pytest.mark.parametrize("slug", ["local", "stride", "global", "mixed"])
+@pytest.mark.parametrize("slug", ["local", "stride", "global", "mixed", "reformer", "routing", "sinkhorn"])
 def test_memory_for_the_backward_grows_linearly(slug):
     """Bytes that autograd keeps: twice the length, twice the bytes; an N×N tensor would make it four times."""
     fields = {"hops": 2} if slug == "stride" else {}
     model = build(VARIANTS[slug], {**fields}, dtype=torch.float32, max_position_embeddings=4096)
-    kept = []
-    for length in (1024, 2048):
-        sizes: dict[int, int] = {}
-
-        def note(x, sizes=sizes):
-            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            output = model(inputs(1, length)).last_hidden_state
-        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept.append(sum(size for pointer, size in sizes.items() if pointer not in parameters))
-        del output
+    kept = [bytes_kept(lambda n=n: model(inputs(1, n)).last_hidden_state, model.parameters()) for n in (1024, 2048)]
     assert kept[1] < 2.2 * kept[0]
 
 

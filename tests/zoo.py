@@ -104,6 +104,21 @@ def inputs(batch: int, length: int, vocab_size: int = 99) -> Tensor:
     return torch.randint(1, vocab_size, (batch, length))
 
 
+def bytes_kept(run, parameters=()) -> int:
+    """Bytes that autograd keeps for the backward pass of what `run` returns, less the parameters."""
+    sizes: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        output = run()  # alive until all is counted: memory that is given back is given out again
+    held = {p.untyped_storage().data_ptr() for p in parameters}
+    assert output is not None
+    return sum(size for pointer, size in sizes.items() if pointer not in held)
+
+
 def readable(model, embeds: Tensor) -> Tensor:
     """(n, n) bool: does output i depend on `embeds` (1, n, e) at j? By gradients, so no formula is trusted."""
     length = embeds.shape[1]

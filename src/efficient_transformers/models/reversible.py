@@ -45,6 +45,8 @@ def wide(hidden: Tensor) -> Tensor:
     bits is exact in float64, so each layer meets its input bit for bit again. In float32 it does not, the rounding of
     the layers makes much of little, and in 16 of them nothing may be left of the gradient.
     """
+    if torch.compiler.is_compiling():  # a traced pass keeps its activations
+        return hidden
     kind = hidden.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     rough = hidden.dtype.itemsize < 4 or autocast or torch.get_float32_matmul_precision() != "highest"
@@ -60,6 +62,16 @@ class Run:
     sequence: SequenceInfo  # with what the mixers have chosen by the data
     autocast: Callable[[], AbstractContextManager]  # as the forward pass found it
     streams: tuple[Tensor, Tensor] | None = None  # behind the layer whose turn it is in the backward pass
+
+    def differentiate(
+        self, rule: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor, parameters: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """y = rule(x) again, and from the `gradient` of y those of x and of the parameters, None where it has none."""
+        x = x.detach().requires_grad_()
+        with torch.enable_grad(), self.autocast():
+            y = rule(x)
+        of_x, *found = torch.autograd.grad(y, (x, *parameters), gradient, allow_unused=True)
+        return y.detach(), of_x, list(found)
 
 
 class ReversibleLayer(torch.autograd.Function):
@@ -94,15 +106,15 @@ class ReversibleLayer(torch.autograd.Function):
         (y1, y2), run.streams = run.streams, None
         found: list[Tensor | None] = [None] * len(parameters)
         x2, d1 = y2.clone(), d1.clone()
-        with run.autocast(), ctx.before_feeding.again():
+        with ctx.before_feeding.again():
             for rows in chunks(y1.shape[1], block.chunk_size):
-                fed, d, more = differentiate(block.feed_forward_chunk, y1[:, rows], d2[:, rows], parameters)
+                fed, d, more = run.differentiate(block.feed_forward_chunk, y1[:, rows], d2[:, rows], parameters)
                 x2[:, rows] -= fed
                 d1[:, rows] += d
                 found = [plus(a, b) for a, b in zip(found, more, strict=True)]
         del y2
-        with run.autocast(), ctx.before_mixing.again():
-            mixed, d, more = differentiate(lambda x: block.mix(x, run.sequence)[0], x2, d1, parameters)
+        with ctx.before_mixing.again():
+            mixed, d, more = run.differentiate(lambda x: block.mix(x, run.sequence)[0], x2, d1, parameters)
         run.streams = (y1 - mixed, x2) if number else None
         return None, None, d1, d2 + d, *(plus(a, b) for a, b in zip(found, more, strict=True))
 
@@ -122,17 +134,6 @@ class Mean(torch.autograd.Function):
         y1, y2 = ctx.saved_tensors
         ctx.run.streams = y1.detach(), y2.detach()
         return None, d / 2, d / 2
-
-
-def differentiate(
-    rule: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor, parameters: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """y = rule(x) once more, and from the `gradient` of y those of x and of the parameters, None where it has none."""
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        y = rule(x)
-    of_x, *found = torch.autograd.grad(y, (x, *parameters), gradient, allow_unused=True)
-    return y.detach(), of_x, list(found)
 
 
 def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
