@@ -29,26 +29,23 @@ def assign_buckets(x: Tensor, rotations: Tensor, widest: Sequence[int], factors:
     at least float32.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    heads, _, rounds, _ = rotations.shape
-    rotated = x[:, :, None] @ rotations.to(x.dtype).transpose(1, 2)  # (b, h, r, n, columns)
-    buckets, value = None, 1
+    with torch.autocast(x.device.type, enabled=False):
+        rotated = x[:, :, None] @ rotations.to(x.dtype).transpose(1, 2)  # (b, h, r, n, columns)
+    buckets, value = rotated.new_zeros(rotated.shape[:-1], dtype=torch.long), 1
     for number, part in enumerate(rotated.split([factor // 2 for factor in widest], -1)):
-        half = widest[number] // 2
-        if not half:
+        if not part.shape[-1]:
             continue
-        size = part.abs()
+        count, size = widest[number], part.abs()
         if factors is not None:
-            half = (factors[:, number] // 2).view(-1, 1, 1, 1)
-            beyond = torch.arange(part.shape[-1], device=x.device) >= half[..., None]
+            count = factors[:, number].view(-1, 1, 1, 1)
+            beyond = torch.arange(part.shape[-1], device=x.device) >= (count // 2)[..., None]
             size = size.masked_fill(beyond, -1.0)
         column = size.argmax(-1)
         negative = part.gather(-1, column[..., None]).squeeze(-1) < 0
-        digit = column + negative * half
-        if factors is not None:
-            digit = torch.where(half > 0, digit, 0)
-        buckets = digit * value if buckets is None else buckets + digit * value
-        value = value * (widest[number] if factors is None else factors[:, number].view(-1, 1, 1, 1))
-    return x.new_zeros(x.shape[0], heads, rounds, x.shape[2], dtype=torch.long) if buckets is None else buckets
+        # of a factor 1 all columns are beyond, so the first one is taken, and half of 1 is 0
+        digit = column + negative * (count // 2)
+        buckets, value = buckets + digit * value, value * count
+    return buckets
 
 
 def bucket_factors(length: Tensor, chunk_length: int, limit: int) -> Tensor:

@@ -8,8 +8,8 @@ there is nothing else (section 2). Several rounds of hashing are added up by the
 layers are reversible, so that training keeps no activations of them (section 3). O(r·n·c·d) for r rounds of chunks of
 c tokens, and O(r·n log n) for the sorting.
 
-*Paper*: a pair that meets in several rounds is divided by their number there; here it counts each time, as in the
-authors' code. *Paper*, causal: a token reads what its chunk and the one before it hold of the past there, and where
+*Paper*: a pair that meets in several rounds is divided by their number there; here it counts each time, as it does in
+transformers. *Paper*, causal: a token reads what its chunk and the one before it hold of the past there, and where
 chunks begin depends on tokens to come. Here it reads the last c tokens of its bucket, which lie in the same two chunks.
 """
 

@@ -22,7 +22,7 @@ def slot_attention(q: Tensor, k: Tensor, v: Tensor, slots: Slots, dropout: float
     .. math:: o_i = \sum_j \frac{c_{ij} \exp(q_i^\top k_j / \sqrt d)}{\sum_l c_{il} \exp(q_i^\top k_l / \sqrt d)} v_j
 
     with the counts of `Slots`: what the groups say is combined by their logsumexp (Kitaev et al. 2020,
-    arXiv:2001.04451, appendix A, eq. 7). `q`, `k`, `v` (b, h, n, d). A token that has nothing to read reads itself.
+    arXiv:2001.04451, appendix A). `q`, `k`, `v` (b, h, n, d). A token that has nothing to read reads itself.
     Returns (b, h, n, d) in `v.dtype`, zeros at padding. Products run in the input's dtype, softmax and logsumexp in
     float32 or wider.
     """
