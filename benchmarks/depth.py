@@ -24,7 +24,7 @@ from attention import machine
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from efficient_transformers import EtLocalConfig, EtLocalModel
+from efficient_transformers.models.modeling_local import EtLocalConfig, EtLocalModel
 
 LENGTH, DEPTHS = 4096, (2, 4, 8, 16)
 WAYS = {
