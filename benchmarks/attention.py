@@ -3,7 +3,8 @@
     python benchmarks/attention.py [--suite layers] [--lengths 512 1024 …] [--dtypes float32 …] [--out docs/attention]
 
 `layers` compares the patterns of the zoo, one layer each with its projections; `kernels` the mixers through a feature
-map and `chosen` those that find their pattern in the data, both ways and causal; `peers` Longformer and BigBird with
+map and `chosen` those that find their pattern in the data, both ways and causal; `free` those without attention, of
+which gMLP is mixer and MLP in one; `peers` Longformer and BigBird with
 those of transformers in the same way, by window; `models` whole encoders of 6 layers.
 Hidden size 256, 4 heads, batch 1, no padding, no dropout, weights and inputs drawn from a seed.
 Every repeat runs all contenders one after another, so that a slow moment of the machine meets all of them; what is
@@ -53,6 +54,12 @@ CHOSEN = {
     "Reformer": ("reformer", {}),
     "Routing": ("routing", {}),
     "Sinkhorn": ("sinkhorn", {}),
+}
+FREE = {
+    "FNet": ("fnet", {}),
+    "gMLP": ("gmlp", {}),
+    "aMLP": ("gmlp", {"tiny_attention_size": 64}),
+    "MLP-Mixer": ("mlp_mixer", {}),
 }
 PROJECTIONS, LONGFORMER = "projections alone", "transformers Longformer ±128"
 WINDOWS = (512, 256, 128)  # of Longformer, on both sides together; with one global token
@@ -195,6 +202,12 @@ def chosen(length: int) -> dict[str, nn.Module]:
     return layers | {"transformers Reformer": TheirReformer(length)}
 
 
+def free(length: int) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {PROJECTIONS: Projections(), YARDSTICK: Ours("full", {}, length)}
+    layers |= {name: Ours(slug, fields, length) for name, (slug, fields) in FREE.items()}
+    return layers | {"gMLP, causal": Ours("gmlp", {"is_decoder": True}, length)}
+
+
 def peers(length: int) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {PROJECTIONS: Projections(), YARDSTICK: Ours("full", {}, length)}
     for window in WINDOWS:
@@ -222,7 +235,7 @@ def models(length: int) -> dict[str, nn.Module]:
     return whole
 
 
-SUITES = {"layers": mixers, "kernels": kernels, "chosen": chosen, "peers": peers, "models": models}
+SUITES = {"layers": mixers, "kernels": kernels, "chosen": chosen, "free": free, "peers": peers, "models": models}
 
 
 def run_forward(layer: nn.Module, hidden: Tensor) -> None:

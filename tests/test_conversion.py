@@ -128,6 +128,17 @@ def test_every_variant_with_its_projections_holds_the_weights(variant):
     agree(conversion.model, source, {"input_ids": one_token, "attention_mask": torch.ones_like(one_token)})
 
 
+@pytest.mark.parametrize("sharing", ["none", "headwise", "key_value", "layerwise"])
+def test_linformer_says_what_bert_says_if_it_keeps_all_keys(sharing):
+    source = make("Bert", "MaskedLM")
+    conversion = convert(source, "linformer", projected_length=LENGTH, projection_sharing=sharing)
+    assert all("projections" in name or name == "model.shared.weight" for name in conversion.report.created)
+    for name in conversion.report.created:
+        conversion.model.get_parameter(name).data.copy_(torch.eye(LENGTH))
+    ids = torch.randint(4, 99, (2, LENGTH))
+    agree(conversion.model, source, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_dtype_is_kept(dtype):
     assert {p.dtype for p in convert(make("Bert", dtype=dtype), "local").model.parameters()} == {dtype}

@@ -96,7 +96,8 @@ def test_lora_wraps_and_trains(variant):
     from peft import LoraConfig, get_peft_model
 
     model = small(variant, "SequenceClassification")
-    wrapped = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"], r=4))
+    targets = ["q_proj", "v_proj"] if variant.attention else ["up_proj", "down_proj"]
+    wrapped = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=targets, r=4))
     trainable = {name for name, p in wrapped.named_parameters() if p.requires_grad}
     assert any("lora_A" in name for name in trainable)
     assert all("lora" in name or "classifier" in name for name in trainable)

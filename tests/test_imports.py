@@ -11,11 +11,11 @@ import efficient_transformers
 MODELS = Path(efficient_transformers.__file__).parent / "models"
 FILES = sorted(path for path in MODELS.glob("*.py") if path.stem != "__init__")
 TIERS = [
-    ["checks", "packing", "feature_maps", "hashing", "slots", "sinkhorn", "clustering"],
+    ["checks", "packing", "feature_maps", "hashing", "slots", "sinkhorn", "clustering", "fourier", "triangular"],
     ["patterns"],
     ["tiles"],
     ["softmax_attention", "sparse_attention", "blocked_attention", "flex_attention", "linear_attention"],
-    ["configuration", "caching", "sinkhorn_attention", "slot_attention"],
+    ["configuration", "caching", "sinkhorn_attention", "slot_attention", "synthetic_attention"],
     ["attention"],
     ["reversible"],
     ["kernel_attention", "backbone"],

@@ -1,4 +1,4 @@
-"""ONNX export of Longformer and BigBird: run by onnxruntime, at the traced length and at others, equal to torch."""
+"""ONNX export of some variants: run by onnxruntime, at the traced length and at others, equal to torch."""
 
 import numpy as np
 import onnxruntime
@@ -15,6 +15,9 @@ CASES = {
     "longformer-marked": ("longformer", "TokenClassification", {"attention_window": 6}, ("global_attention_mask",)),
     "big_bird-drawn": ("big_bird", "SequenceClassification", {"block_size": 4, "num_random_blocks": 2}, ()),
     "big_bird-stored": ("big_bird", "MaskedLM", {"block_size": 4, "random_blocks": "stored"}, ()),
+    "fnet": ("fnet", "SequenceClassification", {}, ()),
+    "gmlp": ("gmlp", "SequenceClassification", {"tiny_attention_size": 5}, ()),
+    "mlp_mixer": ("mlp_mixer", "TokenClassification", {}, ()),
 }
 
 
@@ -28,7 +31,7 @@ def arguments(length: int, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, **dict.fromkeys(names, marked)}
 
 
-QUICK = ("longformer-question", "big_bird-drawn")
+QUICK = ("longformer-question", "big_bird-drawn", "fnet")
 RUNS = [
     pytest.param(*case, dynamic, marks=() if dynamic and name in QUICK else pytest.mark.slow, id=f"{name}-{how}")
     for name, case in CASES.items()

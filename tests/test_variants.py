@@ -31,6 +31,7 @@ from efficient_transformers.models import sparse_attention as engine
 from efficient_transformers.models.attention import group_heads
 from efficient_transformers.models.configuration import PatternConfig
 from efficient_transformers.models.kernel_attention import KernelConfig
+from efficient_transformers.models.modeling_compressed import EtCompressedConfig
 
 every_case = pytest.mark.parametrize(("variant", "settings"), CASES, ids=IDS)
 every_causal_case = pytest.mark.parametrize(
@@ -67,6 +68,7 @@ def test_the_table_is_complete():
     assert SETTINGS.keys() == VARIANTS.keys()
     for variant in VARIANTS.values():
         assert variant.causal == ("CausalLM" in variant.heads)
+        assert variant.attention == variant.config_class.attends
         for head in (None, *variant.heads):
             name = variant.model_class(head).__name__
             assert name in efficient_transformers.__all__
@@ -199,6 +201,11 @@ def drawn_mask(model, length):
     """(h, n, n) of the first layer, with the heads in the order of their groups."""
     table, masks = getattr(model.layers[0].mixer, "random_blocks", None), []
     for pattern, heads in group_heads(patterns_of(model.config, 0), 4):
+        if isinstance(model.config, EtCompressedConfig) and model.config.kind(0) == "compressed" and pattern.causal:
+            whole = (torch.arange(length) + 1) // model.config.compression_factor * model.config.compression_factor
+            masks.append((torch.arange(length) < whole[:, None]) | torch.eye(length, dtype=torch.bool))
+            masks[-1] = masks[-1].expand(len(heads), -1, -1)
+            continue
         if table is None:
             masks.append(pattern.dense(length, len(heads)))
             continue
@@ -224,7 +231,7 @@ def test_marked_tokens_read_and_are_read_by_everything():
     assert torch.stack(grads).equal(expected)
 
 
-@every_variant
+@pytest.mark.parametrize("variant", [v for v in VARIANTS.values() if v.attention], ids=lambda v: v.slug)
 def test_attentions_are_the_weights_of_the_pattern(variant):
     model = build(variant, SETTINGS[variant.slug][0])
     ids, mask = inputs(2, 20), torch.ones(2, 20, dtype=torch.long)
@@ -234,12 +241,24 @@ def test_attentions_are_the_weights_of_the_pattern(variant):
     for weights in outputs.attentions:
         assert weights.shape == (2, 4, 20, 20)
         assert weights[0, :, :6].abs().max() == weights[0, :, :, :6].abs().max() == 0
-        torch.testing.assert_close(weights.sum(-1), mask[:, None].expand(-1, 4, -1).double())
+        if variant.normalised:
+            torch.testing.assert_close(weights.sum(-1), mask[:, None].expand(-1, 4, -1).double())
     torch.testing.assert_close(outputs.last_hidden_state, model(ids, attention_mask=mask).last_hidden_state)
     outputs = model(ids, output_attentions=True)
     outputs.attentions[0].retain_grad()
     outputs.last_hidden_state.square().sum().backward()
     assert outputs.attentions[0].grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS.values() if not v.attention], ids=lambda v: v.slug)
+def test_without_attention_there_are_no_attentions(variant):
+    model, ids = build(variant, SETTINGS[variant.slug][0]), inputs(2, 20)
+    outputs = model(ids, output_attentions=True)
+    assert outputs.attentions is None
+    assert outputs.last_hidden_state.equal(model(ids).last_hidden_state)
+    for field, value in (("position_embedding_type", "rotary"), ("attention_probs_dropout_prob", 0.1)):
+        with pytest.raises(Exception, match=f"{field} .{value!r}?.*no queries to turn and no attention weights"):
+            config(variant, {field: value})
 
 
 # 5 · any length ------------------------------------------------------------------------------------------------------
@@ -622,7 +641,7 @@ def test_compile_is_one_graph_and_agrees_with_eager(variant):
 @every_case
 def test_eval_is_deterministic_and_dropout_is_not(variant, settings):
     rates = {"hidden_dropout_prob": 0.2}
-    if not issubclass(variant.config_class, KernelConfig):
+    if variant.attention and not issubclass(variant.config_class, KernelConfig):
         rates["attention_probs_dropout_prob"] = 0.2
     model = build(variant, settings, **rates)
     ids = inputs(2, 30)

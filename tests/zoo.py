@@ -11,7 +11,7 @@ SMALL = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "intermediate_size": 37,
+    "intermediate_size": 38,
     "max_position_embeddings": 128,
     "hidden_dropout_prob": 0.0,
     # large enough for attention to matter: with the usual 0.02 every mixer is nearly the identity
@@ -60,10 +60,43 @@ SETTINGS: dict[str, list[dict]] = {
         {"block_size": 5, "sortcut_blocks": 3},
         {"block_size": 16, "position_embedding_type": "rotary", "norm_first": False, "sinkhorn_iterations": 3},
     ],
+    "linformer": [
+        {"projected_length": 11},
+        {"projected_length": 16, "projection_sharing": "none", "norm_first": False},
+        {"projected_length": 7, "projection_sharing": "headwise"},
+        {"projected_length": 13, "projection_sharing": "layerwise", "position_embedding_type": "rotary"},
+        {"projected_length": 9, "projection_sharing": "layerwise", "reversible": True},
+    ],
+    "compressed": [
+        {"attention_layers": ["compressed", "local"], "compression_factor": 3, "block_size": 16},
+        {"block_size": 7, "norm_first": False},
+        {"attention_layers": ["compressed"], "compression_factor": 4, "kernel_size": 7},
+        {"attention_layers": ["compressed"], "kernel_size": 13, "position_embedding_type": "rotary"},
+    ],
+    "synthesizer": [
+        {"synthesizer_type": "random"},
+        {"synthesizer_type": "dense", "norm_first": False},
+        {"synthesizer_type": "factorized_random", "factor_rank": 3},
+        {"synthesizer_type": "factorized_dense", "dense_period": 9},
+        {"synthesizer_type": "random+vanilla", "position_embedding_type": "rotary"},
+        {"synthesizer_type": "fixed+dense+factorized_dense"},
+        {"synthesizer_type": "vanilla+factorized_random"},
+    ],
     "efficient": [{"position_embedding_type": "rotary"}],
     "linear": [{}, {"reversible": True}],
     "rfa": [{"num_random_features": 16}, {"num_random_features": 11, "position_embedding_type": "rotary"}],
     "performer": [{"num_random_features": 20}, {"num_random_features": 7, "kernel": "relu"}],
+    "gmlp": [
+        {},
+        {"intermediate_size": 26, "tiny_attention_size": 11, "position_embedding_type": "learned"},
+        {"norm_first": False},
+    ],
+    "mlp_mixer": [
+        {"token_mixing_size": 13},
+        {"token_mixing_size": 70, "norm_first": False, "position_embedding_type": "sinusoidal"},
+        {"token_mixing_size": 21, "reversible": True},
+    ],
+    "fnet": [{}, {"embedding_projection": True, "hidden_act": "gelu_new"}, {"norm_first": True}],
 }
 CASES = [(VARIANTS[slug], settings) for slug, all_settings in SETTINGS.items() for settings in all_settings]
 IDS = [f"{variant.slug}-{number}" for variant, settings in CASES for number in [SETTINGS[variant.slug].index(settings)]]

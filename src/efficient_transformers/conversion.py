@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from dataclasses import fields as fields_of
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,7 @@ Rules = tuple[tuple[str, str | None], ...]  # pattern of a whole name -> what it
 BODY: Rules = (
     (r"embeddings\.(word|position|token_type)_embeddings\.weight", r"model.embeddings.\1_embeddings.weight"),
     (r"embeddings\.LayerNorm\.(weight|bias)", r"model.embeddings.norm.\1"),
+    (r"embeddings\.projection\.(weight|bias)", r"model.embeddings.projection.\1"),
     (r"encoder\.layer\.(\d+)\.attention\.self\.query\.(\w+)", r"model.layers.\1.mixer.q_proj.\2"),
     (r"encoder\.layer\.(\d+)\.attention\.self\.key\.(\w+)", r"model.layers.\1.mixer.k_proj.\2"),
     (r"encoder\.layer\.(\d+)\.attention\.self\.value\.(\w+)", r"model.layers.\1.mixer.v_proj.\2"),
@@ -43,6 +45,7 @@ BODY: Rules = (
     (r"encoder\.layer\.(\d+)\.attention\.self\.value_global\.(\w+)", r"model.layers.\1.mixer.global_v_proj.\2"),
     (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(\w+)", r"model.layers.\1.mixer.o_proj.\2"),
     (r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm\.(\w+)", r"model.layers.\1.mixer_norm.\2"),
+    (r"encoder\.layer\.(\d+)\.fourier\.output\.LayerNorm\.(\w+)", r"model.layers.\1.mixer_norm.\2"),
     (r"encoder\.layer\.(\d+)\.intermediate\.dense\.(\w+)", r"model.layers.\1.mlp.up_proj.\2"),
     (r"encoder\.layer\.(\d+)\.output\.dense\.(\w+)", r"model.layers.\1.mlp.down_proj.\2"),
     (r"encoder\.layer\.(\d+)\.output\.LayerNorm\.(\w+)", r"model.layers.\1.mlp_norm.\2"),
@@ -103,6 +106,7 @@ SOURCES: dict[str, Source] = {
     "roberta": Source(ROBERTA_HEADS, offset_positions=True, lm_act=GELU),
     "longformer": Source(ROBERTA_HEADS, offset_positions=True, lm_act=GELU),
     "big_bird": Source(BIG_BIRD_HEADS, classifier_act="hidden_act"),
+    "fnet": Source(BERT_HEADS),
 }
 
 
@@ -130,7 +134,12 @@ CREATED = (
     Creation(r".*\.mixer\.scale", None, "one: to be learnt"),
     Creation(r".*\.mixer\.centroids", None, "drawn by cluster_seed: training moves them to the data"),
     Creation(r".*\.mixer\.(sums|savings)", None, "zero: no forward pass in training yet"),
+    Creation(r".*\.mixer\.(reading|writing)_(weight|bias)", None, "initialised: the source mixes by attention"),
     Creation(r".*\.mixer\.sorting_network\..*", None, "initialised: the source does not sort"),
+    Creation(r"(model|.*\.mixer)\.(shared|projections\.\d)\.weight", None, "initialised: the source keeps all keys"),
+    Creation(r".*\.mixer\.(mixture|\w+_(scores|factors|weight))", None, "initialised: the source has no such scores"),
+    Creation(r".*\.mixer\.(dense|stretch|period)_proj\.\w+", None, "initialised: the source has no such scores"),
+    Creation(r".*\.mixer\.convolution", None, "the mean of the tokens: to be learnt"),
     Creation(r"model\.external_tokens\.weight", None, "initialised: the source has no such tokens"),
     Creation(r"model\.pooler\..*", None, "initialised: the source has none"),
     Creation(r"lm_head\.decoder\.weight", WORDS, "begins as the word embeddings"),
@@ -141,6 +150,7 @@ LEFT = (
     (r".*\.global_[qkv]_proj\..*", "the variant has no projections of its own for global tokens"),
     (r"model\.pooler\..*", "the head reads no pooled vector"),
 )
+WITHOUT_ATTENTION = ((r".*\.mixer\..*", "the variant has no attention"),)  # left by those, beside the above
 
 
 def _window_of_longformer(config: PreTrainedConfig) -> dict[str, Any]:
@@ -156,6 +166,7 @@ SHARED_FIELDS: dict[tuple[str, str], Callable[[PreTrainedConfig], dict[str, Any]
         "block_size": config.block_size,
         "num_random_blocks": config.num_random_blocks,
     },
+    ("fnet", "fnet"): lambda config: {"embedding_projection": True},
 }
 # what BigBird reads; as long as none of it is changed, a BigBird can read what transformers' reads
 BLOCK_FIELDS = {"block_size", "num_window_blocks", "num_random_blocks", "global_token_type", "head_layout"}
@@ -489,7 +500,8 @@ def _make_config(
 ) -> Any:
     """The variant's config: the source's sizes and choices, what the pair shares, then the caller's fields."""
     source = SOURCES[source_config.model_type]
-    own = variant.config_class.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+    theirs = {entry.name for entry in fields_of(PreTrainedConfig)}
+    own = {entry.name for entry in fields_of(variant.config_class)} - theirs
     if block_tables is not None and "random_blocks" not in own:
         raise ValueError(f"block_tables are the stored random blocks of 'big_bird': {variant.model_type} has none.")
     for name in fields:
@@ -523,7 +535,7 @@ def _make_config(
         values["sep_token_id"] = getattr(source_config, "sep_token_id", None) or getattr(
             tokenizer, "sep_token_id", None
         )
-    if issubclass(variant.config_class, KernelConfig):
+    if issubclass(variant.config_class, KernelConfig) or not variant.attention:
         values.pop("attention_probs_dropout_prob", None)  # there is no matrix to drop from
     values |= {"classifier_pooling": "cls", "max_position_embeddings": length}
     values |= SHARED_FIELDS.get((source_config.model_type, variant.slug), lambda _: {})(source_config)
@@ -589,8 +601,9 @@ def _fill(model: PreTrainedModel, weights: dict[str, Tensor], has_head: bool, re
     """Give every weight of `model` its value; nothing is left over or left out without a word in the report."""
     state = {name if has_head else f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     variant = model.config.model_type
+    places = LEFT if model.config.attends else (*WITHOUT_ATTENTION, *LEFT)
     for name in [name for name in weights if name not in state]:
-        why = next((why for pattern, why in LEFT if re.fullmatch(pattern, name)), None)
+        why = next((why for pattern, why in places if re.fullmatch(pattern, name)), None)
         if why is None:
             raise ValueError(f"{variant} cannot hold the source's {report.copied[name]!r}: choose another variant.")
         report.left[report.copied.pop(name)] = why

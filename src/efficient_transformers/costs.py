@@ -1,7 +1,8 @@
 """What a config costs at a length, by arithmetic: pairs of its pattern, and FLOPs of its matrix products.
 
 A multiplication and an addition are two FLOPs, as everywhere. Only matrix products count, as in torch's own counter:
-softmax, norms and the elementwise product of a token with itself are a few percent. The tests compare both numbers.
+softmax, norms and the elementwise product of a token with itself are a few percent, and fast Fourier transforms count
+nothing at all. The tests compare both numbers.
 """
 
 import torch
@@ -13,11 +14,19 @@ from .models.configuration import EtConfig
 from .models.hashing import bucket_factors
 from .models.kernel_attention import KernelConfig
 from .models.linear_attention import CHUNK, segment_tokens
+from .models.modeling_compressed import EtCompressedConfig
+from .models.modeling_fnet import EtFnetConfig
+from .models.modeling_gmlp import EtGmlpConfig
+from .models.modeling_linformer import EtLinformerConfig
+from .models.modeling_mlp_mixer import EtMlpMixerConfig
 from .models.modeling_reformer import EtReformerConfig
 from .models.modeling_routing import EtRoutingConfig
 from .models.modeling_sinkhorn import EtSinkhornConfig
+from .models.modeling_synthesizer import PRODUCTS, EtSynthesizerConfig
 from .models.patterns import AttentionPattern
+from .models.synthetic_attention import query_runs
 from .models.tiles import OwnRead, tiles
+from .models.triangular import row_chunks
 
 
 def pairs(pattern: AttentionPattern, length: int) -> int:
@@ -55,16 +64,29 @@ def attention_flops(config: EtConfig, length: int) -> int:
     """Of what stands between the projections and the output, in all layers, for one sequence of `length` tokens."""
     if isinstance(config, KernelConfig):
         return config.num_hidden_layers * config.num_attention_heads * kernel_flops(config, length)
+    if isinstance(config, EtFnetConfig):
+        return 0  # fast transforms are no products of matrices
+    if isinstance(config, EtGmlpConfig):
+        return config.num_hidden_layers * gmlp_flops(config, length)
+    if isinstance(config, EtMlpMixerConfig):
+        return config.num_hidden_layers * 4 * length * config.token_mixing_size * config.hidden_size
     if isinstance(config, EtReformerConfig):
         return config.num_hidden_layers * config.num_attention_heads * reformer_flops(config, length)
     if isinstance(config, EtRoutingConfig):
         return config.num_hidden_layers * routing_flops(config, length)
     if isinstance(config, EtSinkhornConfig):
         return config.num_hidden_layers * sinkhorn_flops(config, length)
+    if isinstance(config, EtSynthesizerConfig):
+        return config.num_hidden_layers * synthesizer_flops(config, length)
+    if isinstance(config, EtLinformerConfig):
+        return config.num_hidden_layers * linformer_flops(config, length)
     length += getattr(config, "num_external_tokens", 0)
     apart = getattr(config, "has_global_projections", False)
     total = 0
     for layer in range(config.num_hidden_layers):
+        if isinstance(config, EtCompressedConfig) and config.kind(layer) == "compressed":
+            total += compressed_flops(config, length)
+            continue
         for pattern, heads in group_heads(config.attention_patterns(layer), config.num_attention_heads):  # type: ignore[attr-defined]
             total += 2 * 2 * config.head_dim * len(heads) * tile_pairs(pattern, length, len(heads), not apart)
         if apart:
@@ -128,6 +150,44 @@ def sinkhorn_flops(config: EtSinkhornConfig, length: int) -> int:
     return 2 * (scores + mixtures + 2 * count * size * keys * hidden)
 
 
+def linformer_flops(config: EtLinformerConfig, length: int) -> int:
+    """Of one layer: sums over positions, with the keys and values they are made of, and what queries read of them."""
+    hidden, rows = config.hidden_size, config.projected_length
+    of_all = config.position_embedding_type == "rotary" or config.projection_sharing == "none"
+    matrices = 2 if of_all or config.projection_sharing == "headwise" else 1
+    keys_and_values = 2 * (length if of_all else rows) * hidden**2
+    counts = 0 if of_all else matrices * rows * length  # what the bias is multiplied by
+    return 2 * (matrices * rows * length * hidden + counts + keys_and_values + 2 * length * rows * hidden)
+
+
+def gmlp_flops(config: EtGmlpConfig, length: int) -> int:
+    """Of one layer: what the gate reads, of all positions or of those before, and its tiny attention."""
+    entries = length**2
+    if config.is_decoder:
+        entries = sum((stop - start) * stop for start, stop in row_chunks(length))
+    return entries * config.intermediate_size + 4 * length**2 * (config.tiny_attention_size or 0)
+
+
+def compressed_flops(config: EtCompressedConfig, length: int) -> int:
+    """Of one compressed layer: the convolutions, and what queries read of the segments."""
+    size, count = config.compression_factor, -(-length // config.compression_factor)
+    taps, rows = -(-config.kernel // size) * size, count * size if config.is_decoder else length
+    return 2 * 2 * config.hidden_size * count * (taps * config.head_dim + rows)
+
+
+def synthesizer_flops(config: EtSynthesizerConfig, length: int) -> int:
+    """Of one layer: scores, as far as they are products, and what is read by them."""
+    dim, heads, kinds = config.head_dim, config.num_attention_heads, config.kinds
+    features = sum(config.factor_rank if kind == "factorized_random" else dim for kind in kinds if kind in PRODUCTS)
+    if set(kinds) <= set(PRODUCTS):
+        return 2 * heads * length**2 * 2 * max(dim, features)
+    pairs = sum((q.stop - q.start) * (q.stop if config.is_decoder else length) for q in query_runs(length))
+    short = 0
+    if "factorized_dense" in kinds:
+        short = config.dense_period + -(-config.max_position_embeddings // config.dense_period)
+    return 2 * heads * dim * length * short + 2 * heads * pairs * (dim + features)
+
+
 def global_row_flops(config: EtConfig, length: int) -> int:
     """Of the rows of Longformer's own global tokens in one layer, with their projections."""
     size, count = config.hidden_size, min(getattr(config, "num_global_tokens", None) or 0, length)
@@ -143,6 +203,7 @@ def forward_flops(model: PreTrainedModel, length: int) -> int:
     total = attention_flops(config, length)
     for name, module in model.named_modules():
         apart = ".global_" in name or ".sorting_network." in name  # counted in attention_flops
+        apart = apart or (isinstance(config, EtLinformerConfig) and name.endswith((".k_proj", ".v_proj")))
         if isinstance(module, torch.nn.Linear) and not apart:
             once = name.endswith("pooler.dense") or (name == "classifier" and getattr(model, "pools", False))
             rows = 1 if once else inner if ".layers." in f".{name}" else length

@@ -7,19 +7,25 @@ import transformers
 
 from .models import (
     modeling_big_bird,
+    modeling_compressed,
     modeling_efficient,
+    modeling_fnet,
     modeling_full,
     modeling_global,
+    modeling_gmlp,
     modeling_linear,
+    modeling_linformer,
     modeling_local,
     modeling_longformer,
     modeling_mixed,
+    modeling_mlp_mixer,
     modeling_performer,
     modeling_reformer,
     modeling_rfa,
     modeling_routing,
     modeling_sinkhorn,
     modeling_stride,
+    modeling_synthesizer,
 )
 from .models.configuration import EtConfig
 
@@ -31,7 +37,8 @@ class Variant:
     slug: `et_<slug>` is its model type.
     cost: law of its time and memory in n tokens of d features per head; the other letters are its config fields.
     causal: is there a CausalLM head? any_length: is it free of per-position parameters besides the embeddings?
-    chooses: does it depend on the data which tokens a token reads?
+    chooses: does it depend on the data which tokens a token reads? attention: are there weights of attention?
+    normalised: do the rows of `output_attentions`, the matrix in front of the values, sum to one?
     """
 
     slug: str
@@ -42,6 +49,8 @@ class Variant:
     causal: bool = True
     any_length: bool = True
     chooses: bool = False
+    attention: bool = True
+    normalised: bool = True
 
     @property
     def model_type(self) -> str:
@@ -97,10 +106,50 @@ VARIANTS = {
             "arXiv:2002.11296",
             "n·(block_size + n/block_size)·d",
         ),
+        Variant(
+            "linformer",
+            modeling_linformer,
+            "Linformer",
+            "arXiv:2006.04768",
+            "n·projected_length·d",
+            causal=False,
+            any_length=False,
+            normalised=False,
+        ),
+        Variant(
+            "compressed",
+            modeling_compressed,
+            "memory-compressed attention",
+            "arXiv:1801.10198",
+            "n²/compression_factor·d, and n·block_size·d",
+        ),
+        Variant(
+            "synthesizer", modeling_synthesizer, "Synthesizer", "arXiv:2005.00743", "n²·d", any_length=False
+        ),
         Variant("efficient", modeling_efficient, "Efficient Attention", "arXiv:1812.01243", "n·d²"),
         Variant("linear", modeling_linear, "Linear Transformer", "arXiv:2006.16236", "n·d²"),
         Variant("rfa", modeling_rfa, "Random Feature Attention", "arXiv:2103.02143", "n·num_random_features·d"),
         Variant("performer", modeling_performer, "Performer", "arXiv:2009.14794", "n·num_random_features·d"),
+        Variant("fnet", modeling_fnet, "FNet", "arXiv:2105.03824", "n·log(n)·d", causal=False, attention=False),
+        Variant(
+            "gmlp",
+            modeling_gmlp,
+            "gMLP",
+            "arXiv:2105.08050",
+            "n²·intermediate_size",
+            any_length=False,
+            attention=False,
+        ),
+        Variant(
+            "mlp_mixer",
+            modeling_mlp_mixer,
+            "MLP-Mixer",
+            "arXiv:2105.01601",
+            "n·token_mixing_size·hidden_size",
+            causal=False,
+            any_length=False,
+            attention=False,
+        ),
     )
 }
 

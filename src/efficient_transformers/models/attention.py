@@ -30,6 +30,7 @@ class SequenceInfo:
     global_tokens: the same as positions per row; None as `lengths`.
     rotary: cos and sin of the angles, (b, n, 1, d/2) each.
     cache: of a causal model; holds everything before these tokens.
+    shared: a module of the model whose weights all its mixers use; None if there is none.
     decisions: what mixers have chosen by the data, by layer. A layer that runs a second time, to be differentiated,
         finds them: rounding must not send a token elsewhere than the first time.
     """
@@ -42,6 +43,7 @@ class SequenceInfo:
     rotary: tuple[Tensor, Tensor] | None = None
     cache: Cache | None = None
     output_attentions: bool = False
+    shared: nn.Module | None = None
     block_masks: dict = field(default_factory=dict)  # FlexAttention's, made once for all layers
     decisions: dict[int, Any] = field(default_factory=dict)
 
@@ -71,13 +73,29 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
 
-class Mixer(nn.Module):
-    """What stands in the place of attention: forward(hidden, sequence) -> hidden and, if there are any, weights."""
+class OwnValues(nn.Module):
+    """A module that knows how its own parameters and buffers begin, and which of their axes are positions.
 
-    cache_class: ClassVar[type[CacheLayerMixin]]  # of what `new_cache_layer` gives
+    position_axes: of parameters of this module or one inside it, by name, the axes that are as long as the longest
+        input; `resize_positions` stretches them.
+    """
+
+    position_axes: ClassVar[dict[str, tuple[int, ...]]] = {}
 
     def init_own(self) -> None:
         """Give the parameters and buffers of this module itself their values, by transformers' `initialization`."""
+
+
+class Mixer(OwnValues):
+    """What stands in the place of attention: forward(hidden, sequence) -> hidden and, if there are any, weights."""
+
+    is_whole_block: ClassVar[bool] = False  # does no MLP stand behind it?
+    cache_class: type[CacheLayerMixin]  # of what `new_cache_layer` gives
+
+    @classmethod
+    def new_shared(cls, config) -> OwnValues | None:
+        """A module with weights that the mixers of all layers use: the model owns it, `SequenceInfo` hands it on."""
+        return None
 
     def new_cache_layer(self) -> CacheLayerMixin:
         """What this layer has to remember of the tokens before, empty."""

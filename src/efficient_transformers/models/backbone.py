@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils.generic import can_return_tuple
 
-from .attention import Mixer, SequenceInfo, rotary_angles
+from .attention import OwnValues, SequenceInfo, rotary_angles
 from .caching import prepare_cache
 from .checks import check_length, check_shape
 from .configuration import EtConfig
@@ -37,7 +37,7 @@ class EtPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Mixer):
+        if isinstance(module, OwnValues):
             module.init_own()
         elif isinstance(module, ExternalTokens):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
@@ -66,6 +66,8 @@ class EtEmbeddings(nn.Module):
             self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         if not config.norm_first:
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if getattr(config, "embedding_projection", False):
+            self.projection = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, inputs_embeds: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
@@ -79,6 +81,8 @@ class EtEmbeddings(nn.Module):
             hidden = hidden + sinusoidal_embedding(positions, self.config.hidden_size, hidden.dtype)
         if not self.config.norm_first:
             hidden = self.norm(hidden)
+        if getattr(self.config, "embedding_projection", False):
+            hidden = self.projection(hidden)
         return self.dropout(hidden)
 
 
@@ -102,15 +106,17 @@ class EtMLP(nn.Module):
 
 
 class EtBlock(GradientCheckpointingLayer):
-    """hidden ─ norm ─ mixer ─ + ─ norm ─ MLP ─ +, or with the norms behind the sums."""
+    """hidden ─ norm ─ mixer ─ + ─ norm ─ MLP ─ +, or with the norms behind the sums; some mixers are a block alone."""
 
     def __init__(self, config: EtConfig, mixer: nn.Module):
         super().__init__()
         self.norm_first = config.norm_first
         self.mixer = mixer
         self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = EtMLP(config)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.has_mlp = not mixer.is_whole_block
+        if self.has_mlp:
+            self.mlp = EtMLP(config)
+            self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.chunk_size = config.chunk_size_feed_forward
 
@@ -118,8 +124,10 @@ class EtBlock(GradientCheckpointingLayer):
         mixed, weights = self.mix(hidden, sequence)
         if self.norm_first:
             hidden = hidden + mixed
-            return hidden + self.feed_forward(hidden), weights
+            return hidden + self.feed_forward(hidden) if self.has_mlp else hidden, weights
         hidden = self.mixer_norm(hidden + mixed)
+        if not self.has_mlp:
+            return hidden, weights
         return self.mlp_norm(hidden + self.feed_forward(hidden)), weights
 
     def mix(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
@@ -231,6 +239,7 @@ class Encoder:
         self.num_external = getattr(config, "num_external_tokens", 0)
         if self.num_external:
             self.external_tokens = ExternalTokens(self.num_external, config.hidden_size)
+        self.shared = self.mixer_class.new_shared(config)  # type: ignore[attr-defined]
         mixers = (self.mixer_class(config, layer) for layer in range(config.num_hidden_layers))  # type: ignore[attr-defined]
         block_class = EtReversibleBlock if config.reversible else EtBlock
         self.layers = nn.ModuleList(block_class(config, mixer) for mixer in mixers)
@@ -436,6 +445,7 @@ class Encoder:
             rotary=rotary,
             cache=cache,
             output_attentions=output_attentions,
+            shared=self.shared,
         )
 
 

@@ -38,6 +38,7 @@ class EtConfig(PreTrainedConfig):
     """
 
     heads: ClassVar[tuple[str, ...]] = (*TEXT_HEADS, "CausalLM")
+    attends: ClassVar[bool] = True  # are there queries and keys?
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 30522
@@ -92,9 +93,16 @@ class EtConfig(PreTrainedConfig):
             "max_position_embeddings",
         ):
             check_at_least(name, getattr(self, name), 1, "a model needs at least one")
-        check_divisible(
-            "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads, "change either"
-        )
+        if self.attends:
+            check_divisible(
+                "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads, "change either"
+            )
+        elif self.position_embedding_type == "rotary" or self.attention_probs_dropout_prob:
+            raise ValueError(
+                f"position_embedding_type ({self.position_embedding_type!r}) must not be 'rotary' and "
+                f"attention_probs_dropout_prob ({self.attention_probs_dropout_prob}) must be 0: there are no queries "
+                "to turn and no attention weights to drop from; use 'learned' and hidden_dropout_prob."
+            )
         check_at_least("num_hidden_layers", self.num_hidden_layers, 0, "0 leaves the embeddings alone")
         check_at_least("type_vocab_size", self.type_vocab_size, 0, "0 has no token types")
         if self.position_embedding_type == "rotary":

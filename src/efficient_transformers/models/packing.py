@@ -26,6 +26,16 @@ def pack(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(1, order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand_as(x))
 
 
+def first_positions(x: Tensor, length: int, *axes: int) -> Tensor:
+    """The first `length` entries of `x` along each of `axes`."""
+    for axis in axes:
+        if torch.compiler.is_compiling():  # a slice would ask how a traced length compares
+            x = x.index_select(axis, torch.arange(length, device=x.device))
+        elif length < x.shape[axis]:  # of all of them a slice would have a gradient filled and copied for nothing
+            x = x.narrow(axis, 0, length)
+    return x
+
+
 def unpack(x: Tensor, order: Tensor) -> Tensor:
     """The inverse of `pack`."""
     return pack(x, inverse(order))

@@ -33,8 +33,9 @@ def reversible_stack(blocks: Sequence[nn.Module], hidden: Tensor, sequence: Sequ
     """
     run = Run(list(blocks), sequence, autocast_as_now(hidden.device.type))
     x1 = x2 = wide(hidden)
+    shared = [] if sequence.shared is None else trained_parameters(sequence.shared)
     for number, block in enumerate(blocks):
-        x1, x2 = ReversibleLayer.apply(run, number, x1, x2, *trained_parameters(block))  # type: ignore[misc]
+        x1, x2 = ReversibleLayer.apply(run, number, x1, x2, *trained_parameters(block), *shared)  # type: ignore[misc]
     return Mean.apply(run, x1, x2).to(hidden.dtype)  # type: ignore[union-attr]
 
 

@@ -16,16 +16,20 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, dropout:
     Returns the output (b, h, n, d) and the weights (b, h, n, m), both in `v.dtype`; the softmax runs in float32 or
     wider. `dropout` is applied to the weights that are used and not to those returned.
     """
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    wide = torch.promote_types(q.dtype, torch.float32)
+    weights = masked_softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, allowed).to(v.dtype)
+    return F.dropout(weights, dropout) @ v, weights
+
+
+def masked_softmax(scores: Tensor, allowed: Tensor) -> Tensor:
+    """The weights of `softmax_attention` from `scores` (b, h, n, m), in float32 or wider."""
+    wide = torch.promote_types(scores.dtype, torch.float32)
     scores = scores.to(wide)
     if allowed.dtype != torch.bool:  # a key read c times weighs c·exp(s) = exp(s + log c)
         scores, allowed = scores + allowed.clamp(min=1).to(wide).log(), allowed > 0
     # the lowest finite number and a second mask instead of -inf, so that a row without keys has neither NaN values
     # nor NaN gradients
     scores = scores.masked_fill(~allowed, torch.finfo(wide).min)
-    weights = (scores.softmax(-1) * allowed).to(v.dtype)
-    return F.dropout(weights, dropout) @ v, weights
+    return scores.softmax(-1) * allowed
 
 
 def folded_attention(
