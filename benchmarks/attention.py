@@ -3,9 +3,9 @@
     python benchmarks/attention.py [--suite layers] [--lengths 512 1024 …] [--dtypes float32 …] [--out docs/attention]
 
 `layers` compares the patterns of the zoo, one layer each with its projections; `kernels` the mixers through a feature
-map and `chosen` those that find their pattern in the data, both ways and causal; `free` those without attention, of
-which gMLP is mixer and MLP in one; `peers` Longformer and BigBird with
-those of transformers in the same way, by window; `models` whole encoders of 6 layers.
+map and `chosen` those that find their pattern in the data, both ways and causal; `fewer` those with fewer keys or none; `free` those without attention, of
+which gMLP is mixer and MLP in one; `peers` Longformer and BigBird with those of transformers in the same way, by
+window; `models` whole encoders of 6 layers.
 Hidden size 256, 4 heads, batch 1, no padding, no dropout, weights and inputs drawn from a seed.
 Every repeat runs all contenders one after another, so that a slow moment of the machine meets all of them; what is
 compared are medians, and times relative to full attention through torch's SDPA in the same run.
@@ -32,7 +32,7 @@ from transformers.models.longformer.modeling_longformer import LongformerSelfAtt
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models.attention import SequenceInfo
+from efficient_transformers.models.attention import OwnValues, SequenceInfo
 
 HIDDEN, HEADS = 256, 4
 YARDSTICK = "full"
@@ -54,6 +54,17 @@ CHOSEN = {
     "Reformer": ("reformer", {}),
     "Routing": ("routing", {}),
     "Sinkhorn": ("sinkhorn", {}),
+}
+FEWER = {
+    "Linformer, 256 keys": ("linformer", {}),
+    "Linformer, a matrix per head": ("linformer", {"projection_sharing": "none"}),
+    "compressed by 4": ("compressed", {"attention_layers": ["compressed"]}),
+    "compressed by 4, causal": ("compressed", {"attention_layers": ["compressed"], "is_decoder": True}),
+    "Synthesizer, random": ("synthesizer", {"synthesizer_type": "random"}),
+    "Synthesizer, random, causal": ("synthesizer", {"synthesizer_type": "random", "is_decoder": True}),
+    "Synthesizer, dense": ("synthesizer", {"synthesizer_type": "dense"}),
+    "Synthesizer, factorized dense": ("synthesizer", {"synthesizer_type": "factorized_dense"}),
+    "Synthesizer, random+vanilla": ("synthesizer", {"synthesizer_type": "random+vanilla"}),
 }
 FREE = {
     "FNet": ("fnet", {}),
@@ -90,6 +101,9 @@ class Ours(nn.Module):
         config = VARIANTS[slug].config_class(**sizes, **fields)
         config._attn_implementation = "sdpa"
         self.layer = VARIANTS[slug].model_class().mixer_class(config, 0)  # type: ignore[attr-defined]
+        for module in self.layer.modules():
+            if isinstance(module, OwnValues):
+                module.init_own()
 
     def forward(self, hidden: Tensor) -> Tensor:
         sequence = SequenceInfo(torch.arange(hidden.shape[1], device=hidden.device)[None])
@@ -202,6 +216,11 @@ def chosen(length: int) -> dict[str, nn.Module]:
     return layers | {"transformers Reformer": TheirReformer(length)}
 
 
+def fewer(length: int) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {PROJECTIONS: Projections(), YARDSTICK: Ours("full", {}, length)}
+    return layers | {name: Ours(slug, fields, length) for name, (slug, fields) in FEWER.items()}
+
+
 def free(length: int) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {PROJECTIONS: Projections(), YARDSTICK: Ours("full", {}, length)}
     layers |= {name: Ours(slug, fields, length) for name, (slug, fields) in FREE.items()}
@@ -235,7 +254,15 @@ def models(length: int) -> dict[str, nn.Module]:
     return whole
 
 
-SUITES = {"layers": mixers, "kernels": kernels, "chosen": chosen, "free": free, "peers": peers, "models": models}
+SUITES = {
+    "layers": mixers,
+    "kernels": kernels,
+    "chosen": chosen,
+    "fewer": fewer,
+    "free": free,
+    "peers": peers,
+    "models": models,
+}
 
 
 def run_forward(layer: nn.Module, hidden: Tensor) -> None:

@@ -23,12 +23,12 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .models.checks import check_at_least, check_entries, check_shape
 from .models.configuration import TEXT_HEADS
 from .models.kernel_attention import KernelConfig
+from .models.resizing import stretch_positions
 from .registry import VARIANTS, Variant
 
 Rules = tuple[tuple[str, str | None], ...]  # pattern of a whole name -> what it is called here; None: left
@@ -320,19 +320,6 @@ def convert(
         weights |= _check_blocks(config, block_tables)
     _fill(converted, weights, head is not None, report)
     return Conversion(converted.eval(), report, tokenizer)
-
-
-def stretch_positions(table: Tensor, length: int, how: Literal["tile", "interpolate"]) -> Tensor:
-    """A table of positions (n, e) as (length, e): tiled or interpolated if longer, cut if shorter.
-
-    Interpolated row i stands at i·(n-1)/(length-1) of the old table, so both ends keep their rows.
-    """
-    if length <= len(table):
-        return table[:length].clone()
-    if how == "tile":
-        return table.repeat(-(-length // len(table)), 1)[:length]
-    wide = table.to(torch.promote_types(table.dtype, torch.float32)).T[None]  # (1, e, n)
-    return F.interpolate(wide, size=length, mode="linear", align_corners=True)[0].T.to(table.dtype).contiguous()
 
 
 def _read_config(source: str | Path) -> PreTrainedConfig:

@@ -123,9 +123,7 @@ VARIANTS = {
             "arXiv:1801.10198",
             "n²/compression_factor·d, and n·block_size·d",
         ),
-        Variant(
-            "synthesizer", modeling_synthesizer, "Synthesizer", "arXiv:2005.00743", "n²·d", any_length=False
-        ),
+        Variant("synthesizer", modeling_synthesizer, "Synthesizer", "arXiv:2005.00743", "n²·d", any_length=False),
         Variant("efficient", modeling_efficient, "Efficient Attention", "arXiv:1812.01243", "n·d²"),
         Variant("linear", modeling_linear, "Linear Transformer", "arXiv:2006.16236", "n·d²"),
         Variant("rfa", modeling_rfa, "Random Feature Attention", "arXiv:2103.02143", "n·num_random_features·d"),

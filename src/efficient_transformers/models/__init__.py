@@ -4,7 +4,7 @@ It is flat and imports only `from .sibling import name`, the standard library, t
 because that is what transformers can copy beside a checkpoint. Imports point downwards through four tiers:
 
     0  arithmetic of tensors and descriptions     checks, packing, patterns, tiles, feature_maps, hashing, clustering, …
-    1  whole attention rules                      softmax_, sparse_, blocked_, flex_, linear_, slot_, sinkhorn_attention
+    1  whole attention rules                      softmax_, sparse_, linear_, slot_, synthetic_attention, …
     2  what every model shares                    configuration, caching, attention, reversible, backbone, heads
     3  one page per variant                       modeling_<variant>
 

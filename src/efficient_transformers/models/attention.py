@@ -76,14 +76,19 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 class OwnValues(nn.Module):
     """A module that knows how its own parameters and buffers begin, and which of their axes are positions.
 
-    position_axes: of parameters of this module or one inside it, by name, the axes that are as long as the longest
-        input; `resize_positions` stretches them.
+    position_axes: of parameters and buffers of this module, by name, the axes that grow with the longest input;
+        `resize_positions` stretches them.
+    summed_axes: those of them that the module sums over, of which the entries get smaller as they become more.
     """
 
     position_axes: ClassVar[dict[str, tuple[int, ...]]] = {}
+    summed_axes: ClassVar[dict[str, tuple[int, ...]]] = {}
 
     def init_own(self) -> None:
         """Give the parameters and buffers of this module itself their values, by transformers' `initialization`."""
+
+    def resized(self) -> None:
+        """Called when the longest input has changed, for whatever else depends on it than `position_axes`."""
 
 
 class Mixer(OwnValues):

@@ -1,5 +1,6 @@
 """The encoder every variant shares: embeddings, blocks of mixer and MLP, packing, cache; and its pretrained base."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -17,9 +18,10 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention import OwnValues, SequenceInfo, rotary_angles
 from .caching import prepare_cache
-from .checks import check_length, check_shape
+from .checks import check_at_least, check_length, check_shape
 from .configuration import EtConfig
 from .packing import inverse, pack, packing_order, unpack
+from .resizing import Stretch, resize_table
 from .reversible import chunks, reversible_stack, wide
 
 
@@ -42,6 +44,36 @@ class EtPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ExternalTokens):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
 
+    def resize_positions(self, new_length: int, how: Stretch = "interpolate") -> None:
+        """Let the model read `new_length` tokens: every learned table of positions gets as long, in place.
+
+        `tile` repeats the tables: inputs up to the old length give what they gave. `interpolate` moves position i to
+        i·(new-1)/(old-1), between which tables run straight on, and divides what is summed over positions by new/old;
+        inputs of any length give something else, until some training. A smaller `new_length` cuts the tables. Hashes
+        of Reformer whose `num_buckets` follow the length are drawn for the new one.
+
+        Parameters with positions are new ones: make the optimiser afterwards. Raises ValueError for a length below 1
+        or another `how`.
+        """
+        if how not in ("tile", "interpolate"):
+            raise ValueError(f"how ({how!r}) must be 'tile' or 'interpolate'.")
+        check_at_least("new_length", new_length, 1, "it is the longest input in tokens")
+        config = deepcopy(self.config)
+        config.max_position_embeddings = new_length
+        with torch.device("meta"):
+            sizes = {name: tensor.shape for name, tensor in type(self)(config).state_dict().items()}
+        for prefix, module in self.named_modules():
+            for name, axes in module.position_axes.items() if isinstance(module, OwnValues) else ():
+                if size := sizes.get(f"{prefix}.{name}"):
+                    lengths = {axis: size[axis] for axis in axes}
+                    resize_table(module, name, lengths, module.summed_axes.get(name, ()), how)
+        for module in self.modules():
+            if isinstance(getattr(module, "config", None), EtConfig):
+                module.config.max_position_embeddings = new_length  # type: ignore[union-attr]
+        for module in self.modules():
+            if isinstance(module, OwnValues):
+                module.resized()
+
 
 def sinusoidal_embedding(positions: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """Vaswani et al. 2017, section 3.5, sines in the first half and cosines in the second: (b, n) -> (b, n, size).
@@ -52,8 +84,10 @@ def sinusoidal_embedding(positions: Tensor, size: int, dtype: torch.dtype) -> Te
     return torch.cat([sin, cos], -1).squeeze(2)
 
 
-class EtEmbeddings(nn.Module):
+class EtEmbeddings(OwnValues):
     """Words, positions and token types, summed; normalised behind if the blocks are."""
+
+    position_axes: ClassVar = {"position_embeddings.weight": (0,)}
 
     def __init__(self, config: EtConfig):
         super().__init__()

@@ -100,6 +100,8 @@ class EtBigBirdConfig(PatternConfig, EtConfig):
 class BigBirdAttention(PatternAttention):
     """Attention in blocks, which may store the random ones."""
 
+    position_axes: ClassVar = {"random_blocks": (1,)}
+
     def __init__(self, config: EtBigBirdConfig, layer: int):
         super().__init__(config, layer)
         if config.random_blocks == "stored":

@@ -104,6 +104,7 @@ class SpatialGatingMixer(Mixer):
     is_whole_block = True
     cache_class = PatternCacheLayer
     position_axes = {"spatial_weight": (0, 1), "spatial_bias": (0,)}
+    summed_axes = {"spatial_weight": (1,)}
 
     def __init__(self, config: EtGmlpConfig, layer: int):
         super().__init__()

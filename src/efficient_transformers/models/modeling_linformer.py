@@ -54,6 +54,7 @@ class LengthProjection(OwnValues):
     """E of all heads, or of each of h: sums over positions, (b, 1 or h, n, e) -> (b, 1 or h, k, e)."""
 
     position_axes: ClassVar = {"weight": (2,)}
+    summed_axes: ClassVar = {"weight": (2,)}
 
     def __init__(self, config: EtLinformerConfig, num_heads: int = 1):
         super().__init__()

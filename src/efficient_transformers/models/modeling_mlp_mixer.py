@@ -52,6 +52,7 @@ class EtMlpMixerConfig(EtConfig):
 
 class TokenMixer(Mixer):
     position_axes = {"reading_weight": (1,), "writing_weight": (0,), "writing_bias": (0,)}
+    summed_axes = {"reading_weight": (1,)}
 
     def __init__(self, config: EtMlpMixerConfig, layer: int):
         super().__init__()

@@ -126,6 +126,10 @@ class EtReformerAttention(MultiHeadAttention):
     def init_own(self) -> None:
         init.copy_(self.rotations, self.draw())
 
+    def resized(self) -> None:
+        self.widest = self.config.widest_factors
+        self.rotations = self.draw().to(self.rotations)
+
     def new_cache_layer(self) -> BucketCacheLayer:
         return BucketCacheLayer()
 

@@ -119,7 +119,8 @@ class EtSynthesizerAttention(MultiHeadAttention):
     def draw(self) -> Tensor:
         """The fixed scores, (h, n, n), on the CPU."""
         length, seed = self.config.max_position_embeddings, self.config.synthesizer_seed + 0x10001 * self.layer
-        return torch.randn(self.num_heads, length, length, generator=torch.Generator("cpu").manual_seed(seed))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return torch.randn(self.num_heads, length, length, generator=generator, device="cpu")
 
     def init_own(self) -> None:
         # the paper does not say how scores begin: here their spread is about 1, but for those of a layer's features

@@ -64,7 +64,6 @@ def synthetic_attention(
     groups = [([row], length) for row, length in enumerate(real)]
     if not dropout and all(len(x) == 1 for x in tensors):
         groups = [([row for row, x in enumerate(real) if x == length], length) for length in set(real)]
-    groups.sort(key=lambda group: -group[1])  # the longest first: it writes what the others add to
     seed = int(torch.randint(2**62, ())) if dropout else 0
     rules = [(term.rule, term.cuts) for term in terms]
     return SyntheticAttention.apply(rules, groups, causal, dropout, seed, v, *tensors)  # type: ignore[return-value]
@@ -102,13 +101,9 @@ class SyntheticAttention(torch.autograd.Function):
         v, *tensors = ctx.saved_tensors
         rules, groups, causal, dropout, seed = ctx.settings
         needed, grad_v = ctx.needs_input_grad[6:], torch.zeros_like(v)
-        cuts = [cut for _, some in rules for cut in some]
-        # a matrix for all rows is written tile by tile by the longest, instead of being filled with zeros before
-        whole = [cut == "qk" and len(x) == 1 for x, cut in zip(tensors, cuts, strict=True)]
-        empty = [torch.empty_like if x else torch.zeros_like for x in whole]
-        grads = [make(x) if need else None for make, x, need in zip(empty, tensors, needed, strict=True)]
+        grads = [torch.zeros_like(x) if need else None for x, need in zip(tensors, needed, strict=True)]
         masks = DropoutMasks(dropout, seed, v.device)
-        for number, (rows, length) in enumerate(groups):
+        for rows, length in groups:
             values, grad_out = (side_by_side(x, rows, length) for x in (v, grad))
             turned = torch.zeros_like(values).transpose(1, 2).contiguous()  # a faster product than into (h, n, d)
             for tile in tiles(length, v.shape[1], causal):
@@ -135,19 +130,9 @@ class SyntheticAttention(torch.autograd.Function):
                 else:
                     some = [part for part in parts if part.requires_grad]
                     found = torch.autograd.grad(some, wanted, [grad_scores.to(part.dtype) for part in some])
-                more = iter(found)
-                for x, fresh, place in zip(grads, whole, inputs_of(rules, grads, rows[0], tile), strict=True):
-                    if x is None:
-                        continue
-                    if fresh and number == 0:
-                        place.copy_(next(more))
-                        x[:, heads, queries, keys:] = 0
-                    else:
-                        place.add_(next(more))
-            if number == 0:
-                for x, fresh in zip(grads, whole, strict=True):
-                    if x is not None and fresh:
-                        x[:, :, length:] = 0
+                places = inputs_of(rules, grads, rows[0], tile)
+                for place, more in zip([x for x in places if x is not None], found, strict=True):
+                    place.add_(more)
             grad_v[rows, :, :length] = turned.unflatten(1, (len(rows), -1)).permute(1, 0, 3, 2)
         return None, None, None, None, None, grad_v, *grads
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROWS = 256  # of the matrix at a time: a product large enough for full speed, a copy small enough for the cache
+ROWS = 512  # of the matrix at a time: a product large enough for full speed, a copy small enough for the cache
 
 
 def triangular_product(weight: Tensor, x: Tensor) -> Tensor:
