@@ -3,9 +3,9 @@
     python benchmarks/attention.py [--suite layers] [--lengths 512 1024 …] [--dtypes float32 …] [--out docs/attention]
 
 `layers` compares the patterns of the zoo, one layer each with its projections; `kernels` the mixers through a feature
-map and `chosen` those that find their pattern in the data, both ways and causal; `fewer` those with fewer keys or none; `free` those without attention, of
-which gMLP is mixer and MLP in one; `peers` Longformer and BigBird with those of transformers in the same way, by
-window; `models` whole encoders of 6 layers.
+map and `chosen` those that find their pattern in the data, both ways and causal; `fewer` those with fewer keys or none;
+`free` those without attention, of which gMLP is mixer and MLP in one; `peers` Longformer and BigBird with those of
+transformers in the same way, by window; `models` whole encoders of 6 layers.
 Hidden size 256, 4 heads, batch 1, no padding, no dropout, weights and inputs drawn from a seed.
 Every repeat runs all contenders one after another, so that a slow moment of the machine meets all of them; what is
 compared are medians, and times relative to full attention through torch's SDPA in the same run.

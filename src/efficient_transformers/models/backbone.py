@@ -62,17 +62,17 @@ class EtPreTrainedModel(PreTrainedModel):
         config.max_position_embeddings = new_length
         with torch.device("meta"):
             sizes = {name: tensor.shape for name, tensor in type(self)(config).state_dict().items()}
-        for prefix, module in self.named_modules():
-            for name, axes in module.position_axes.items() if isinstance(module, OwnValues) else ():
+        owners = [(prefix, module) for prefix, module in self.named_modules() if isinstance(module, OwnValues)]
+        for prefix, module in owners:
+            for name, axes in module.position_axes.items():
                 if size := sizes.get(f"{prefix}.{name}"):
                     lengths = {axis: size[axis] for axis in axes}
                     resize_table(module, name, lengths, module.summed_axes.get(name, ()), how)
         for module in self.modules():
             if isinstance(getattr(module, "config", None), EtConfig):
                 module.config.max_position_embeddings = new_length  # type: ignore[union-attr]
-        for module in self.modules():
-            if isinstance(module, OwnValues):
-                module.resized()
+        for _, module in owners:
+            module.resized()
 
 
 def sinusoidal_embedding(positions: Tensor, size: int, dtype: torch.dtype) -> Tensor:

@@ -90,6 +90,8 @@ class EtSynthesizerAttention(MultiHeadAttention):
         "dense_weight": (1,),
         "stretch_weight": (1,),
     }
+    fixed_scores: Tensor
+    random_scores: nn.Parameter
 
     def __init__(self, config: EtSynthesizerConfig, layer: int):
         super().__init__(config, layer)
