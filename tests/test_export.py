@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from zoo import SETTINGS, build, inputs
+from zoo import SETTINGS, build, for_head, inputs_of
 
 from efficient_transformers import VARIANTS
 
@@ -45,10 +45,10 @@ def test_a_checkpoint_opens_without_the_package(slug, tmp_path):
     variant, cases = VARIANTS[slug], []
     for head in (None, *variant.heads):
         model = build(variant, SETTINGS[slug][0], head, dtype=torch.float32)
-        ids, mask = inputs(2, 70), torch.ones(2, 70, dtype=torch.long)
-        mask[0, :11] = 0
-        if head == "MultipleChoice":
-            ids, mask = ids[:, None].expand(2, 3, 70).contiguous(), mask[:, None].expand(2, 3, 70).contiguous()
+        ids = inputs_of(model, 2, 70)
+        shape = (2, model.config.max_position_embeddings) if ids.is_floating_point() else ids.shape
+        mask = torch.ones(shape, dtype=torch.long)
+        mask[0, ..., :11] = 0
         with torch.no_grad():
             outputs = {k: v for k, v in model(ids, attention_mask=mask).items() if isinstance(v, torch.Tensor)}
         folder = f"{slug}-{head or 'body'}"
@@ -80,7 +80,8 @@ def test_importing_again_is_harmless():
 
 def test_auto_classes_know_every_variant():
     for variant in VARIANTS.values():
-        cfg = transformers.AutoConfig.for_model(variant.model_type, hidden_size=8, num_hidden_layers=0, vocab_size=5)
+        sizes = {"hidden_size": 8, "num_hidden_layers": 0, "vocab_size": 5}
         for head in variant.heads:
+            cfg = transformers.AutoConfig.for_model(variant.model_type, **sizes, **for_head(head))
             model = getattr(transformers, f"AutoModelFor{head}").from_config(cfg)
             assert type(model) is variant.model_class(head)

@@ -11,29 +11,18 @@ import efficient_transformers
 MODELS = Path(efficient_transformers.__file__).parent / "models"
 FILES = sorted(path for path in MODELS.glob("*.py") if path.stem != "__init__")
 TIERS = [
-    [
-        "checks",
-        "packing",
-        "resizing",
-        "feature_maps",
-        "hashing",
-        "slots",
-        "sinkhorn",
-        "clustering",
-        "fourier",
-        "triangular",
-    ],
-    ["patterns"],
+    ["checks", "packing", "resizing", "feature_maps", "hashing", "slots", "sinkhorn", "clustering"],
+    ["fourier", "triangular", "patterns", "images"],
     ["tiles"],
     ["softmax_attention", "sparse_attention", "blocked_attention", "flex_attention", "linear_attention"],
     ["configuration", "caching", "sinkhorn_attention", "slot_attention", "synthetic_attention"],
     ["attention"],
     ["reversible"],
-    ["kernel_attention", "backbone"],
+    ["kernel_attention", "backbone", "image_processing"],
     ["heads"],
 ]
 TIER = {name: number for number, names in enumerate(TIERS) for name in names}
-ALLOWED = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+ALLOWED = {"torch", "numpy", "transformers", "huggingface_hub", *sys.stdlib_module_names}
 
 
 def tier(stem: str) -> int:

@@ -19,7 +19,9 @@ from zoo import (
     bytes_kept,
     can_be_causal,
     config,
+    for_head,
     inputs,
+    inputs_of,
     one_layer,
     readable,
 )
@@ -390,7 +392,7 @@ def test_saving_and_loading_changes_nothing(variant, head, tmp_path):
     loaded, report = auto_class.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is variant.model_class(head)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    ids = inputs(2, 9) if head != "MultipleChoice" else inputs(2, 9).expand(2, 2, 9)
+    ids = inputs_of(model, 2, 9)
     for a, b in zip(model(ids).to_tuple(), loaded.eval()(ids).to_tuple(), strict=True):
         if isinstance(a, torch.Tensor):
             assert a.equal(b)
@@ -402,7 +404,7 @@ def test_saving_and_loading_changes_nothing(variant, head, tmp_path):
 
 @every_head
 def test_the_meta_device_and_the_same_seed_give_the_same_weights(variant, head, tmp_path):
-    cfg = config(variant, SETTINGS[variant.slug][-1])
+    cfg = config(variant, SETTINGS[variant.slug][-1], **for_head(head))
     transformers.set_seed(3)
     direct = variant.model_class(head)(cfg)
     with torch.device("meta"):
@@ -436,6 +438,8 @@ def test_every_parameter_gets_a_gradient(variant, head):
 
 
 def loss_of(model, head: str, length: int = 60):
+    if head == "ImageClassification":
+        return model(inputs_of(model, 3, length), labels=torch.tensor([0, 1, 1])).loss
     ids = inputs(3, length)
     types = {"token_type_ids": torch.randint(0, 2, ids.shape)} if model.config.type_vocab_size else {}
     match head:
@@ -501,7 +505,7 @@ def test_hidden_states_are_complete_and_in_the_graph(variant, settings):
 @every_head
 def test_tuples_and_embeddings_say_the_same(variant, head):
     model = build(variant, SETTINGS[variant.slug][0], head)
-    ids = inputs(2, 9) if head != "MultipleChoice" else inputs(4, 9).view(2, 2, 9)
+    ids = inputs_of(model, 2, 9)
     expected = model(ids)
     assert model(ids, return_dict=False)[0].equal(expected[0])
     embedded = model(inputs_embeds=model.get_input_embeddings()(ids))

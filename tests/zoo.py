@@ -117,10 +117,18 @@ def config(variant: Variant, settings: dict, **changes):
     return variant.config_class(**{**SMALL, **settings, **changes})
 
 
+IMAGE = {"image_size": [14, 10], "patch_size": 2, "num_channels": 3}
+
+
+def for_head(head: str | None) -> dict:
+    """Fields that a head asks for."""
+    return IMAGE if head == "ImageClassification" else {}
+
+
 def build(variant: Variant, settings: dict, head: str | None = None, **changes):
     """A small model in eval mode, in float64 unless told otherwise."""
     dtype = changes.pop("dtype", torch.float64)
-    return variant.model_class(head)(config(variant, settings, **changes)).to(dtype).eval()
+    return variant.model_class(head)(config(variant, settings, **{**for_head(head), **changes})).to(dtype).eval()
 
 
 def one_layer(settings: dict) -> dict:
@@ -135,6 +143,16 @@ def one_layer(settings: dict) -> dict:
 
 def inputs(batch: int, length: int, vocab_size: int = 99) -> Tensor:
     return torch.randint(1, vocab_size, (batch, length))
+
+
+def inputs_of(model, batch: int, length: int) -> Tensor:
+    """What a model with any head reads: token ids, for each of two choices, or images."""
+    if model.main_input_name == "pixel_values":
+        cfg = model.config
+        return torch.randn(batch, cfg.num_channels, *cfg.image_size, dtype=model.dtype)
+    if type(model).__name__.endswith("MultipleChoice"):
+        return inputs(2 * batch, length).view(batch, 2, length)
+    return inputs(batch, length)
 
 
 def bytes_kept(run, parameters=()) -> int:

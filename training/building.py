@@ -53,8 +53,11 @@ def load_tokenizer(settings: Settings, needs_padding: bool = True) -> PreTrained
     return tokenizer
 
 
-def build_config(settings: Settings, tokenizer: PreTrainedTokenizerBase, **task_fields: Any) -> PreTrainedConfig:
-    """The config of a new model, or of a checkpoint; `task_fields` are the task's, such as `id2label`."""
+def build_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None, **task_fields: Any) -> PreTrainedConfig:
+    """The config of a new model, or of a checkpoint; `task_fields` are the task's, such as `id2label`.
+
+    Images have no tokenizer.
+    """
     fields = dict(settings.model)
     checkpoint, model_type = fields.pop("checkpoint", None), fields.pop("model_type", None)
     try:
@@ -66,12 +69,11 @@ def build_config(settings: Settings, tokenizer: PreTrainedTokenizerBase, **task_
         else:
             config_class = type(AutoConfig.for_model(model_type))
             _check_fields(config_class, fields)
-            from_tokenizer = {
-                "vocab_size": len(tokenizer),
-                "pad_token_id": tokenizer.pad_token_id,
-                "bos_token_id": tokenizer.bos_token_id,
-                "eos_token_id": tokenizer.eos_token_id,
-            }
+            from_tokenizer = {}
+            if tokenizer is not None:
+                from_tokenizer["vocab_size"] = len(tokenizer)
+                for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+                    from_tokenizer[name] = getattr(tokenizer, name)
             config = config_class(**{**from_tokenizer, **fields, **task_fields})
     except InputError:
         raise
@@ -81,7 +83,8 @@ def build_config(settings: Settings, tokenizer: PreTrainedTokenizerBase, **task_
         # a strict dataclass puts lines of its own around what a check says
         said = error.__cause__ if isinstance(error, StrictDataclassError) else error
         raise InputError(f"The model section cannot be used: {said}") from error
-    _check_sizes(config, settings, tokenizer)
+    if tokenizer is not None:
+        _check_sizes(config, settings, tokenizer)
     return config
 
 

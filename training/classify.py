@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -21,7 +20,7 @@ from loop import make_loader, train
 from metrics import OWN_METRICS, compute_metrics, load_metrics
 from outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
 from reporting import about, make_card, report
-from settings import InputError
+from settings import InputError, Settings
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
@@ -39,9 +38,9 @@ class ClassifySettings(DocumentSettings):
 class Evaluator:
     """Loss and metrics of a model on one split, over all processes."""
 
-    def __init__(self, accelerator: Accelerator, data: datasets.Dataset, collate: Any, settings: ClassifySettings):
+    def __init__(self, accelerator: Accelerator, data: Any, collate: Any, settings: Settings):
         self.accelerator, self.size = accelerator, len(data)
-        self.metrics = load_metrics(settings.extra_metrics)
+        self.metrics = load_metrics(getattr(settings, "extra_metrics", ()))
         self.loader = accelerator.prepare(make_loader(data, collate, settings.eval_batch_size))
 
     @torch.inference_mode()

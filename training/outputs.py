@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 from checkpoints import Progress
 from huggingface_hub import ModelCard
 from settings import InputError, Settings
-from transformers import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpoints", "runs"
 # settings that change neither the data nor the weights, and so may differ when a run is continued
@@ -147,14 +147,14 @@ def finish_folder(
     accelerator: Accelerator,
     settings: Settings,
     model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    preparation: PreTrainedTokenizerBase | BaseImageProcessor,
     card: ModelCard,
     metrics: dict[str, Any],
 ) -> None:
-    """Model, tokenizer and card; then the metrics, which say that the run in this folder is finished."""
+    """Model, what prepares its inputs, and card; then the metrics, which say that this run is finished."""
     if accelerator.is_main_process:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False).save_pretrained(settings.folder)
-        tokenizer.save_pretrained(settings.folder)
+        preparation.save_pretrained(settings.folder)
         (settings.folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
         write_whole(settings.folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     accelerator.wait_for_everyone()

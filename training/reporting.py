@@ -54,6 +54,8 @@ def make_card(
     if settings.head_learning_rate is not None:
         rate += f" ({settings.head_learning_rate:g} of new weights)"
     base_model = checkpoint if checkpoint and find_path(checkpoint) is None else None
+    reads_text = auto_class != "AutoModelForImageClassification"
+    longest_text = f"It sees at most {model['max_length']:,} tokens of a text; cut or divide longer ones."
     results = [
         EvalResult(
             task_type=task_type,
@@ -89,14 +91,14 @@ def make_card(
             "software": ", ".join(f"{key} {value}" for key, value in metrics["versions"].items()),
         },
         command=command,
-        limits=[*limits, f"It sees at most {model['max_length']:,} tokens of a text; cut or divide longer ones."],
+        limits=[*limits, longest_text] if reads_text else limits,
         max_length=model["max_length"],
         license=settings.license,
         language=settings.language,
         notes=settings.card_notes or "",
         datasets=[settings.data] if on_hub else [],
         base_model=base_model,
-        tags=[model["model_type"]],
+        tags=["long-documents", model["model_type"]] if reads_text else [model["model_type"]],
     )
 
 

@@ -8,6 +8,8 @@ Importing the package registers every variant with transformers' Auto classes:
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("et_local", window_size=128))
 """
 
+from transformers.utils import is_vision_available
+
 from .conversion import convert
 from .models.patterns import AttentionPattern, parse_pattern
 from .registry import VARIANTS, Variant, register_all
@@ -16,6 +18,10 @@ __version__ = "0.1.0"
 __all__ = ["VARIANTS", "AttentionPattern", "Variant", "convert", "parse_pattern", "register_all"]
 
 register_all()
+if is_vision_available():
+    from .models.image_processing import EtImageProcessor
+
+    __all__ += ["EtImageProcessor"]
 for _variant in VARIANTS.values():
     for _class in (_variant.config_class, *(_variant.model_class(head) for head in (None, *_variant.heads))):
         globals()[_class.__name__] = _class

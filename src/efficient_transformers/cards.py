@@ -15,13 +15,26 @@ PIPELINE_TAGS = {
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForMultipleChoice": "multiple-choice",
+    "AutoModelForImageClassification": "image-classification",
 }
 
 
 def loading_code(folder: str, auto_class: str, max_length: int | None = None) -> str:
-    """A few lines of Python that load a saved model and run it on a text."""
+    """A few lines of Python that load a saved model and run it on a text or an image."""
     if auto_class not in PIPELINE_TAGS:
         raise ValueError(f"auto_class ({auto_class!r}) must be one of {', '.join(PIPELINE_TAGS)}.")
+    if auto_class == "AutoModelForImageClassification":
+        return "\n".join(
+            [
+                "from PIL import Image",
+                f"from transformers import AutoImageProcessor, {auto_class}",
+                f'processor = AutoImageProcessor.from_pretrained("{folder}", trust_remote_code=True)',
+                f'model = {auto_class}.from_pretrained("{folder}", trust_remote_code=True).eval()',
+                'inputs = processor(Image.new("RGB", (100, 100)), return_tensors="pt")  # or Image.open(…)',
+                "logits = model(**inputs).logits",
+                "print(model.config.id2label[logits.argmax(-1).item()])",
+            ]
+        )
     cut = f", truncation=True, max_length={max_length}" if max_length else ""
     fills_masks = auto_class == "AutoModelForMaskedLM"
     text = 'f"A long {tokenizer.mask_token} …"' if fills_masks else '"A long document …"'
@@ -68,7 +81,7 @@ def model_card(
         model_name=name,
         library_name="transformers",
         pipeline_tag=PIPELINE_TAGS.get(auto_class),
-        tags=["efficient-attention", "long-documents", *tags],
+        tags=["efficient-attention", *tags],
         license=license,
         language=language,
         datasets=list(datasets) or None,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import transformers
+from transformers.utils import is_vision_available
 
 from .models import (
     modeling_big_bird,
@@ -162,3 +163,10 @@ def register_all() -> None:
             auto_name = f"AutoModelFor{head}" if head else "AutoModel"
             getattr(transformers, auto_name).register(config_class, variant.model_class(head), exist_ok=True)
             variant.model_class(head).register_for_auto_class(auto_name)
+        if is_vision_available():
+            from .models.image_processing import EtImageProcessor  # imports Pillow
+
+            # transformers looks for one with torchvision first, and warns where there is none
+            processors: dict[str, type] = dict.fromkeys(("pil", "torchvision"), EtImageProcessor)
+            transformers.AutoImageProcessor.register(config_class, image_processor_classes=processors, exist_ok=True)
+            EtImageProcessor.register_for_auto_class()

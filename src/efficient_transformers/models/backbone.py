@@ -20,6 +20,7 @@ from .attention import OwnValues, SequenceInfo, rotary_angles
 from .caching import prepare_cache
 from .checks import check_at_least, check_length, check_shape
 from .configuration import EtConfig
+from .images import PatchEmbeddings
 from .packing import inverse, pack, packing_order, unpack
 from .resizing import Stretch, resize_table
 from .reversible import chunks, reversible_stack, wide
@@ -55,6 +56,11 @@ class EtPreTrainedModel(PreTrainedModel):
         Parameters with positions are new ones: make the optimiser afterwards. Raises ValueError for a length below 1
         or another `how`.
         """
+        if self.config.image_size is not None:
+            raise ValueError(
+                f"new_length ({new_length}) cannot be set for a model of images: its positions are the patches of "
+                f"image_size ({self.config.image_size})."
+            )
         if how not in ("tile", "interpolate"):
             raise ValueError(f"how ({how!r}) must be 'tile' or 'interpolate'.")
         check_at_least("new_length", new_length, 1, "it is the longest input in tokens")
@@ -85,15 +91,19 @@ def sinusoidal_embedding(positions: Tensor, size: int, dtype: torch.dtype) -> Te
 
 
 class EtEmbeddings(OwnValues):
-    """Words, positions and token types, summed; normalised behind if the blocks are."""
+    """Words or patches of images, positions and token types, summed; normalised behind if the blocks are."""
 
     position_axes: ClassVar = {"position_embeddings.weight": (0,)}
 
     def __init__(self, config: EtConfig):
         super().__init__()
         self.config = config
-        # a padding index would freeze one row; padding is masked, so no row needs to be
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.image_size is None:
+            # a padding index would freeze one row; padding is masked, so no row needs to be
+            self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        else:
+            sizes = config.image_size, config.patch_size, config.num_channels, config.hidden_size
+            self.patch_embeddings = PatchEmbeddings(*sizes)
         if config.position_embedding_type == "learned":
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         if config.type_vocab_size:
@@ -281,13 +291,20 @@ class Encoder:
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = EtPooler(config) if add_pooling_layer else None
         self.gradient_checkpointing = False
+        if config.image_size is not None:
+            self.main_input_name = "pixel_values"
         self.post_init()  # type: ignore[attr-defined]
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings.word_embeddings
+    def get_input_embeddings(self) -> nn.Module:
+        if self.config.image_size is None:
+            return self.embeddings.word_embeddings
+        return self.embeddings.patch_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings.word_embeddings = value
+    def set_input_embeddings(self, value: Any) -> None:
+        if self.config.image_size is None:
+            self.embeddings.word_embeddings = value
+        else:
+            self.embeddings.patch_embeddings = value
 
     @can_return_tuple
     def forward(
@@ -302,11 +319,13 @@ class Encoder:
         global_attention_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        pixel_values: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         r"""Encode a batch of sequences.
 
-        `input_ids` (b, n) int64, or `inputs_embeds` (b, n, e) in their place. `attention_mask` is 1 at real tokens and
+        `input_ids` (b, n) int64, or `inputs_embeds` (b, n, e) in their place, or `pixel_values` (b, channels, height,
+        width) for a model of images. `attention_mask` is 1 at real tokens and
         0 at padding, wherever that stands: (b, n), or (b, past + n) behind a cache. `token_type_ids` and
         `position_ids` (b, n); positions count the real tokens of a row from 0 if not given. `global_attention_mask`
         (b, n) is 1 at tokens that read everything and that everything reads, for the variants that have them.
@@ -316,10 +335,11 @@ class Encoder:
         neither of `input_ids` and `inputs_embeds`.
         """
         config = self.config
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, not both and not neither.")
+        name, inputs = ("input_ids", input_ids) if config.image_size is None else ("pixel_values", pixel_values)
+        if (inputs is None) == (inputs_embeds is None):
+            raise ValueError(f"give either {name} or inputs_embeds, not both and not neither.")
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+            inputs_embeds = self.get_input_embeddings()(inputs)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         cache = self.open_cache(past_key_values, use_cache)

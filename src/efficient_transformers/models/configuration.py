@@ -7,9 +7,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .checks import check_at_least, check_divisible, check_entries
+from .images import count_patches
 from .patterns import AttentionPattern
 
 TEXT_HEADS = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+ENCODER_HEADS = (*TEXT_HEADS, "ImageClassification")
 
 
 @strict
@@ -33,11 +35,14 @@ class EtConfig(PreTrainedConfig):
         classifier_dropout: in front of a classifier; None takes hidden_dropout_prob.
         classifier_pooling: what a sequence is judged by: the mean of its tokens, its first (`cls`) or its last one.
         pooler_act: activation behind the pooler's dense layer, a name that transformers knows.
+        image_size: pixels of a side, or [height, width], makes a model of images, whose tokens are patches in the place
+            of words: `max_position_embeddings` is their number, and there are no token types. None reads text.
+        patch_size, num_channels: of an image; patches are squares, and 1 makes a token of every pixel.
         is_decoder: causal attention, everywhere in the model. `…ForCausalLM` sets it.
         use_cache: let a causal model return its cache.
     """
 
-    heads: ClassVar[tuple[str, ...]] = (*TEXT_HEADS, "CausalLM")
+    heads: ClassVar[tuple[str, ...]] = (*ENCODER_HEADS, "CausalLM")
     attends: ClassVar[bool] = True  # are there queries and keys?
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
@@ -61,6 +66,9 @@ class EtConfig(PreTrainedConfig):
     pooler_act: str = "tanh"
     initializer_range: float | int = 0.02
     tie_word_embeddings: bool = True
+    image_size: int | list[int] | None = None
+    patch_size: int = 16
+    num_channels: int = 3
     is_decoder: bool = False
     use_cache: bool = True
     pad_token_id: int | None = 0
@@ -76,11 +84,23 @@ class EtConfig(PreTrainedConfig):
         module, stem = type(self).__module__.rpartition(".")[2], type(self).__name__.removesuffix("Config")
         self.auto_map = {"AutoConfig": f"{module}.{stem}Config", "AutoModel": f"{module}.{stem}Model"}
         self.auto_map |= {f"AutoModelFor{head}": f"{module}.{stem}For{head}" for head in self.heads}
+        if self.image_size is not None:
+            self.max_position_embeddings = count_patches(self.image_size, self.patch_size)
+            self.type_vocab_size = 0
         super().__post_init__(**kwargs)
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    def check_image_size(self) -> int | list[int]:
+        """`image_size` of a model of images, or a ValueError."""
+        if self.image_size is None:
+            raise ValueError(
+                "image_size (None) must be set for a model of images, e.g. image_size=224, patch_size=16: an input of "
+                "another size does not fit its positions."
+            )
+        return self.image_size
 
     def validate_architecture(self):
         """Sizes are checked here, so that nothing crashes in a forward."""
@@ -91,6 +111,7 @@ class EtConfig(PreTrainedConfig):
             "num_attention_heads",
             "intermediate_size",
             "max_position_embeddings",
+            "num_channels",
         ):
             check_at_least(name, getattr(self, name), 1, "a model needs at least one")
         if self.attends:

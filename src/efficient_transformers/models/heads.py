@@ -1,4 +1,4 @@
-"""The text heads, written once. A variant derives each of them and names its own body in `model_class`.
+"""The heads, written once. A variant derives each of them and names its own body in `model_class`.
 
 transformers' `GenericFor…` heads build their body through an Auto class, which fails inside a checkpoint.
 """
@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
+    ImageClassifierOutput,
     MaskedLMOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
@@ -28,11 +29,19 @@ class Head:
 
     model_class: ClassVar[type[PreTrainedModel]]
     pools: ClassVar[bool] = False  # does the head read the pooled vector?
+    reads_images: ClassVar[bool] = False
     config: EtConfig
     model: PreTrainedModel
 
     def __init__(self, config: EtConfig):
         config = self.own_config(config)
+        if self.reads_images:
+            config.check_image_size()
+        elif config.image_size is not None:
+            raise ValueError(
+                f"{type(self).__name__} reads text and got image_size={config.image_size}: leave image_size out, or "
+                "use …ForImageClassification."
+            )
         super().__init__(config)  # type: ignore[call-arg]
         self.model = self.model_class(config, add_pooling_layer=self.pools)  # type: ignore[call-arg]
         self.add_head(config)
@@ -302,5 +311,27 @@ class ForMultipleChoice(Head):
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(first.shape[:2])
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class ForImageClassification(Classifier):
+    """Judges an image, a sequence of patches: classes, several labels at once or numbers, by `config.problem_type`."""
+
+    pools = True
+    reads_images = True
+    main_input_name = "pixel_values"
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+    ) -> ImageClassifierOutput:
+        """`pixel_values` (b, channels, height, width), of the size that the config states; `labels` (b,) or (b, l)."""
+        outputs = self.model(pixel_values=pixel_values, **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)  # type: ignore[attr-defined]
+        return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

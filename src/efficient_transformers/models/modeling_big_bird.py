@@ -19,8 +19,9 @@ from transformers import initialization as init
 from .attention import PatternAttention
 from .backbone import Encoder, EtPreTrainedModel
 from .checks import check_at_least
-from .configuration import TEXT_HEADS, EtConfig, PatternConfig
+from .configuration import ENCODER_HEADS, EtConfig, PatternConfig
 from .heads import (
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -50,7 +51,7 @@ class EtBigBirdConfig(PatternConfig, EtConfig):
 
     model_type = "et_big_bird"
     # whoever reads the last block reads the future
-    heads: ClassVar[tuple[str, ...]] = TEXT_HEADS
+    heads: ClassVar[tuple[str, ...]] = ENCODER_HEADS
 
     block_size: int = 64
     num_window_blocks: int = 3
@@ -144,4 +145,8 @@ class EtBigBirdForQuestionAnswering(ForQuestionAnswering, EtBigBirdPreTrainedMod
 
 
 class EtBigBirdForMultipleChoice(ForMultipleChoice, EtBigBirdPreTrainedModel):
+    model_class = EtBigBirdModel
+
+
+class EtBigBirdForImageClassification(ForImageClassification, EtBigBirdPreTrainedModel):
     model_class = EtBigBirdModel

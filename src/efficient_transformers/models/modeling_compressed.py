@@ -27,6 +27,7 @@ from .checks import check_at_least
 from .configuration import EtConfig, PatternConfig
 from .heads import (
     ForCausalLM,
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -319,4 +320,8 @@ class EtCompressedForQuestionAnswering(ForQuestionAnswering, EtCompressedPreTrai
 
 
 class EtCompressedForMultipleChoice(ForMultipleChoice, EtCompressedPreTrainedModel):
+    model_class = EtCompressedModel
+
+
+class EtCompressedForImageClassification(ForImageClassification, EtCompressedPreTrainedModel):
     model_class = EtCompressedModel

@@ -16,6 +16,7 @@ from .configuration import EtConfig
 from .feature_maps import FEATURE_MAPS, FeatureMap
 from .heads import (
     ForCausalLM,
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -68,4 +69,8 @@ class EtEfficientForQuestionAnswering(ForQuestionAnswering, EtEfficientPreTraine
 
 
 class EtEfficientForMultipleChoice(ForMultipleChoice, EtEfficientPreTrainedModel):
+    model_class = EtEfficientModel
+
+
+class EtEfficientForImageClassification(ForImageClassification, EtEfficientPreTrainedModel):
     model_class = EtEfficientModel

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .attention import Mixer, SequenceInfo
 from .backbone import Encoder, EtPreTrainedModel
-from .configuration import TEXT_HEADS, EtConfig
+from .configuration import ENCODER_HEADS, EtConfig
 from .fourier import fourier_mix, fourier_mix_chirp, fourier_mix_dense
 from .heads import (
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -37,7 +38,7 @@ class EtFnetConfig(EtConfig):
     """
 
     model_type = "et_fnet"
-    heads: ClassVar[tuple[str, ...]] = TEXT_HEADS
+    heads: ClassVar[tuple[str, ...]] = ENCODER_HEADS
     attends: ClassVar[bool] = False
 
     embedding_projection: bool = False
@@ -97,4 +98,8 @@ class EtFnetForQuestionAnswering(ForQuestionAnswering, EtFnetPreTrainedModel):
 
 
 class EtFnetForMultipleChoice(ForMultipleChoice, EtFnetPreTrainedModel):
+    model_class = EtFnetModel
+
+
+class EtFnetForImageClassification(ForImageClassification, EtFnetPreTrainedModel):
     model_class = EtFnetModel

@@ -11,6 +11,7 @@ from .backbone import Encoder, EtPreTrainedModel
 from .configuration import EtConfig, PatternConfig
 from .heads import (
     ForCausalLM,
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -60,4 +61,8 @@ class EtFullForQuestionAnswering(ForQuestionAnswering, EtFullPreTrainedModel):
 
 
 class EtFullForMultipleChoice(ForMultipleChoice, EtFullPreTrainedModel):
+    model_class = EtFullModel
+
+
+class EtFullForImageClassification(ForImageClassification, EtFullPreTrainedModel):
     model_class = EtFullModel

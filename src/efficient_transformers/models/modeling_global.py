@@ -19,6 +19,7 @@ from .checks import check_at_least
 from .configuration import EtConfig, PatternConfig
 from .heads import (
     ForCausalLM,
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -92,4 +93,8 @@ class EtGlobalForQuestionAnswering(ForQuestionAnswering, EtGlobalPreTrainedModel
 
 
 class EtGlobalForMultipleChoice(ForMultipleChoice, EtGlobalPreTrainedModel):
+    model_class = EtGlobalModel
+
+
+class EtGlobalForImageClassification(ForImageClassification, EtGlobalPreTrainedModel):
     model_class = EtGlobalModel

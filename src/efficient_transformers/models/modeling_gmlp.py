@@ -25,6 +25,7 @@ from .checks import check_at_least, check_divisible
 from .configuration import EtConfig
 from .heads import (
     ForCausalLM,
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -196,4 +197,8 @@ class EtGmlpForQuestionAnswering(ForQuestionAnswering, EtGmlpPreTrainedModel):
 
 
 class EtGmlpForMultipleChoice(ForMultipleChoice, EtGmlpPreTrainedModel):
+    model_class = EtGmlpModel
+
+
+class EtGmlpForImageClassification(ForImageClassification, EtGmlpPreTrainedModel):
     model_class = EtGmlpModel

@@ -14,6 +14,7 @@ from .configuration import EtConfig
 from .feature_maps import FEATURE_MAPS, FeatureMap
 from .heads import (
     ForCausalLM,
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -66,4 +67,8 @@ class EtLinearForQuestionAnswering(ForQuestionAnswering, EtLinearPreTrainedModel
 
 
 class EtLinearForMultipleChoice(ForMultipleChoice, EtLinearPreTrainedModel):
+    model_class = EtLinearModel
+
+
+class EtLinearForImageClassification(ForImageClassification, EtLinearPreTrainedModel):
     model_class = EtLinearModel

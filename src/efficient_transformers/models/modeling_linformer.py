@@ -17,8 +17,9 @@ from transformers import initialization as init
 from .attention import MultiHeadAttention, OwnValues, SequenceInfo
 from .backbone import Encoder, EtPreTrainedModel
 from .checks import check_at_least
-from .configuration import TEXT_HEADS, EtConfig
+from .configuration import ENCODER_HEADS, EtConfig
 from .heads import (
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -39,7 +40,7 @@ class EtLinformerConfig(EtConfig):
     """
 
     model_type = "et_linformer"
-    heads: ClassVar[tuple[str, ...]] = TEXT_HEADS
+    heads: ClassVar[tuple[str, ...]] = ENCODER_HEADS
 
     projected_length: int = 256
     projection_sharing: Literal["none", "headwise", "key_value", "layerwise"] = "key_value"
@@ -159,4 +160,8 @@ class EtLinformerForQuestionAnswering(ForQuestionAnswering, EtLinformerPreTraine
 
 
 class EtLinformerForMultipleChoice(ForMultipleChoice, EtLinformerPreTrainedModel):
+    model_class = EtLinformerModel
+
+
+class EtLinformerForImageClassification(ForImageClassification, EtLinformerPreTrainedModel):
     model_class = EtLinformerModel

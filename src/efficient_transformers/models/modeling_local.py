@@ -14,6 +14,7 @@ from .backbone import Encoder, EtPreTrainedModel
 from .configuration import EtConfig, PatternConfig
 from .heads import (
     ForCausalLM,
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -71,4 +72,8 @@ class EtLocalForQuestionAnswering(ForQuestionAnswering, EtLocalPreTrainedModel):
 
 
 class EtLocalForMultipleChoice(ForMultipleChoice, EtLocalPreTrainedModel):
+    model_class = EtLocalModel
+
+
+class EtLocalForImageClassification(ForImageClassification, EtLocalPreTrainedModel):
     model_class = EtLocalModel

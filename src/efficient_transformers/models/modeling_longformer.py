@@ -23,6 +23,7 @@ from .checks import check_at_least, check_divisible, check_entries
 from .configuration import EtConfig, PatternConfig
 from .heads import (
     ForCausalLM,
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -216,4 +217,8 @@ class EtLongformerForQuestionAnswering(ForQuestionAnswering, EtLongformerPreTrai
 
 
 class EtLongformerForMultipleChoice(FirstTokenIsGlobal, ForMultipleChoice, EtLongformerPreTrainedModel):
+    model_class = EtLongformerModel
+
+
+class EtLongformerForImageClassification(ForImageClassification, EtLongformerPreTrainedModel):
     model_class = EtLongformerModel

@@ -15,6 +15,7 @@ from .backbone import Encoder, EtPreTrainedModel
 from .configuration import EtConfig, PatternConfig
 from .heads import (
     ForCausalLM,
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -82,4 +83,8 @@ class EtMixedForQuestionAnswering(ForQuestionAnswering, EtMixedPreTrainedModel):
 
 
 class EtMixedForMultipleChoice(ForMultipleChoice, EtMixedPreTrainedModel):
+    model_class = EtMixedModel
+
+
+class EtMixedForImageClassification(ForImageClassification, EtMixedPreTrainedModel):
     model_class = EtMixedModel

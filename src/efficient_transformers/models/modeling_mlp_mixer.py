@@ -18,8 +18,9 @@ from transformers.activations import ACT2FN
 from .attention import Mixer, SequenceInfo
 from .backbone import Encoder, EtPreTrainedModel
 from .checks import check_at_least
-from .configuration import TEXT_HEADS, EtConfig
+from .configuration import ENCODER_HEADS, EtConfig
 from .heads import (
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -38,7 +39,7 @@ class EtMlpMixerConfig(EtConfig):
     """
 
     model_type = "et_mlp_mixer"
-    heads: ClassVar[tuple[str, ...]] = TEXT_HEADS
+    heads: ClassVar[tuple[str, ...]] = ENCODER_HEADS
     attends: ClassVar[bool] = False
 
     token_mixing_size: int = 256
@@ -109,4 +110,8 @@ class EtMlpMixerForQuestionAnswering(ForQuestionAnswering, EtMlpMixerPreTrainedM
 
 
 class EtMlpMixerForMultipleChoice(ForMultipleChoice, EtMlpMixerPreTrainedModel):
+    model_class = EtMlpMixerModel
+
+
+class EtMlpMixerForImageClassification(ForImageClassification, EtMlpMixerPreTrainedModel):
     model_class = EtMlpMixerModel

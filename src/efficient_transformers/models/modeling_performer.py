@@ -19,6 +19,7 @@ from .configuration import EtConfig
 from .feature_maps import FEATURE_MAPS, FeatureMap
 from .heads import (
     ForCausalLM,
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -89,4 +90,8 @@ class EtPerformerForQuestionAnswering(ForQuestionAnswering, EtPerformerPreTraine
 
 
 class EtPerformerForMultipleChoice(ForMultipleChoice, EtPerformerPreTrainedModel):
+    model_class = EtPerformerModel
+
+
+class EtPerformerForImageClassification(ForImageClassification, EtPerformerPreTrainedModel):
     model_class = EtPerformerModel

@@ -29,6 +29,7 @@ from .configuration import EtConfig
 from .hashing import assign_buckets, bucket_factors, narrowed, random_rotations
 from .heads import (
     ForCausalLM,
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -202,4 +203,8 @@ class EtReformerForQuestionAnswering(ForQuestionAnswering, EtReformerPreTrainedM
 
 
 class EtReformerForMultipleChoice(ForMultipleChoice, EtReformerPreTrainedModel):
+    model_class = EtReformerModel
+
+
+class EtReformerForImageClassification(ForImageClassification, EtReformerPreTrainedModel):
     model_class = EtReformerModel

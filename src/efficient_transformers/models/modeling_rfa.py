@@ -24,6 +24,7 @@ from .configuration import EtConfig
 from .feature_maps import FEATURE_MAPS, FeatureMap
 from .heads import (
     ForCausalLM,
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -110,4 +111,8 @@ class EtRfaForQuestionAnswering(ForQuestionAnswering, EtRfaPreTrainedModel):
 
 
 class EtRfaForMultipleChoice(ForMultipleChoice, EtRfaPreTrainedModel):
+    model_class = EtRfaModel
+
+
+class EtRfaForImageClassification(ForImageClassification, EtRfaPreTrainedModel):
     model_class = EtRfaModel

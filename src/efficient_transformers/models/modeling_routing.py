@@ -44,6 +44,7 @@ from .clustering import (
 from .configuration import EtConfig
 from .heads import (
     ForCausalLM,
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -300,4 +301,8 @@ class EtRoutingForQuestionAnswering(ForQuestionAnswering, EtRoutingPreTrainedMod
 
 
 class EtRoutingForMultipleChoice(ForMultipleChoice, EtRoutingPreTrainedModel):
+    model_class = EtRoutingModel
+
+
+class EtRoutingForImageClassification(ForImageClassification, EtRoutingPreTrainedModel):
     model_class = EtRoutingModel

@@ -26,6 +26,7 @@ from .checks import check_at_least
 from .configuration import EtConfig
 from .heads import (
     ForCausalLM,
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -323,4 +324,8 @@ class EtSinkhornForQuestionAnswering(ForQuestionAnswering, EtSinkhornPreTrainedM
 
 
 class EtSinkhornForMultipleChoice(ForMultipleChoice, EtSinkhornPreTrainedModel):
+    model_class = EtSinkhornModel
+
+
+class EtSinkhornForImageClassification(ForImageClassification, EtSinkhornPreTrainedModel):
     model_class = EtSinkhornModel

@@ -15,6 +15,7 @@ from .backbone import Encoder, EtPreTrainedModel
 from .configuration import EtConfig, PatternConfig
 from .heads import (
     ForCausalLM,
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -74,4 +75,8 @@ class EtStrideForQuestionAnswering(ForQuestionAnswering, EtStridePreTrainedModel
 
 
 class EtStrideForMultipleChoice(ForMultipleChoice, EtStridePreTrainedModel):
+    model_class = EtStrideModel
+
+
+class EtStrideForImageClassification(ForImageClassification, EtStridePreTrainedModel):
     model_class = EtStrideModel

@@ -28,6 +28,7 @@ from .checks import check_at_least
 from .configuration import EtConfig
 from .heads import (
     ForCausalLM,
+    ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
     ForQuestionAnswering,
@@ -267,4 +268,8 @@ class EtSynthesizerForQuestionAnswering(ForQuestionAnswering, EtSynthesizerPreTr
 
 
 class EtSynthesizerForMultipleChoice(ForMultipleChoice, EtSynthesizerPreTrainedModel):
+    model_class = EtSynthesizerModel
+
+
+class EtSynthesizerForImageClassification(ForImageClassification, EtSynthesizerPreTrainedModel):
     model_class = EtSynthesizerModel

@@ -1,0 +1,153 @@
+"""Labelled images: Fashion-MNIST as Debian packages it, a folder of pictures, or a data set on the Hub."""
+
+import gzip
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from settings import InputError, Settings, find_path
+from sklearn.model_selection import train_test_split
+from transformers import BaseImageProcessor
+
+FASHION_MNIST = "fashion-mnist"
+FASHION_MNIST_NAMES = [
+    "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+]  # fmt: skip
+SPLITS = ("train", "validation", "test")
+PROCESSOR_FIELDS = ("image_mean", "image_std", "do_normalize", "rescale_factor", "resample")
+
+
+@dataclass
+class PictureSettings(Settings):
+    """How labelled images are read."""
+
+    fashion_mnist: str = "/usr/share/datasets/fashion-mnist"  # of the Debian package dataset-fashion-mnist
+    image_column: str = "image"
+    label_column: str = "label"
+    held_out: float = 0.05  # of the training images, for each split that has no images of its own
+    image_processor: dict[str, Any] = field(default_factory=dict)  # fields, e.g. image_mean; default: -1 to 1
+
+    def check(self) -> None:
+        super().check()
+        if not 0 < self.held_out < 0.5:
+            raise InputError(f"held_out ({self.held_out}) must lie between 0 and 0.5: it is a share of the images.")
+        for name in self.image_processor:
+            if name not in PROCESSOR_FIELDS:
+                raise InputError(
+                    f"image_processor has {name!r} and must have no other fields than {', '.join(PROCESSOR_FIELDS)}: "
+                    "the sizes are those of the model."
+                )
+
+
+@dataclass
+class Pictures:
+    """Images and the numbers of their labels."""
+
+    images: Sequence[Any]  # of what an image processor takes
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.images[index], self.labels[index]
+
+    def some(self, indices: Sequence[int]) -> "Pictures":
+        return Pictures([self.images[i] for i in indices], [self.labels[i] for i in indices])
+
+
+def load_pictures(settings: PictureSettings) -> tuple[dict[str, Pictures], list[str]]:
+    """All three splits and the names of the labels; what is missing is cut from the training images."""
+    splits, names = _read_fashion_mnist(settings) if settings.data == FASHION_MNIST else _read_data_set(settings)
+    held = round(settings.held_out * len(splits["train"]))
+    for name in SPLITS[1:]:
+        if name not in splits:
+            whole = splits["train"]
+            if held < len(names) or len(whole) - held < len(names):
+                raise InputError(
+                    f"{len(whole)} images of {len(names)} classes are too few to cut a {name} split from: give more, "
+                    "raise held_out, or give the split images of its own."
+                )
+            kept, kept_out = train_test_split(
+                range(len(whole)), test_size=held, random_state=settings.split_seed, stratify=whole.labels
+            )
+            splits["train"], splits[name] = whole.some(sorted(kept)), whole.some(sorted(kept_out))
+    return {name: splits[name] for name in SPLITS}, names
+
+
+def _read_fashion_mnist(settings: PictureSettings) -> tuple[dict[str, Pictures], list[str]]:
+    folder = Path(settings.fashion_mnist)
+    if not folder.is_dir():
+        raise InputError(
+            f"There is no folder {folder}: install the Debian package dataset-fashion-mnist, or set fashion_mnist to "
+            "a folder with its four .gz files."
+        )
+    splits = {}
+    for split, stem in (("train", "train"), ("test", "t10k")):
+        images = read_idx(folder / f"{stem}-images-idx3-ubyte.gz")
+        splits[split] = Pictures(list(images[..., None]), read_idx(folder / f"{stem}-labels-idx1-ubyte.gz").tolist())
+    return splits, FASHION_MNIST_NAMES
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An array of bytes in the format of MNIST: two zeros, the type 8, the number of axes, their lengths, the data."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError) as error:
+        raise InputError(f"{path} cannot be read as gzip: {error}") from error
+    axes = content[3] if len(content) > 3 else 0
+    start = 4 + 4 * axes
+    shape = np.frombuffer(content[4:start], ">u4").tolist() if len(content) >= start else []
+    if content[:3] != b"\0\0\x08" or len(content) - start != np.prod(shape, dtype=int):
+        raise InputError(f"{path} is no whole file of bytes in the format of MNIST: install it again.")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _read_data_set(settings: PictureSettings) -> tuple[dict[str, Pictures], list[str]]:
+    """A folder with a folder of pictures for each class, perhaps below one for each split; or a name on the Hub."""
+    where = find_path(settings.data)
+    try:
+        if where is None:
+            loaded: Any = datasets.load_dataset(settings.data, settings.data_config)
+        else:
+            loaded = datasets.load_dataset("imagefolder", data_dir=str(where))
+    except Exception as error:  # neither the Hub's failures nor those of broken pictures have a common class
+        raise InputError(
+            f"data ({settings.data!r}) is neither {FASHION_MNIST} nor a folder of pictures here, and could not be "
+            f"loaded from the Hub: {error}"
+        ) from error
+    if "train" not in loaded:
+        raise InputError(f"The data {settings.data} has no split 'train'; it has {', '.join(map(str, loaded))}.")
+    for setting in ("image_column", "label_column"):
+        if (name := getattr(settings, setting)) not in loaded["train"].features:
+            there = ", ".join(loaded["train"].features)
+            raise InputError(f"The data {settings.data} has no column {name!r}; there are: {there}. Set {setting}.")
+    label = loaded["train"].features[settings.label_column]
+    if not isinstance(label, datasets.ClassLabel):
+        raise InputError(
+            f"The column {settings.label_column!r} of {settings.data} must name classes, but it is {label}: choose "
+            "another with label_column."
+        )
+    splits = {
+        split: Pictures(loaded[split][settings.image_column], loaded[split][settings.label_column])
+        for split in SPLITS
+        if split in loaded
+    }
+    return splits, label.names
+
+
+class PictureCollator:
+    """Batches of what the image head takes."""
+
+    def __init__(self, processor: BaseImageProcessor, tokens: int):
+        self.processor, self.tokens = processor, tokens
+
+    def __call__(self, examples: list[tuple[Any, int]]) -> dict[str, torch.Tensor]:
+        images, labels = zip(*examples, strict=True)
+        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+        every = torch.ones(len(images), self.tokens, dtype=torch.long)  # the training loop counts tokens by it
+        return {"pixel_values": pixels, "labels": torch.tensor(labels), "attention_mask": every}
