@@ -107,8 +107,8 @@ def test_many_tiles_are_one(kind, decoder, monkeypatch):
     model, grads, outputs = small(kind, is_decoder=decoder), [], []
     ids, mask = inputs(4, 40), torch.ones(4, 40, dtype=torch.long)
     mask[1, 29:] = mask[2, :3] = mask[3, :3] = 0
-    for entries in (2**19, 40 * 4):
-        monkeypatch.setattr(engine, "RUN_ENTRIES", entries)
+    for entries in (2**20, 40 * 4):
+        monkeypatch.setattr(engine, "TILE_ENTRIES", entries)
         output = model(ids, attention_mask=mask, use_cache=False).last_hidden_state
         used = [p for name, p in model.named_parameters() if not name.startswith("pooler")]
         grads.append(torch.autograd.grad(output.square().sum(), used))

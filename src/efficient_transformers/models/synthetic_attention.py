@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from .sparse_attention import DropoutMasks, softmax_backward_
-from .tiles import RUN_ENTRIES, SCRATCH
+from .tiles import SCRATCH
+
+# Entries of the weights of a tile, by measurement: enough for full products, few enough to stay in the cache.
+TILE_ENTRIES = 2**20
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,12 @@ class SyntheticAttention(torch.autograd.Function):
                 weights = softmax_of(parts_of(rules, inputs, keys), tile, causal)
                 if dropout:
                     weights *= masks.like(weights)
-                mixed = weights.to(v.dtype) @ values[heads, :keys]
-                out[rows, heads, queries] = mixed.unflatten(-1, (len(rows), -1)).permute(2, 0, 1, 3)
+                weights, read = weights.to(v.dtype), values[heads, :keys]
+                if len(rows) == 1:
+                    torch.bmm(weights, read, out=out[rows[0], heads, queries])
+                else:
+                    mixed = torch.bmm(weights, read)
+                    out[rows, heads, queries] = mixed.unflatten(-1, (len(rows), -1)).permute(2, 0, 1, 3)
         return out
 
     @staticmethod
@@ -101,7 +108,11 @@ class SyntheticAttention(torch.autograd.Function):
         v, *tensors = ctx.saved_tensors
         rules, groups, causal, dropout, seed = ctx.settings
         needed, grad_v = ctx.needs_input_grad[6:], torch.zeros_like(v)
-        grads = [torch.zeros_like(x) if need else None for x, need in zip(tensors, needed, strict=True)]
+        # a gradient as large as the n×n scores is written where it belongs, and not added to zeros
+        written = len(groups) == 1 and not causal and [cuts for _, cuts in rules] == [("qk",)] and needed[0]
+        written = written and tensors[0].shape[2] == groups[0][1] and tensors[0].dtype == v.dtype
+        new = torch.empty_like if written else torch.zeros_like
+        grads = [new(x) if need else None for x, need in zip(tensors, needed, strict=True)]
         masks = DropoutMasks(dropout, seed, v.device)
         for rows, length in groups:
             values, grad_out = (side_by_side(x, rows, length) for x in (v, grad))
@@ -114,7 +125,10 @@ class SyntheticAttention(torch.autograd.Function):
                     parts = parts_of(rules, inputs, keys)
                 weights = softmax_of([part.detach() for part in parts], tile, causal)
                 of_tile, read = grad_out[heads, queries], values[heads, :keys]
-                grad_scores = SCRATCH.take("gradient", tuple(weights.shape), read)
+                if written:
+                    (grad_scores,) = inputs_of(rules, grads, 0, tile)
+                else:
+                    grad_scores = SCRATCH.take("gradient", tuple(weights.shape), read)
                 torch.bmm(of_tile, read.transpose(1, 2), out=grad_scores)
                 grad_scores, used = grad_scores.to(weights.dtype), weights
                 if dropout:
@@ -125,6 +139,8 @@ class SyntheticAttention(torch.autograd.Function):
                 if not wanted:
                     continue
                 softmax_backward_(grad_scores, weights)
+                if written:
+                    continue
                 if len(parts) == 1 and parts[0] is inputs[0]:  # scores as they are
                     found: Sequence[Tensor] = [grad_scores]
                 else:
@@ -138,8 +154,8 @@ class SyntheticAttention(torch.autograd.Function):
 
 
 def tiles(length: int, num_heads: int, causal: bool) -> Iterator[Tile]:
-    """Heads and queries such that a matrix of weights has at most RUN_ENTRIES."""
-    together = max(1, RUN_ENTRIES // max(1, length**2))
+    """Heads and queries such that a matrix of weights has at most TILE_ENTRIES."""
+    together = max(1, TILE_ENTRIES // max(1, length**2))
     for head in range(0, num_heads, together):
         for queries in query_runs(length):
             yield slice(head, min(head + together, num_heads)), queries, queries.stop if causal else length
@@ -147,7 +163,7 @@ def tiles(length: int, num_heads: int, causal: bool) -> Iterator[Tile]:
 
 def query_runs(length: int) -> list[slice]:
     """Queries that stand in one tile."""
-    size = max(1, min(length, RUN_ENTRIES // max(1, length)))
+    size = max(1, min(length, TILE_ENTRIES // max(1, length)))
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
