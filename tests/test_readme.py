@@ -19,7 +19,7 @@ def test_its_python_runs(tmp_path, monkeypatch):
     build(VARIANTS["local"], {}, "SequenceClassification", **fields).save_pretrained("runs/era-local")
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained("runs/era-local")
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict = {}
     for block in blocks:
         exec(block, names)
