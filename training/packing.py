@@ -133,6 +133,19 @@ def slices(length: int, room: int, shortest: int) -> Iterator[slice]:
             yield slice(start, start + room)
 
 
+def overlapping_slices(length: int, room: int, overlap: int) -> Iterator[tuple[slice, slice]]:
+    """Windows of `room` tokens, each sharing `overlap` with the one before it, and the part of each that is its own.
+
+    The own parts divide the tokens among the windows: two windows share what they both show half and half.
+    """
+    begin = 0
+    for start in range(0, max(length - overlap, 1), room - overlap):
+        stop = min(start + room, length)
+        end = length if stop == length else stop - overlap // 2
+        yield slice(start, stop), slice(begin, end)
+        begin = end
+
+
 def special_frame(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that the tokenizer puts before and after a text; told by one of these, which it surely knows."""
     for text in texts:
