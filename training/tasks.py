@@ -22,7 +22,7 @@ from reporting import about, make_card, report
 from settings import InputError
 from texts import TextSettings
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Features(Dataset):
@@ -100,6 +100,7 @@ class Task(Generic[S]):
     evaluator: type[Evaluator]
     limits: Callable[[S], list[str]]
     labels: Callable[[list[Any]], list[str]] | None = None
+    build_config: Callable[..., PreTrainedConfig] = build_config
     build_model: Callable[..., Any] = build_model
 
     def run(self, settings: S, command: str = "") -> dict[str, Any]:
@@ -114,7 +115,7 @@ class Task(Generic[S]):
         tokenizer = load_tokenizer(settings)
         examples = self.load(settings)
         names = self.labels(examples["train"]) if self.labels else []
-        config = build_config(settings, tokenizer, **label_fields(names))
+        config = self.build_config(settings, tokenizer, **label_fields(names))
         max_length = visible_length(settings, config)
         set_seed(settings.seed)
         model = self.build_model(settings, config, self.auto_class)
@@ -175,7 +176,7 @@ class Task(Generic[S]):
         settings = finished_settings(self.settings_class, folder, overrides)
         accelerator = make_accelerator(settings)
         tokenizer = load_tokenizer(settings)
-        config = build_config(settings, tokenizer)
+        config = self.build_config(settings, tokenizer)
         examples = self.load(settings)
         names, trained = self.labels(examples["train"]) if self.labels else [], list((config.id2label or {}).values())
         if self.labels and names != trained:

@@ -1,0 +1,93 @@
+"""Trains a model that finds the answer to a question in a long text, evaluates it on the test split and saves it.
+
+accelerate launch training/answer.py --config configs/needle/local.yaml [key=value …] [--resume]
+python training/answer.py --evaluate runs/needle-local [max_length=512]
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from answering import (
+    AnswerSettings,
+    answer_windows,
+    answers_of,
+    best_span,
+    collate_answers,
+    exact_match,
+    load_questions,
+    overlap_f1,
+)
+from building import build_config
+from command_line import command_line
+from tasks import Evaluator, Task
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTrainedTokenizerBase
+
+Logits = tuple[float, np.ndarray, np.ndarray]  # loss of a window, and the logits of its starts and ends
+
+
+class AnswerEvaluator(Evaluator):
+    """Loss of the windows; exact match and F1 of the questions, each answered from all windows of its context."""
+
+    score_names = ("exact_match", "f1")
+
+    def judge(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[Logits]:
+        logits = {"start": outputs.start_logits.float(), "end": outputs.end_logits.float()}
+        losses = sum(cross_entropy(row, batch[f"{name}_positions"], reduction="none") for name, row in logits.items())
+        starts, ends = (row.cpu().numpy() for row in logits.values())
+        return list(zip((losses / 2).tolist(), starts, ends, strict=True))
+
+    def scores(self, found: list[Logits]) -> dict[str, float]:
+        longest = self.settings.max_answer_length
+        spans = [best_span(*row, window, longest) for (_, *row), window in zip(found, self.data.notes, strict=True)]
+        given = answers_of(spans, self.data.notes, self.data.shared, self.settings)
+        pairs = [(ours, question.answers) for ours, question in zip(given, self.data.shared, strict=True)]
+        return {
+            "loss": sum(loss for loss, *_ in found) / len(found),
+            "exact_match": sum(exact_match(*pair) for pair in pairs) / len(pairs),
+            "f1": sum(overlap_f1(*pair) for pair in pairs) / len(pairs),
+        }
+
+
+def answering_config(settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase, **fields: Any) -> PreTrainedConfig:
+    """Longformer's config knows the token that ends the question, so that the saved model marks it by itself."""
+    config = build_config(settings, tokenizer, **fields)
+    if getattr(config, "sep_token_id", 0) is None and settings.mark_question:
+        config.sep_token_id = tokenizer.sep_token_id
+    return config
+
+
+def limits(settings: AnswerSettings) -> list[str]:
+    needle = "Its questions ask for one kind of sentence, hidden at random in real text: it answers no other ones."
+    return [
+        f"It gives a span of at most {settings.max_answer_length} tokens of the text, and none that is longer.",
+        *([needle] if settings.examples == "needle" else []),
+        *([] if settings.null_answers else ["It always gives an answer, also where the text has none."]),
+    ]
+
+
+TASK = Task(
+    script="answer.py",
+    settings_class=AnswerSettings,
+    auto_class=AutoModelForQuestionAnswering,
+    task_type="question-answering",
+    purpose="A reader: it finds the answer to a question as a span of a text.",
+    unit="windows",
+    load=load_questions,
+    encode=answer_windows,
+    collate=collate_answers,
+    evaluator=AnswerEvaluator,
+    limits=limits,
+    build_config=answering_config,
+)
+run, evaluate_folder = TASK.run, TASK.evaluate_folder
+
+
+def main(arguments: list[str] | None = None) -> None:
+    command_line(TASK.script, __doc__, TASK.settings_class, run, evaluate_folder, arguments)
+
+
+if __name__ == "__main__":
+    main()
