@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from excerpts import sentences
+from packing import check_offsets, shortened
 from settings import InputError
 from tasks import Features
 from texts import Row, TextSettings, load_splits, text_of, value_of
@@ -144,11 +145,7 @@ def answer_windows(
     Where a window does not show the (first) answer whole, both positions are 0, the token in front, which stands for
     "no answer" (Devlin et al. 2018, arXiv:1810.04805, section 4.3).
     """
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"Answers need a tokenizer that knows where in the text its tokens stand, and {type(tokenizer).__name__} "
-            "is not one of the tokenizers library (a fast one): take another tokenizer."
-        )
+    check_offsets(tokenizer, "Answers")
     added = tokenizer.num_special_tokens_to_add(pair=True)
     room = max_length - settings.max_question_length - added
     if room <= settings.stride:
@@ -157,7 +154,7 @@ def answer_windows(
             f"({settings.max_question_length}) and {added} special tokens, and stride ({settings.stride}) must be "
             "less: raise max_length or lower the others."
         )
-    cut = [short(question.question, tokenizer, settings.max_question_length) for question in questions]
+    cut = [shortened(question.question.strip(), tokenizer, settings.max_question_length) for question in questions]
     marks = settings.mark_question and takes_marks(model)
     rows, windows = [], []
     for start in range(0, len(questions), 64):
@@ -187,13 +184,6 @@ def answer_windows(
             rows.append(row)
             windows.append(window)
     return Features(rows, windows, questions)
-
-
-def short(question: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
-    """The question without white space in front, and cut where it is too long."""
-    question = question.strip()
-    offsets = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return question if len(offsets) <= max_tokens else question[: offsets[max_tokens - 1][1]]
 
 
 def collate_answers(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:

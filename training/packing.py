@@ -157,6 +157,23 @@ def special_frame(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple
     return np.array([], dtype=np.int32), np.array([], dtype=np.int32)
 
 
+def check_offsets(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """Only the tokenizers library tells which characters a token stands for."""
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{what} need a tokenizer that knows where in the text its tokens stand, and {type(tokenizer).__name__} is "
+            "not one of the tokenizers library (a fast one): take another tokenizer."
+        )
+
+
+def shortened(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, keep: Literal["start", "end"] = "start") -> str:
+    """The text, or of a longer one what its first or its last `tokens` tokens stand for."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    if len(offsets) <= tokens:
+        return text
+    return text[: offsets[tokens - 1][1]] if keep == "start" else text[offsets[-tokens][0] :]
+
+
 def check_words(tokenizer: PreTrainedTokenizerBase) -> None:
     """Words are the tokenizer's own, found before it cuts them into tokens: whatever marks them, `Ġ` or `##`."""
     if not tokenizer.is_fast:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 from excerpts import ends_sentence
-from packing import IGNORED, encoded, overlapping_slices, special_frame
+from packing import IGNORED, check_offsets, encoded, overlapping_slices, special_frame
 from settings import InputError
 from tasks import Features
 from texts import Row, TextSettings, load_splits, text_of, value_of
@@ -105,11 +105,7 @@ def tag_windows(
     The windows of a long document share `overlap` tokens. A word in there has its label in the window that shows more
     of what stands around it, so that every word is learnt and judged once.
     """
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"Tags need a tokenizer that knows where in the text its tokens stand, and {type(tokenizer).__name__} is "
-            "not one of the tokenizers library (a fast one): take another tokenizer."
-        )
+    check_offsets(tokenizer, "Tags")
     texts = [" ".join(document.words) for document in documents]
     head, tail = special_frame(tokenizer, texts)
     room = max_length - len(head) - len(tail)
