@@ -20,7 +20,7 @@ from answering import (
 )
 from building import build_config
 from command_line import command_line
-from tasks import Evaluator, Task
+from tasks import Scorer, Task
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTrainedTokenizerBase
@@ -28,10 +28,10 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTra
 Logits = tuple[float, np.ndarray, np.ndarray]  # loss of a window, and the logits of its starts and ends
 
 
-class AnswerEvaluator(Evaluator):
+class AnswerScorer(Scorer):
     """Loss of the windows; exact match and F1 of the questions, each answered from all windows of its context."""
 
-    score_names = ("exact_match", "f1")
+    names = ("exact_match", "f1")
 
     def judge(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[Logits]:
         logits = {"start": outputs.start_logits.float(), "end": outputs.end_logits.float()}
@@ -78,7 +78,7 @@ TASK = Task(
     load=load_questions,
     encode=answer_windows,
     collate=collate_answers,
-    evaluator=AnswerEvaluator,
+    scorer=AnswerScorer,
     limits=limits,
     build_config=answering_config,
 )

@@ -10,7 +10,7 @@ from typing import Any
 from choosing import ChooseSettings, choice_rows, load_choices
 from command_line import command_line
 from metrics import Accuracy
-from tasks import Evaluator, Task
+from tasks import Scorer, Task
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMultipleChoice, DataCollatorForMultipleChoice
@@ -18,10 +18,10 @@ from transformers import AutoModelForMultipleChoice, DataCollatorForMultipleChoi
 Judged = tuple[float, int, int]  # loss, the class that is predicted and the true one
 
 
-class ChoiceEvaluator(Evaluator):
+class ChoiceScorer(Scorer):
     """Loss and accuracy of examples with one label each."""
 
-    score_names = ("accuracy",)
+    names = ("accuracy",)
 
     def judge(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[Judged]:
         logits, labels = outputs.logits.float(), batch["labels"]
@@ -35,7 +35,9 @@ class ChoiceEvaluator(Evaluator):
 
 
 def limits(settings: ChooseSettings) -> list[str]:
-    made = "It has learnt to tell what comes next in a text from what stands in other texts, by whatever shows it: topic, "
+    made = (
+        "It has learnt to tell what comes next in a text from what stands in other texts, by whatever shows it: topic, "
+    )
     made += "time and style as well as what is said."
     return [made] if settings.examples == "next" else ["It always picks one of the choices, also where none is right."]
 
@@ -50,7 +52,7 @@ TASK = Task(
     load=load_choices,
     encode=choice_rows,
     collate=DataCollatorForMultipleChoice,
-    evaluator=ChoiceEvaluator,
+    scorer=ChoiceScorer,
     limits=limits,
 )
 run, evaluate_folder = TASK.run, TASK.evaluate_folder

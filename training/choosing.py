@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from excerpts import excerpts
@@ -73,7 +73,9 @@ def _choice(row: Row, settings: ChooseSettings) -> Choice:
     for text in (context, question, *choices):
         if not isinstance(text, str):
             raise InputError(f"Context, question and choices must be text, but {place} has {text!r}.")
-    return Choice(context, [f"{question} {choice}".strip() for choice in choices], _label_of(row, len(choices), settings))
+    return Choice(
+        context, [f"{question} {choice}".strip() for choice in choices], _label_of(row, len(choices), settings)
+    )
 
 
 def _label_of(row: Row, count: int, settings: ChooseSettings) -> int:

@@ -56,7 +56,9 @@ class EntityF1(_Metric):
 
     inputs, kind = "the tags of each document's words", datasets.List(datasets.Value("string"))
 
-    def _compute(self, *, predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    def _compute(
+        self, *, predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
+    ) -> dict[str, float]:
         pairs = [
             (set(entities(ours)), set(entities(theirs))) for ours, theirs in zip(predictions, references, strict=True)
         ]

@@ -166,7 +166,9 @@ def check_offsets(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
         )
 
 
-def shortened(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, keep: Literal["start", "end"] = "start") -> str:
+def shortened(
+    text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, keep: Literal["start", "end"] = "start"
+) -> str:
     """The text, or of a longer one what its first or its last `tokens` tokens stand for."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     if len(offsets) <= tokens:

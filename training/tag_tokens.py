@@ -11,16 +11,16 @@ from command_line import command_line
 from metrics import EntityF1
 from packing import IGNORED
 from tagging import TagSettings, load_tagged, tag_names, tag_windows
-from tasks import Evaluator, Task
+from tasks import Scorer, Task
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
 
-class TagEvaluator(Evaluator):
+class TagScorer(Scorer):
     """Loss, accuracy and the F1 of entities, at one token of each word; an entity may reach over windows."""
 
-    score_names = ("f1", "precision", "recall", "accuracy")
+    names = ("f1", "precision", "recall", "accuracy")
 
     def judge(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[tuple[float, list[int], list[int]]]:
         found = []
@@ -38,7 +38,9 @@ class TagEvaluator(Evaluator):
             whole = documents.setdefault(index, ([], []))
             whole[0].extend(ours)
             whole[1].extend(theirs)
-        tags = [[[self.data.shared[tag] for tag in row] for row in rows] for rows in zip(*documents.values(), strict=True)]
+        tags = [
+            [[self.data.shared[tag] for tag in row] for row in rows] for rows in zip(*documents.values(), strict=True)
+        ]
         entities = EntityF1(keep_in_memory=True).compute(predictions=tags[0], references=tags[1])
         return {"loss": sum(losses) / sum(map(len, references)), **(entities or {})}
 
@@ -63,7 +65,7 @@ TASK = Task(
     load=load_tagged,
     encode=tag_windows,
     collate=DataCollatorForTokenClassification,
-    evaluator=TagEvaluator,
+    scorer=TagScorer,
     limits=limits,
     labels=tag_names,
 )

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from excerpts import ends_sentence
@@ -65,9 +65,13 @@ def _tagged(row: Row, settings: TagSettings) -> Tagged:
         (settings.tags_column, tags, (str, int, type(None))),
     ):
         if not isinstance(values, list) or not all(isinstance(value, kinds) for value in values):
-            raise InputError(f"The column {name!r} must be a list with one entry for each word, but {place} has {values!r}.")
+            raise InputError(
+                f"The column {name!r} must be a list with one entry for each word, but {place} has {values!r}."
+            )
     if len(words) != len(tags):
-        raise InputError(f"There must be one tag for each word, but {place} has {len(words)} words and {len(tags)} tags.")
+        raise InputError(
+            f"There must be one tag for each word, but {place} has {len(words)} words and {len(tags)} tags."
+        )
     return Tagged(words, [None if tag is None else str(tag) for tag in tags])
 
 
@@ -144,5 +148,3 @@ def first_tokens(words: list[str], offsets: np.ndarray) -> dict[int, int]:
         if word > seen and offsets[token, 1] > offsets[token, 0]:
             first[token], seen = word, word
     return first
-
-

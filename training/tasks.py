@@ -21,6 +21,7 @@ from outputs import begin_folder, finish_folder, finished_metrics, hardware, met
 from reporting import about, make_card, report
 from settings import InputError
 from texts import TextSettings
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,32 +47,39 @@ class Features(Dataset):
         return [max(map(len, ids)) if isinstance(ids, list) else len(ids) for ids in first]
 
 
+class Scorer:
+    """Scores of one split: what is found in each window, then what all of it says."""
+
+    names: ClassVar[tuple[str, ...]]  # of the scores, besides the loss
+
+    def __init__(self, data: Features, settings: Any):
+        self.data, self.settings = data, settings
+
+    def judge(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[Any]:
+        """What the scores need of each window of a batch: no tensor, so that it can be gathered from all processes."""
+        raise NotImplementedError
+
+    def scores(self, found: list[Any]) -> dict[str, float]:
+        """From what was found in all windows, in their order."""
+        raise NotImplementedError
+
+
 class Evaluator:
-    """Scores of a model on one split, over all processes: what is found in each window, then what all of it says."""
+    """Scores of a model on one split, over all processes."""
 
-    score_names: ClassVar[tuple[str, ...]]
-
-    def __init__(self, accelerator: Accelerator, data: Features, collate: Any, settings: TextSettings):
-        self.accelerator, self.data, self.settings = accelerator, data, settings
-        self.loader = accelerator.prepare(make_loader(data, collate, settings.eval_batch_size))
+    def __init__(self, accelerator: Accelerator, scorer: Scorer, collate: Any, batch_size: int):
+        self.accelerator, self.scorer = accelerator, scorer
+        self.loader = accelerator.prepare(make_loader(scorer.data, collate, batch_size))
 
     @torch.inference_mode()
     def __call__(self, model: torch.nn.Module) -> dict[str, float]:
         model.eval()
         found: list[Any] = []
         for batch in self.loader:
-            windows = self.judge(model(**batch), batch)
+            windows: Any = self.scorer.judge(model(**batch), batch)
             found += self.accelerator.gather_for_metrics(windows, use_gather_object=True)
-        assert len(found) == len(self.data)
-        return self.scores(found)
-
-    def judge(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> list[Any]:
-        """What the scores need of each window of a batch, as plain Python."""
-        raise NotImplementedError
-
-    def scores(self, found: list[Any]) -> dict[str, float]:
-        """From what was found in all windows, in their order."""
-        raise NotImplementedError
+        assert len(found) == len(self.scorer.data)
+        return self.scorer.scores(found)
 
 
 S = TypeVar("S", bound=TextSettings)
@@ -97,7 +105,7 @@ class Task(Generic[S]):
     load: Callable[[S], dict[str, list[Any]]]
     encode: Callable[[list[Any], PreTrainedTokenizerBase, int, S, PreTrainedModel], Features]
     collate: Callable[[PreTrainedTokenizerBase], Any]
-    evaluator: type[Evaluator]
+    scorer: type[Scorer]
     limits: Callable[[S], list[str]]
     labels: Callable[[list[Any]], list[str]] | None = None
     build_config: Callable[..., PreTrainedConfig] = build_config
@@ -108,7 +116,7 @@ class Task(Generic[S]):
         accelerator = make_accelerator(settings)
         if (finished := finished_metrics(accelerator, settings)) is not None:
             return finished
-        known = ("loss", *self.evaluator.score_names)
+        known = ("loss", *self.scorer.names)
         if settings.best_metric not in known:
             raise InputError(f"best_metric ({settings.best_metric!r}) must be one of {', '.join(known)}.")
 
@@ -119,16 +127,16 @@ class Task(Generic[S]):
         max_length = visible_length(settings, config)
         set_seed(settings.seed)
         model = self.build_model(settings, config, self.auto_class)
-        data = {
-            name: self.encode(split, tokenizer, max_length, settings, model) for name, split in examples.items()
-        }
+        data = {name: self.encode(split, tokenizer, max_length, settings, model) for name, split in examples.items()}
         for name, features in data.items():
             if not len(features):
                 raise InputError(f"The {name} data holds nothing to learn from: no example has anything to predict.")
         facts = model_facts(model, max_length)
         collate = self.collate(tokenizer)
-        validate = self.evaluator(accelerator, data["validation"], collate, settings)
-        test = self.evaluator(accelerator, data["test"], collate, settings)
+        validate, test = (
+            Evaluator(accelerator, self.scorer(data[name], settings), collate, settings.eval_batch_size)
+            for name in ("validation", "test")
+        )
 
         begin_folder(accelerator, settings)
         sizes = " / ".join(str(len(features)) for features in data.values())
@@ -149,11 +157,9 @@ class Task(Generic[S]):
         return metrics
 
     def shown(self, metrics: dict[str, Any]) -> dict[str, float]:
-        return {name: metrics["test"][name] for name in self.evaluator.score_names}
+        return {name: metrics["test"][name] for name in self.scorer.names}
 
-    def card(
-        self, settings: S, metrics: dict[str, Any], description: str, names: list[str], command: str
-    ) -> ModelCard:
+    def card(self, settings: S, metrics: dict[str, Any], description: str, names: list[str], command: str) -> ModelCard:
         classes = f" Its classes: {', '.join(names)}." if names else ""
         return make_card(
             settings,
@@ -184,7 +190,8 @@ class Task(Generic[S]):
         max_length = visible_length(settings, config)
         model = self.build_model(settings, config, self.auto_class)
         data = self.encode(examples["test"], tokenizer, max_length, settings, model)
-        test = self.evaluator(accelerator, data, self.collate(tokenizer), settings)
+        scorer = self.scorer(data, settings)
+        test = Evaluator(accelerator, scorer, self.collate(tokenizer), settings.eval_batch_size)
         scores = {**test(accelerator.prepare_model(model, evaluation_mode=True)), "n": len(data)}
         accelerator.print(json.dumps({"max_length": max_length, **scores}))
         return scores
