@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from answering import (
     AnswerSettings,
     answer_windows,
@@ -35,13 +36,14 @@ class AnswerScorer(Scorer):
 
     def judge(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[Logits]:
         logits = {"start": outputs.start_logits.float(), "end": outputs.end_logits.float()}
-        losses = sum(cross_entropy(row, batch[f"{name}_positions"], reduction="none") for name, row in logits.items())
+        losses = [cross_entropy(row, batch[f"{name}_positions"], reduction="none") for name, row in logits.items()]
         starts, ends = (row.cpu().numpy() for row in logits.values())
-        return list(zip((losses / 2).tolist(), starts, ends, strict=True))
+        return list(zip(torch.stack(losses).mean(0).tolist(), starts, ends, strict=True))
 
     def scores(self, found: list[Logits]) -> dict[str, float]:
         longest = self.settings.max_answer_length
-        spans = [best_span(*row, window, longest) for (_, *row), window in zip(found, self.data.notes, strict=True)]
+        windows = zip(found, self.data.notes, strict=True)
+        spans = [best_span(starts, ends, window, longest) for (_, starts, ends), window in windows]
         given = answers_of(spans, self.data.notes, self.data.shared, self.settings)
         pairs = [(ours, question.answers) for ours, question in zip(given, self.data.shared, strict=True)]
         return {

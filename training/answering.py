@@ -188,7 +188,7 @@ def answer_windows(
 
 def collate_answers(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
     """Pads on the right, whatever the tokenizer does: positions count from the front. And pads marks, too."""
-    fill = {"input_ids": tokenizer.pad_token_id}
+    fill: dict[str, Any] = {"input_ids": tokenizer.pad_token_id}
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = {}

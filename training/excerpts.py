@@ -4,7 +4,7 @@ import re
 
 # one letter, and titles: a full stop behind them ends no sentence
 ABBREVIATION = re.compile(r"\W*([A-Za-z]|Mr|Mrs|Ms|Messrs|Dr|Hon|Gen|Col|Capt|Lieut|Sen|Rep|Gov|St|No|Nos|vs|etc)\.")
-SENTENCE_END = re.compile(r"[.?!][\"')\]”’]*$")
+SENTENCE_END = re.compile(r"[.?!][\"')\]\u201d\u2019]*$")
 
 
 def ends_sentence(word: str) -> bool:

@@ -86,7 +86,7 @@ def case_tags(text: str) -> Tagged:
     for raw in text.split():
         word = re.sub(r"^\W+|\W+$", "", raw)
         if word:
-            is_name = word[0].isupper() and not re.fullmatch(r"I(['’]\w+)?", word)
+            is_name = word[0].isupper() and not re.fullmatch(r"I(['\u2019]\w+)?", word)
             tags.append("START" if starts else ("I-NAME" if in_name else "B-NAME") if is_name else "O")
             words.append(word.lower())
             in_name = is_name and not starts

@@ -180,4 +180,4 @@ def _read_hub(settings: TextSettings, label_column: str | None) -> Tables:
 
 
 def _name(label: datasets.ClassLabel, value: int) -> str | None:
-    return label.int2str(value) if value >= 0 else None
+    return str(label.int2str(value)) if value >= 0 else None

@@ -25,10 +25,9 @@ from building import build_config, build_model, load_tokenizer, visible_length
 from causal import CausalPacker, CausalWindows
 from classify import ClassifySettings
 from documents import encode_documents, load_documents
-from language_models import LanguageModelSettings
 from metrics import compute_metrics, load_metrics
 from packing import IGNORED, Packer
-from pretrain_clm import build_causal_model, load_open_tokenizer
+from pretrain_clm import ClmSettings, build_causal_model, load_open_tokenizer
 from pretrain_mlm import MlmSettings, build_masked_model, load_masking_tokenizer
 from settings import InputError, Settings, did_you_mean, merge, parse_override
 from tasks import Features, Task, label_fields
@@ -51,7 +50,7 @@ TASKS: dict[str, Task] = {"tags": tag_tokens.TASK, "answers": answer.TASK, "choi
 SETTINGS: dict[str, type[Settings]] = {
     "classify": ClassifySettings,
     "mlm": MlmSettings,
-    "clm": LanguageModelSettings,
+    "clm": ClmSettings,
     **{name: task.settings_class for name, task in TASKS.items()},
 }
 # of the settings that all scripts share, those of the data; in the place of the others are the Trainer's arguments
@@ -148,25 +147,27 @@ def ready_to_classify(settings: ClassifySettings) -> Ready:
     metrics = load_metrics(settings.extra_metrics)
 
     def scores(split: str, prediction: EvalPrediction) -> dict[str, float]:
-        return compute_metrics(metrics, np.argmax(prediction.predictions, -1).tolist(), prediction.label_ids.tolist())
+        return compute_metrics(
+            metrics, np.argmax(prediction.predictions, -1).tolist(), np.asarray(prediction.label_ids).tolist()
+        )
 
     return Ready(model, tokenizer, data, DataCollatorWithPadding(tokenizer), scores)
 
 
 def ready_to_fill(settings: MlmSettings) -> Ready:
+    if settings.whole_word:
+        raise InputError("whole_word (True) is for training/pretrain_mlm.py: here transformers' collator masks tokens.")
     texts = load_texts(settings)
     tokenizer = load_masking_tokenizer(settings, texts["train"])
     config = build_config(settings, tokenizer)
     model = build_masked_model(settings, config, tokenizer)
     pack = Packer(tokenizer, visible_length(settings, config), settings.packing, settings.shortest_window)
     data = {name: Features([{"input_ids": window.ids} for window in pack(split)]) for name, split in texts.items()}
-    collate = DataCollatorForLanguageModeling(
-        tokenizer, mlm_probability=settings.mlm_probability, whole_word_mask=settings.whole_word
-    )
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=settings.mlm_probability)
     return Ready(model, tokenizer, data, collate, lambda _, prediction: share_right(prediction), most_likely)
 
 
-def ready_to_write(settings: LanguageModelSettings) -> Ready:
+def ready_to_write(settings: ClmSettings) -> Ready:
     texts = load_texts(settings)
     tokenizer = load_open_tokenizer(settings, texts["train"])
     config = build_config(settings, tokenizer)

@@ -47,7 +47,8 @@ def loading_code(folder: str, auto_class: str, max_length: int | None = None) ->
         ],
         "AutoModelForQuestionAnswering": [
             "outputs = model(**inputs)",
-            "begin, end = outputs.start_logits.argmax().item(), outputs.end_logits.argmax().item()",
+            "begin = outputs.start_logits.argmax().item()",
+            "end = begin + outputs.end_logits[0, begin:].argmax().item()",
             "print(tokenizer.decode(inputs.input_ids[0, begin : end + 1]))",
         ],
         "AutoModelForMultipleChoice": [
