@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from test_training_tasks import ROWS
 from training_runs import reset_accelerate, write_rows, write_sentences
 from transformers import (
@@ -29,8 +30,10 @@ from settings import Settings  # noqa: E402
 
 import efficient_transformers  # noqa: E402, F401 - registers the variants
 
-SIZES = ["hidden_size=32", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=32", "window_size=5",
-         "max_position_embeddings=64", "initializer_range=0.1", "hidden_dropout_prob=0"]  # fmt: skip
+SIZES = [
+    "hidden_size=32", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=32", "window_size=5",
+    "max_position_embeddings=64", "position_embedding_type=rotary", "initializer_range=0.1", "hidden_dropout_prob=0",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -71,21 +74,22 @@ def test_a_classifier_is_trained(tmp_path):
     assert (tmp_path / "out/modeling_local.py").exists()
 
 
-LANGUAGE = {"mlm": (AutoModelForMaskedLM, 5), "clm": (AutoModelForCausalLM, 2)}
+# what the loss must fall below, which is 8.3 for a guess among all tokens and 2.8 among the words of the text
+LANGUAGE = {"mlm": (AutoModelForMaskedLM, 2.1, 0.3), "clm": (AutoModelForCausalLM, 0.7, 0.8)}
 
 
 @pytest.mark.parametrize("task", LANGUAGE)
 def test_a_language_model_is_trained(tmp_path, task):
-    auto_class, most = LANGUAGE[task]
-    more = ["--max_length", "24", "--num_train_epochs", "8"]
+    auto_class, most, least = LANGUAGE[task]
+    more = ["--max_length", "24", "--num_train_epochs", "16"]
     found = train(task, write_sentences(tmp_path), tmp_path / "out", *more)
-    assert found["test_loss"] < math.log(most)  # of 4,096 tokens: guessing costs log(4096)
+    assert found["test_loss"] < most
     assert found["test_perplexity"] == pytest.approx(math.exp(found["test_loss"]))
-    assert found["test_accuracy"] > 0.5
+    assert found["test_accuracy"] > least
     model = auto_class.from_pretrained(tmp_path / "out").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     if task == "clm":
-        written = model.generate(**tokenizer("and god save", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+        written = model.generate(**tokenizer("and god save", return_tensors="pt"), max_new_tokens=4, do_sample=False)
         assert tokenizer.decode(written[0], skip_special_tokens=True) == "and god save this land ."
     else:
         inputs = tokenizer("we are at war with [MASK] states .", return_tensors="pt")
@@ -148,7 +152,7 @@ def test_trl_trains_a_decoder(tmp_path):
 
     chosen = Settings(data="", tokenizer="data/tokenizer", model={"model_type": "et_local"})
     tokenizer = load_open_tokenizer(chosen, ["we"])
-    sizes = {name: float(value) if "." in value else int(value) for name, value in (s.split("=") for s in SIZES)}
+    sizes = {name: yaml.safe_load(value) for name, value in (size.split("=") for size in SIZES)}
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     config = AutoConfig.for_model("et_local", vocab_size=len(tokenizer), **sizes, **ids)
     model = AutoModelForCausalLM.from_config(config)
@@ -156,15 +160,16 @@ def test_trl_trains_a_decoder(tmp_path):
     trained = trl.SFTTrainer(
         model,
         trl.SFTConfig(
-            str(tmp_path), packing=False, max_length=32, max_steps=12, per_device_train_batch_size=4, learning_rate=0.02,
-            logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
+            str(tmp_path), packing=False, max_length=32, max_steps=24, per_device_train_batch_size=4,
+            learning_rate=0.02, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False,
+            disable_tqdm=True,
         ),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
     )  # fmt: skip
     trained.train()
     losses = [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
-    assert len(losses) == 12
+    assert len(losses) == 24
     assert losses[-1] < 0.2 * losses[0]
     trained.save_model()
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
