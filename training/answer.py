@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from answering import (
     AnswerSettings,
     answer_windows,
@@ -23,10 +22,9 @@ from building import build_config
 from command_line import command_line
 from tasks import Scorer, Task
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTrainedTokenizerBase
 
-Logits = tuple[float, np.ndarray, np.ndarray]  # loss of a window, and the logits of its starts and ends
+Logits = tuple[np.ndarray, np.ndarray]  # of a window's starts and ends
 
 
 class AnswerScorer(Scorer):
@@ -35,22 +33,27 @@ class AnswerScorer(Scorer):
     names = ("exact_match", "f1")
 
     def judge(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[Logits]:
-        logits = {"start": outputs.start_logits.float(), "end": outputs.end_logits.float()}
-        losses = [cross_entropy(row, batch[f"{name}_positions"], reduction="none") for name, row in logits.items()]
-        starts, ends = (row.cpu().numpy() for row in logits.values())
-        return list(zip(torch.stack(losses).mean(0).tolist(), starts, ends, strict=True))
+        starts, ends = (logits.float().cpu().numpy() for logits in (outputs.start_logits, outputs.end_logits))
+        return list(zip(starts, ends, strict=True))
 
     def scores(self, found: list[Logits]) -> dict[str, float]:
         longest = self.settings.max_answer_length
-        windows = zip(found, self.data.notes, strict=True)
-        spans = [best_span(starts, ends, window, longest) for (_, starts, ends), window in windows]
+        spans = [best_span(*logits, window, longest) for logits, window in zip(found, self.data.notes, strict=True)]
         given = answers_of(spans, self.data.notes, self.data.shared, self.settings)
         pairs = [(ours, question.answers) for ours, question in zip(given, self.data.shared, strict=True)]
+        losses = [window_loss(*logits, row) for logits, row in zip(found, self.data.rows, strict=True)]
         return {
-            "loss": sum(loss for loss, *_ in found) / len(found),
+            "loss": sum(losses) / len(losses),
             "exact_match": sum(exact_match(*pair) for pair in pairs) / len(pairs),
             "f1": sum(overlap_f1(*pair) for pair in pairs) / len(pairs),
         }
+
+
+def window_loss(starts: np.ndarray, ends: np.ndarray, row: Mapping[str, Any]) -> float:
+    """Mean of the nats of both positions, without what pads a window to the others of its batch."""
+    both = ((starts, row["start_positions"]), (ends, row["end_positions"]))
+    length = len(row["input_ids"])
+    return sum(float(np.logaddexp.reduce(logits[:length]) - logits[position]) / 2 for logits, position in both)
 
 
 def answering_config(settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase, **fields: Any) -> PreTrainedConfig:
