@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from test_training_tasks import ROWS
 from training_runs import reset_accelerate, write_rows, write_sentences
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
@@ -25,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "training"))
 
 import trainer_finetune  # noqa: E402
+from matching import DocumentMatcher, MatchingHead  # noqa: E402
 from pretrain_clm import load_open_tokenizer  # noqa: E402
 from settings import Settings  # noqa: E402
 
@@ -176,3 +179,22 @@ def test_trl_trains_a_decoder(tmp_path):
     prompt = AutoTokenizer.from_pretrained(tmp_path)("who is at war ?", return_tensors="pt")
     written = again.generate(**prompt, max_new_tokens=3, do_sample=False)[0, prompt.input_ids.shape[1] :]
     assert tokenizer.decode(written) == " the states are"
+
+
+def test_the_python_of_the_docs_runs(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    sizes = {name: yaml.safe_load(value) for name, value in (size.split("=") for size in SIZES)}
+    config = AutoConfig.for_model("et_local", **{**sizes, "vocab_size": 4096, "max_position_embeddings": 1024})
+    DocumentMatcher(AutoModel.from_config(config), MatchingHead(32, 8)).save_pretrained("runs/president-local")
+    AutoModelForCausalLM.from_config(config).save_pretrained("runs/clm-local")
+    chosen = Settings(data="", tokenizer="data/tokenizer", model={"model_type": "et_local"})
+    load_open_tokenizer(chosen, ["we"]).save_pretrained("runs/clm-local")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == 2
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["matcher"].head.mlp.in_features == 4 * 32
+    assert names["trainer"].state.global_step == 3
+    AutoModelForCausalLM.from_pretrained("runs/sft")

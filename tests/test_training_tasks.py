@@ -542,17 +542,12 @@ def test_bad_answers_are_refused(tmp_path, answers, message):
         load_questions(settings(AnswerSettings, data=str(write_rows(tmp_path / "a.jsonl", rows))))
 
 
-@pytest.mark.parametrize(
-    ("encode", "examples", "chosen"),
-    [
-        (answer_windows, [], settings(AnswerSettings)),
-        (tag_windows, [], settings(TagSettings)),
-        (choice_rows, [], settings(ChooseSettings)),
-    ],
-)
-def test_a_tokenizer_without_offsets_is_refused(encode, examples, chosen):
-    with pytest.raises(InputError, match="CanineTokenizer is not one of the tokenizers library"):
-        encode(examples, CanineTokenizer(), 64, chosen, plain_model())
+def test_a_tokenizer_without_offsets_is_refused():
+    tokenizer, model = CanineTokenizer(), plain_model()
+    encoders = ((answer_windows, AnswerSettings), (tag_windows, TagSettings), (choice_rows, ChooseSettings))
+    for encode, settings_class in encoders:
+        with pytest.raises(InputError, match="CanineTokenizer is not one of the tokenizers library"):
+            encode([], tokenizer, 64, settings(settings_class), model)
 
 
 # --- choices
