@@ -133,6 +133,19 @@ def slices(length: int, room: int, shortest: int) -> Iterator[slice]:
             yield slice(start, start + room)
 
 
+def overlapping_slices(length: int, room: int, overlap: int) -> Iterator[tuple[slice, slice]]:
+    """Windows of `room` tokens, each sharing `overlap` with the one before it, and the part of each that is its own.
+
+    The own parts divide the tokens among the windows: two windows share what they both show half and half.
+    """
+    begin = 0
+    for start in range(0, max(length - overlap, 1), room - overlap):
+        stop = min(start + room, length)
+        end = length if stop == length else stop - overlap // 2
+        yield slice(start, stop), slice(begin, end)
+        begin = end
+
+
 def special_frame(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that the tokenizer puts before and after a text; told by one of these, which it surely knows."""
     for text in texts:
@@ -142,6 +155,25 @@ def special_frame(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple
         if len(of_text):
             return ids[: of_text[0]], ids[of_text[-1] + 1 :]
     return np.array([], dtype=np.int32), np.array([], dtype=np.int32)
+
+
+def check_offsets(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """Only the tokenizers library tells which characters a token stands for."""
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{what} need a tokenizer that knows where in the text its tokens stand, and {type(tokenizer).__name__} is "
+            "not one of the tokenizers library (a fast one): take another tokenizer."
+        )
+
+
+def shortened(
+    text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, keep: Literal["start", "end"] = "start"
+) -> str:
+    """The text, or of a longer one what its first or its last `tokens` tokens stand for."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    if len(offsets) <= tokens:
+        return text
+    return text[: offsets[tokens - 1][1]] if keep == "start" else text[offsets[-tokens][0] :]
 
 
 def check_words(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -17,6 +17,10 @@ from efficient_transformers.cards import loading_code, model_card
 METRIC_NAMES = {
     "accuracy": "Accuracy",
     "macro_f1": "Macro F1",
+    "f1": "F1",
+    "precision": "Precision",
+    "recall": "Recall",
+    "exact_match": "Exact match",
     "loss": "Cross-entropy",
     "perplexity": "Perplexity",
     "nats_per_byte": "Nats per byte",

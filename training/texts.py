@@ -164,11 +164,20 @@ def _read_hub(settings: TextSettings, label_column: str | None) -> Tables:
     for split in SPLITS:
         if split in loaded:
             table = loaded[split]
-            if isinstance(label := table.features.get(label_column), datasets.ClassLabel):
-                names = [label.int2str(value) if value >= 0 else None for value in table[label_column]]
+            label = table.features.get(label_column)
+            of_list = getattr(label, "feature", None)  # of a column of lists, such as the tags of words
+            if isinstance(label, datasets.ClassLabel):
+                names = [_name(label, value) for value in table[label_column]]
+                table = table.remove_columns(label_column).add_column(label_column, names)
+            elif isinstance(of_list, datasets.ClassLabel):
+                names = [[_name(of_list, value) for value in values] for values in table[label_column]]
                 table = table.remove_columns(label_column).add_column(label_column, names)
             rows = [(f"row {number} of {settings.data}/{split}", row) for number, row in enumerate(table, start=1)]
             # a test split whose labels are withheld (-1 on the Hub) cannot be used; one is cut from training instead
             if label_column is None or not all(row.get(label_column, "") is None for _, row in rows):
                 tables[split] = (f"{settings.data}/{split}", rows)
     return tables
+
+
+def _name(label: datasets.ClassLabel, value: int) -> str | None:
+    return str(label.int2str(value)) if value >= 0 else None

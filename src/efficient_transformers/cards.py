@@ -16,6 +16,7 @@ PIPELINE_TAGS = {
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForMultipleChoice": "multiple-choice",
     "AutoModelForImageClassification": "image-classification",
+    "AutoModel": "feature-extraction",
 }
 
 
@@ -36,21 +37,46 @@ def loading_code(folder: str, auto_class: str, max_length: int | None = None) ->
             ]
         )
     cut = f", truncation=True, max_length={max_length}" if max_length else ""
-    fills_masks = auto_class == "AutoModelForMaskedLM"
-    text = 'f"A long {tokenizer.mask_token} …"' if fills_masks else '"A long document …"'
+    text = '"A long document …"'
+    if auto_class == "AutoModelForMaskedLM":
+        text = 'f"A long {tokenizer.mask_token} …"'
+    elif auto_class == "AutoModelForQuestionAnswering":
+        text = '"What is asked?", "A long document …"'
+        cut = cut.replace("True", '"only_second"')
+    elif auto_class == "AutoModelForMultipleChoice":
+        text = '["A long document …"] * 2, ["One choice.", "Another."], padding=True'
+    use = {
+        "AutoModelForMaskedLM": [
+            "logits = model(**inputs).logits",
+            "print(tokenizer.decode(logits[inputs.input_ids == tokenizer.mask_token_id].argmax(-1)))",
+        ],
+        "AutoModelForSequenceClassification": [
+            "logits = model(**inputs).logits",
+            "print(model.config.id2label[logits.argmax(-1).item()])",
+        ],
+        "AutoModelForTokenClassification": [
+            "logits = model(**inputs).logits",
+            "print([model.config.id2label[tag] for tag in logits[0].argmax(-1).tolist()])",
+        ],
+        "AutoModelForQuestionAnswering": [
+            "outputs = model(**inputs)",
+            "begin = outputs.start_logits.argmax().item()",
+            "end = begin + outputs.end_logits[0, begin:].argmax().item()",
+            "print(tokenizer.decode(inputs.input_ids[0, begin : end + 1]))",
+        ],
+        "AutoModelForMultipleChoice": [
+            "inputs = {name: values[None] for name, values in inputs.items()}  # (1, choices, length)",
+            "print(model(**inputs).logits.argmax(-1).item())",
+        ],
+        "AutoModel": ["print(model(**inputs).pooler_output.shape)"],
+    }.get(auto_class, ["logits = model(**inputs).logits", "print(logits.shape)"])
     lines = [
         f"from transformers import AutoTokenizer, {auto_class}",
         f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
         f'model = {auto_class}.from_pretrained("{folder}", trust_remote_code=True).eval()',
         f'inputs = tokenizer({text}, return_tensors="pt"{cut})',
-        "logits = model(**inputs).logits",
+        *use,
     ]
-    if fills_masks:
-        lines.append("print(tokenizer.decode(logits[inputs.input_ids == tokenizer.mask_token_id].argmax(-1)))")
-    elif auto_class == "AutoModelForSequenceClassification":
-        lines.append("print(model.config.id2label[logits.argmax(-1).item()])")
-    else:
-        lines.append("print(logits.shape)")
     return "\n".join(lines)
 
 
