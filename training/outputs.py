@@ -17,9 +17,10 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from checkpoints import Progress
+from checkpoints import Progress, flush, writing
 from huggingface_hub import ModelCard
 from settings import InputError, Settings
+from sharding import whole_state
 from transformers import PreTrainedTokenizerBase
 
 SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpoints", "runs"
@@ -98,7 +99,9 @@ def write_whole(path: Path, text: str) -> None:
     """A reader, or a run continued after a kill, finds all of the text or no file."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
+    flush(partial)
     os.replace(partial, path)
+    flush(path.parent)
 
 
 def versions() -> dict[str, str]:
@@ -152,11 +155,14 @@ def finish_folder(
     metrics: dict[str, Any],
 ) -> None:
     """Model, tokenizer and card; then the metrics, which say that the run in this folder is finished."""
+    state = whole_state(accelerator, model)
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False).save_pretrained(settings.folder)
-        tokenizer.save_pretrained(settings.folder)
-        (settings.folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
-        write_whole(settings.folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+        with writing("The trained model", settings.folder):
+            bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            bare.save_pretrained(settings.folder, state_dict=state)
+            tokenizer.save_pretrained(settings.folder)
+            (settings.folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
+            write_whole(settings.folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     accelerator.wait_for_everyone()
     remove_checkpoints_unless_kept(accelerator, settings)
     accelerator.end_training()
