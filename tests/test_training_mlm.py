@@ -437,18 +437,6 @@ def test_training_sees_new_masks_in_every_epoch_and_every_window_once(monkeypatc
     assert sorted(seen) == [(epoch, index) for epoch in range(4) for index in range(windows)]
 
 
-def test_the_loop_tells_the_data_the_epoch():
-    """Of several processes accelerate's loader tells the sampler only."""
-
-    class Loader:
-        dataset = RemaskedWindows([], None, 0)
-
-        def set_epoch(self, epoch): ...
-
-    loop.batches_of_epoch(Loader(), loop.EpochSampler(0, 0), loop.Progress(epoch=3))
-    assert Loader.dataset.epoch == (3,)
-
-
 def test_a_checkpoint_is_trained_on(finished, config, tmp_path):
     folder, _ = finished
     found = run(config, f"model.checkpoint={folder}", "tokenizer=null", "max_steps=3", "learning_rate=0.001")

@@ -203,12 +203,13 @@ def writing(what: str, folder: Path, partial: Path | None = None) -> Iterator[No
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch's own writer has no error class
-        if type(error) is RuntimeError and "PytorchStreamWriter" not in str(error):
-            raise
+        reason = str(error)
+        if isinstance(error, RuntimeError):
+            if "inline_container" not in reason:  # torch's writer, which has no error class and does not say why
+                raise
+            reason = "the disk or a quota is full, or a file may not grow"
         if partial is not None:
             remove(partial)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{what} could not be written to {folder}: {reason}. {shutil.disk_usage(folder).free / 1e6:,.1f} MB are "
             "free there. What was saved before is kept: make room, and go on with resume=true."
