@@ -355,33 +355,45 @@ def test_what_a_model_draws_and_counts_goes_on(monkeypatch, corpus, tmp_path, fi
 KILLER = """
 import os, random, signal, sys, time
 sys.path.insert(0, {training!r})
-import classify  # once, and not in every run
 import torch
-
 torch.set_num_threads(1)
+import classify  # once for all the runs
 
-
-def start():
-    child = os.fork()
+draw, kills, finished = random.Random(0), 0, False
+while not finished:
+    child, until = os.fork(), time.monotonic() + draw.uniform(0.2, 1.6)
     if not child:
         try:
             classify.main(["--config", {config!r}, "--resume"])
         finally:
+            sys.stdout.flush()
             os._exit(0)
-    return child
-
-
-draw, kills, finished = random.Random(0), 0, False
-while not finished:
-    child, until = start(), time.monotonic() + draw.uniform(*{delays})
-    while not finished and (kills == {kills} or time.monotonic() < until):
+    while not finished and (kills == 20 or time.monotonic() < until):
         finished = os.waitpid(child, os.WNOHANG)[0] != 0
-        time.sleep(0.002)
+        time.sleep(0.001)
     if not finished:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         kills += 1
-        saved = [name for name in os.listdir({folder!r} + "/checkpoints")] if kills > 1 else []
-        print("killed", *sorted(saved), flush=True)
-print(kills)
+        there = os.listdir({checkpoints!r}) if os.path.isdir({checkpoints!r}) else []
+        print("killed", *sorted(there), flush=True)
 """
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_twenty_times_ends_as_one_never_stopped(corpus, tmp_path):
+    values = {"epochs": 50, "checkpoint_steps": 1, "eval_steps": 10, "tracker": "tensorboard"}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    run(write_config(tmp_path / "whole", TINY, corpus, **values))
+    config, checkpoints = write_config(tmp_path / "killed", TINY, corpus, **values), tmp_path / "killed/out/checkpoints"
+    code = KILLER.format(training=str(ROOT / "training"), config=str(config), checkpoints=str(checkpoints))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kills = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("killed")]
+    assert len(kills) == 20
+    newest = [max((name for name in names if re.fullmatch(r"step-\d+", name)), default="") for names in kills]
+    assert newest == sorted(newest)  # what has been saved is never lost
+    assert len(set(newest)) > 5  # and the kills were spread over the run
+    assert "cannot be read" not in done.stdout
+    assert_same_run(tmp_path / "killed/out", tmp_path / "whole/out", "step-000000300")
