@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_runs import (
-    ROOT,
     PowerCut,
     assert_same_run,
     bpe,
@@ -24,6 +23,9 @@ from training_runs import (
     write_config,
     write_rows,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "training"))
 
 import classify  # noqa: E402
 import loop  # noqa: E402
@@ -159,7 +161,9 @@ def test_a_run_without_a_checkpoint_that_can_be_read_is_refused(left, config, tm
     shutil.copytree(left, tmp_path / "out")
     for checkpoint in (tmp_path / "out/checkpoints").glob("step-*"):
         truncate(checkpoint / "progress.json")
-    with pytest.raises(SystemExit, match=r"error: None of the checkpoints in .* \(step-000000009: .*; step-000000006: "):
+    with pytest.raises(
+        SystemExit, match=r"error: None of the checkpoints in .* \(step-000000009: .*; step-000000006: "
+    ):
         classify.main(["--config", str(config), "--resume"])
     assert len(list((tmp_path / "out/checkpoints").glob("step-*"))) == 2
 
@@ -233,7 +237,9 @@ def test_a_model_that_cannot_be_written_is_told_of(monkeypatch, finished, config
 
 
 def can_mount(folder):
-    return os.geteuid() == 0 and not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode
+    return (
+        os.geteuid() == 0 and not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode
+    )
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_room_continues_it(finished, config, tmp_path):
@@ -341,9 +347,7 @@ def test_what_a_model_draws_and_counts_goes_on(monkeypatch, corpus, tmp_path, fi
     left = kill_and_continue(monkeypatch, partial(run, runs[1][0]), runs[1][1], 8, 12)
     assert left == "step-000000006"
     assert_same_run(runs[1][1], runs[0][1], "step-000000012")
-    start, end = (
-        load_file(runs[1][1] / f"checkpoints/step-{step:09d}/model.safetensors") for step in (9, 12)
-    )
+    start, end = (load_file(runs[1][1] / f"checkpoints/step-{step:09d}/model.safetensors") for step in (9, 12))
     changed = {name.rpartition(".")[2] for name in start if not torch.equal(start[name], end[name])}
     expected = {"performer": {"passes", "projection"}, "routing": {"centroids", "sums", "savings"}}
     assert expected.get(fields["model_type"].removeprefix("et_"), set()) <= changed

@@ -42,7 +42,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "training"))
 
 import language_models  # noqa: E402
-import loop  # noqa: E402
 import pretrain_mlm  # noqa: E402
 from building import build_config, build_model, load_tokenizer, make_accelerator  # noqa: E402
 from language_models import Evaluator  # noqa: E402

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,11 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import default_collate
-from training_runs import ROOT, write_config, write_rows, write_sentences
+from training_runs import write_config, write_rows, write_sentences
 from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "training"))
 
 import pretrain_clm  # noqa: E402
 from batches import Batch, EpochSampler, Steps, shares  # noqa: E402
@@ -25,6 +29,7 @@ from pretrain_clm import ClmSettings  # noqa: E402
 from settings import InputError  # noqa: E402
 
 LAUNCHERS = ROOT / "configs/accelerate"
+
 
 TINY = {
     "tokenizer": "data/tokenizer",
@@ -147,7 +152,9 @@ def test_several_processes_go_on_as_if_nothing_had_happened(launcher, documents,
 # --- the shares of the processes
 
 
-@pytest.mark.parametrize(("examples", "processes", "batch_size"), [(8, 2, 4), (8, 2, 3), (7, 3, 2), (1, 4, 2), (5, 1, 2)])
+@pytest.mark.parametrize(
+    ("examples", "processes", "batch_size"), [(8, 2, 4), (8, 2, 3), (7, 3, 2), (1, 4, 2), (5, 1, 2)]
+)
 def test_the_examples_of_a_step_are_shared_out(examples, processes, batch_size):
     found = shares(range(examples), processes, batch_size)
     assert len(found) == processes
@@ -164,12 +171,16 @@ def steps_of(processes, process, size=6):
     return Steps(data, default_collate, order, size, 2, torch.device("cpu"), processes, process)
 
 
+def indices_of(batches):
+    return sorted(index for batch in batches for index in batch.indices)
+
+
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_any_number_of_processes_sees_the_same_steps(processes):
-    alone = [sorted(sum((batch.indices for batch in step), [])) for step in steps_of(1, 0).of_epoch(1)]
+    alone = [indices_of(step) for step in steps_of(1, 0).of_epoch(1)]
     assert len(alone) == len(steps_of(1, 0)) == 4
     parts = [list(steps_of(processes, process).of_epoch(1)) for process in range(processes)]
-    together = [sorted(sum((batch.indices for part in step for batch in part), [])) for step in zip(*parts, strict=True)]
+    together = [indices_of(chain(*step)) for step in zip(*parts, strict=True)]
     assert together == alone
     for batch in (batch for part in parts for step in part for batch in step):
         read = batch.inputs["labels"].tolist()

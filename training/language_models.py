@@ -136,7 +136,7 @@ class Task(Generic[S]):
             name: {**values, "n": len(data[name]), **data[name].counts()}
             for name, values in (("test", test(trained)), ("validation", progress.best_scores))
         }
-        metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores)
+        metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores, command)
         card = self.card(settings, metrics, about(model), command)
         finish_folder(accelerator, settings, trained, tokenizer, card, metrics)
         report(accelerator, settings, metrics, self.auto_class.__name__, shown(metrics))

@@ -117,9 +117,7 @@ def train(
     return model, progress
 
 
-def make_steps(
-    accelerator: Accelerator, settings: Settings, data: Any, lengths: Sequence[int], collate: Any
-) -> Steps:
+def make_steps(accelerator: Accelerator, settings: Settings, data: Any, lengths: Sequence[int], collate: Any) -> Steps:
     size = settings.step_size(accelerator.num_processes)
     grouped = list(lengths) if settings.sort_by_length else None
     return Steps(
@@ -163,7 +161,8 @@ def take_step(
 
 def summed(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     """The sum over all processes."""
-    return accelerator.reduce(values, reduction="sum") if accelerator.num_processes > 1 else values  # type: ignore[return-value]
+    total: Any = accelerator.reduce(values, reduction="sum") if accelerator.num_processes > 1 else values
+    return total
 
 
 def record_step(

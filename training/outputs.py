@@ -27,7 +27,7 @@ SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpo
 # settings that change neither the data nor the weights, and so may differ when a run is continued
 FREE_TO_CHANGE = {
     "out", "overwrite", "resume", "checkpoint_steps", "keep_checkpoints", "keep_checkpoints_at_end", "log_steps",
-    "tracker", "eval_batch_size", "license", "language", "card_notes",
+    "tracker", "eval_batch_size", "license", "language", "card_notes", "config",
 }  # fmt: skip
 
 
@@ -123,6 +123,7 @@ def metrics_of(
     windows: int,
     model: dict[str, Any],
     scores: dict[str, dict[str, float]],
+    command: str = "",
 ) -> dict[str, Any]:
     """What `metrics.json` holds: the `scores` of the splits, and how they came about."""
     return {
@@ -140,6 +141,7 @@ def metrics_of(
             "precision": accelerator.mixed_precision,
         },
         "model": model,
+        **({"command": command} if command else {}),
         "settings": yaml.safe_load(settings.to_yaml()),
         "history": progress.history,
         "versions": versions(),

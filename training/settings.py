@@ -62,6 +62,7 @@ class Settings:
     log_steps: int = 10
     tracker: Literal["tensorboard", "none"] = "tensorboard"
     # output
+    config: str | None = None  # <folder>/<name> of the YAML, which sets it by itself
     out: str | None = None  # default: runs/<folder of the YAML>-<name of the YAML>
     overwrite: bool = False
     resume: bool = False
@@ -81,6 +82,8 @@ class Settings:
         values = merge(values, read_yaml(path))
         for override in overrides:
             values = merge(values, parse_override(override))
+        if values.get("config") is None:
+            values["config"] = f"{path.resolve().parent.name}/{path.stem}"
         if values.get("out") is None:
             values["out"] = str(Path("runs", f"{path.parent.name}-{path.stem}"))
         return cls.from_dict(values)
@@ -101,7 +104,8 @@ class Settings:
 
     def check(self) -> None:
         """Values that have the right type and cannot work all the same."""
-        for name in ("epochs", "max_steps", "batch_size", "global_batch_size", "eval_batch_size", "gradient_accumulation", "max_length",
+        for name in ("epochs", "max_steps", "batch_size", "global_batch_size", "eval_batch_size",
+                     "gradient_accumulation", "max_length",
                      "eval_steps", "patience", "log_steps", "checkpoint_steps", "keep_checkpoints"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:

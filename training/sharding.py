@@ -1,4 +1,4 @@
-"""Models whose weights are divided among the processes (FSDP2, DeepSpeed ZeRO): what to divide, and to have it whole."""
+"""Models whose weights are divided among processes (FSDP2, DeepSpeed ZeRO): what to divide, and to have it whole."""
 
 import math
 import os
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils.other import clean_state_dict_for_safetensors
-from safetensors.torch import load_model
+from safetensors.torch import load_file, load_model
 from settings import InputError, Settings
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -26,10 +26,11 @@ def allow_sharding_on_cpus() -> None:
 def settle_sharding(accelerator: Accelerator, settings: Settings) -> None:
     """Refuses FSDP1, and tells DeepSpeed, which accumulates by itself, what accelerate would learn from a loader."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        rounds = math.ceil(settings.step_size(accelerator.num_processes) / accelerator.num_processes / settings.batch_size)
-        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+        of_process = settings.step_size(accelerator.num_processes) / accelerator.num_processes
+        plugin: Any = accelerator.state.deepspeed_plugin
+        plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": settings.batch_size,
-            "gradient_accumulation_steps": rounds,
+            "gradient_accumulation_steps": math.ceil(of_process / settings.batch_size),
         }
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise InputError(
@@ -75,10 +76,9 @@ def whole_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]
 def load_whole(accelerator: Accelerator, model: nn.Module, path: Any) -> None:
     """Weights that `whole_state` gave, read back on every process."""
     if accelerator.is_fsdp2:
-        from safetensors.torch import load_file
-
-        options = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(model, load_file(path), options=options)
+        state: Any = load_file(path)
+        # strict would miss tied weights, which stand there once
+        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
     elif is_divided(accelerator):
         import deepspeed  # type: ignore[import-not-found]
 
@@ -92,5 +92,6 @@ def load_whole(accelerator: Accelerator, model: nn.Module, path: Any) -> None:
 
 def is_divided(accelerator: Accelerator) -> bool:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return accelerator.state.deepspeed_plugin.zero_stage == 3
+        plugin: Any = accelerator.state.deepspeed_plugin
+        return plugin.zero_stage == 3
     return accelerator.is_fsdp2
