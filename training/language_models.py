@@ -23,6 +23,7 @@ from packing import IGNORED, Packing, Windows
 from reporting import METRIC_NAMES, about, make_card, report
 from settings import InputError
 from texts import TextSettings, load_texts
+from token_cache import Row, cache_file, cached_rows
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -44,6 +45,20 @@ class LanguageModelSettings(TextSettings):
         super().check()
         if self.best_metric not in ("loss", "accuracy"):
             raise InputError(f"best_metric ({self.best_metric!r}) must be loss (it orders as perplexity) or accuracy.")
+
+
+def cut(
+    pack: Callable[[list[str]], list[Row]],
+    row_class: type[Row],
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: LanguageModelSettings,
+    how: dict[str, Any],
+) -> list[Row]:
+    """The windows that `pack` makes of the texts, from the cache if they are there; `how` is what else it follows."""
+    how = {**how, "packing": settings.packing, "shortest_window": settings.shortest_window}
+    file = cache_file(tokenizer, texts, how, ".npz") if settings.cache_tokens else None
+    return cached_rows(file, row_class, lambda: pack(texts))
 
 
 class Evaluator:

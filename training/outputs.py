@@ -28,6 +28,7 @@ SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpo
 FREE_TO_CHANGE = {
     "out", "overwrite", "resume", "checkpoint_steps", "keep_checkpoints", "keep_checkpoints_at_end", "log_steps",
     "tracker", "eval_batch_size", "license", "language", "card_notes", "config",
+    "cache_tokens", "num_workers",
 }  # fmt: skip
 
 

@@ -213,7 +213,8 @@ def take_body(model: PreTrainedModel, path: Path) -> None:
     assert not found.unexpected_keys, found.unexpected_keys
     # `state` also lacks what is tied to something it holds
     brought = {id(parameter) for name, parameter in model.base_model.named_parameters() if name in state}
-    for parameter in model.parameters():
+    parameters: Any = model.parameters()
+    for parameter in parameters:
         parameter.made_anew = id(parameter) not in brought
 
 

@@ -29,6 +29,15 @@ class TextSettings(Settings):
     """How documents are read."""
 
     text_column: str = "text"
+    cache_tokens: bool = (
+        True  # keep what texts are cut into in $EFFICIENT_TRANSFORMERS_CACHE (~/.cache/…) for next time
+    )
+    num_workers: int | None = None  # processes that tokenise; default: the tokenizer's own threads
+
+    def check(self) -> None:
+        super().check()
+        if self.num_workers is not None and self.num_workers < 1:
+            raise InputError(f"num_workers ({self.num_workers}) must be at least 1.")
 
 
 def load_texts(settings: TextSettings) -> dict[str, list[str]]:
