@@ -88,7 +88,8 @@ class Steps:
     processes: int = 1
     process: int = 0
 
-    def __len__(self) -> int:
+    @property
+    def per_epoch(self) -> int:
         return math.ceil(len(self.order) / self.size)
 
     def of_epoch(self, epoch: int, done: int = 0) -> Iterator[list[Batch]]:

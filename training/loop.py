@@ -16,6 +16,7 @@ from checkpoints import Checkpoints, Progress
 from outputs import CHECKPOINTS
 from settings import InputError, Settings
 from sharding import name_blocks
+from streaming import Stream, StreamedSteps
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
@@ -54,6 +55,7 @@ def train(
     Dropout, order of the data, schedule and moments are part of a checkpoint: a run that was killed and continued ends
     with the same weights, bit for bit, as one that never stopped. Examples that draw must do so from the seed, the
     epoch (they are told by `data.set_epoch`) and their index: a loader reads ahead of the state that is saved.
+    `data` may be a Stream, whose `lengths` are not known.
     """
     checkpoints = Checkpoints(settings.folder / CHECKPOINTS, settings.keep_checkpoints, accelerator)
     steps = make_steps(accelerator, settings, data, lengths, collate)
@@ -62,7 +64,7 @@ def train(
     name_blocks(accelerator, model)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, settings))
 
-    total = settings.max_steps or settings.epochs * len(steps)
+    total = settings.max_steps or settings.epochs * (steps.per_epoch or 0)  # a stream has max_steps
     # not prepared: accelerate would step it once per process, and the steps counted here are optimiser steps
     schedule = get_scheduler(settings.schedule, optimizer, math.ceil(settings.warmup_ratio * total), total)
     accelerator.register_for_checkpointing(schedule)
@@ -89,7 +91,7 @@ def train(
                 losses, norm = take_step(accelerator, settings, model, optimizer, batches)
                 if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflow
                     schedule.step()
-                epoch_ended = progress.steps_of_epoch + 1 == len(steps)
+                epoch_ended = progress.steps_of_epoch + 1 == steps.per_epoch
                 mean_loss = record_step(accelerator, progress, batches, losses, norm, epoch_ended)
                 progress.seconds += time.perf_counter() - began
                 bar.update()
@@ -113,23 +115,28 @@ def train(
                 if over():
                     break
                 began = time.perf_counter()
+            else:
+                if steps.per_epoch is None:  # the stream has ended, and says so in no other way
+                    progress.epoch, progress.steps_of_epoch = progress.epoch + 1, 0
     checkpoints.load_best(model)
     return model, progress
 
 
-def make_steps(accelerator: Accelerator, settings: Settings, data: Any, lengths: Sequence[int], collate: Any) -> Steps:
+def make_steps(
+    accelerator: Accelerator, settings: Settings, data: Any, lengths: Sequence[int], collate: Any
+) -> Steps | StreamedSteps:
     size = settings.step_size(accelerator.num_processes)
+    shared: dict[str, Any] = {
+        "size": size,
+        "batch_size": settings.batch_size,
+        "device": accelerator.device,
+        "processes": accelerator.num_processes,
+        "process": accelerator.process_index,
+    }
+    if isinstance(data, Stream):
+        return StreamedSteps(data, collate, **shared)
     grouped = list(lengths) if settings.sort_by_length else None
-    return Steps(
-        data,
-        collate,
-        order=EpochSampler(len(lengths), settings.seed, grouped, size),
-        size=size,
-        batch_size=settings.batch_size,
-        device=accelerator.device,
-        processes=accelerator.num_processes,
-        process=accelerator.process_index,
-    )
+    return Steps(data, collate, EpochSampler(len(lengths), settings.seed, grouped, size), **shared)
 
 
 def take_step(

@@ -1,4 +1,4 @@
-"""What texts are cut into, kept on the disk: the next run with the same texts, tokenizer and settings reads it there."""
+"""What texts are cut into, kept on the disk: the next run with the same texts, tokenizer and settings reads it."""
 
 import contextlib
 import hashlib
