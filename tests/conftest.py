@@ -1,7 +1,10 @@
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the Hub cannot be reached from a test; every failing call would cost seconds
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# what one session of tests has tokenised is nothing to the next, or to the user
+os.environ["EFFICIENT_TRANSFORMERS_CACHE"] = tempfile.mkdtemp()
 
 import pytest
 import torch

@@ -25,10 +25,11 @@ import classify  # noqa: E402
 import loop  # noqa: E402
 import metrics  # noqa: E402
 import seeds  # noqa: E402
+from batches import EpochSampler  # noqa: E402
 from building import build_config, build_model, load_tokenizer  # noqa: E402
-from checkpoints import PARTIAL, Checkpoints, Progress  # noqa: E402
+from checkpoints import PARTIAL, Checkpoints, Progress, files_of, seal  # noqa: E402
 from classify import ClassifySettings  # noqa: E402
-from loop import EpochSampler, make_optimizer  # noqa: E402
+from loop import make_optimizer  # noqa: E402
 from outputs import differences  # noqa: E402
 from settings import InputError  # noqa: E402
 
@@ -532,6 +533,8 @@ def test_a_run_is_not_continued_by_other_processes(tmp_path):
 
     (tmp_path / "step-000000001").mkdir()
     (tmp_path / "step-000000001/progress.json").write_text(json.dumps(vars(Progress(step=1))))
+    seals = {name: seal(path) for name, path in files_of(tmp_path / "step-000000001")}
+    (tmp_path / "step-000000001/files.json").write_text(json.dumps(seals))
     with pytest.raises(InputError, match="was saved by 1 processes and cannot be continued by 2"):
         Checkpoints(tmp_path, 2, Two()).load()
 

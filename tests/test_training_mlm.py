@@ -42,7 +42,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "training"))
 
 import language_models  # noqa: E402
-import loop  # noqa: E402
 import pretrain_mlm  # noqa: E402
 from building import build_config, build_model, load_tokenizer, make_accelerator  # noqa: E402
 from language_models import Evaluator  # noqa: E402
@@ -435,18 +434,6 @@ def test_training_sees_new_masks_in_every_epoch_and_every_window_once(monkeypatc
     found = run(config)
     windows = found["training"]["windows"]
     assert sorted(seen) == [(epoch, index) for epoch in range(4) for index in range(windows)]
-
-
-def test_the_loop_tells_the_data_the_epoch():
-    """Of several processes accelerate's loader tells the sampler only."""
-
-    class Loader:
-        dataset = RemaskedWindows([], None, 0)
-
-        def set_epoch(self, epoch): ...
-
-    loop.batches_of_epoch(Loader(), loop.EpochSampler(0, 0), loop.Progress(epoch=3))
-    assert Loader.dataset.epoch == (3,)
 
 
 def test_a_checkpoint_is_trained_on(finished, config, tmp_path):

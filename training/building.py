@@ -14,6 +14,7 @@ from accelerate.utils import ProjectConfiguration
 from huggingface_hub.errors import StrictDataclassError
 from outputs import LOGS
 from settings import InputError, Settings, did_you_mean, find_path
+from sharding import allow_sharding_on_cpus, settle_sharding
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import efficient_transformers  # noqa: F401 - registers the variants with the Auto classes
@@ -22,12 +23,15 @@ import efficient_transformers  # noqa: F401 - registers the variants with the Au
 def make_accelerator(settings: Settings) -> Accelerator:
     torch.set_float32_matmul_precision(settings.matmul_precision)
     folder = str(settings.folder)
+    allow_sharding_on_cpus()
     accelerator = Accelerator(
+        # else accelerate takes several processes without a GPU for as many runs of one
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.gradient_accumulation,
         log_with=None if settings.tracker == "none" else settings.tracker,
         project_config=ProjectConfiguration(project_dir=folder, logging_dir=str(settings.folder / LOGS)),
     )
+    settle_sharding(accelerator, settings)
     # tied weights are saved once, as they should be, and accelerate warns of it at every checkpoint
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     if not (accelerator.is_main_process and sys.stderr.isatty()):

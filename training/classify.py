@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from batches import make_loader
 from building import build_config, build_model, load_tokenizer, make_accelerator, model_facts, visible_length
 from command_line import command_line, finished_settings
 from documents import DocumentSettings, encode_documents, load_documents
 from huggingface_hub import ModelCard
-from loop import make_loader, train
+from loop import train
 from metrics import OWN_METRICS, compute_metrics, load_metrics
 from outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
 from reporting import about, make_card, report
+from self_pretraining import SelfPretrainingSettings, card_row, self_pretrain
 from settings import InputError, Settings
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
@@ -28,8 +30,8 @@ AUTO_CLASS = "AutoModelForSequenceClassification"
 
 
 @dataclass
-class ClassifySettings(DocumentSettings):
-    """The settings of this script; the shared ones are in settings.py, texts.py and documents.py."""
+class ClassifySettings(DocumentSettings, SelfPretrainingSettings):
+    """The settings of this script; the shared ones are in settings.py, texts.py, documents.py, self_pretraining.py."""
 
     best_metric: str = "accuracy"
     extra_metrics: list[str] = field(default_factory=list)  # names for `evaluate.load`, which needs the network
@@ -84,13 +86,16 @@ def run(settings: ClassifySettings, command: str = "") -> dict[str, Any]:
         f"{config.model_type}, {facts['parameters']:,} parameters; {len(data['train'])} / {len(data['validation'])} / "
         f"{len(data['test'])} windows of up to {max_length} tokens; {len(names)} classes; {hardware(accelerator)}"
     )
+    learnt = self_pretrain(accelerator, settings, model, data, tokenizer)
     lengths = [len(ids) for ids in data["train"]["input_ids"]]
     trained, progress = train(accelerator, settings, model, data["train"], lengths, collate, validate)
     scores = {
         "test": {**test(trained), "n": test.size},
         "validation": {**progress.best_scores, "n": validate.size},
     }
-    metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores)
+    metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores, command)
+    if learnt is not None:
+        metrics["self_pretraining"] = learnt
     text = card(settings, metrics, about(model), documents.labels, command)
     finish_folder(accelerator, settings, trained, tokenizer, text, metrics)
     report(accelerator, settings, metrics, AUTO_CLASS, shown(metrics))
@@ -116,6 +121,7 @@ def card(
         description=f"{description}\n\nA classifier of documents into {len(labels)} classes: {', '.join(labels)}.",
         shown=shown(metrics),
         unit=f"windows of {settings.window_length:,} tokens{cut}" if settings.window_length else "documents",
+        training_rows=card_row(metrics["self_pretraining"]) if "self_pretraining" in metrics else None,
         limits=[
             f"It has learnt these {len(labels)} classes from {windows:,} training examples and knows no "
             "answer outside them.",

@@ -7,6 +7,7 @@ from typing import Any
 import datasets
 from settings import InputError
 from texts import SPLITS, Row, TextSettings, load_splits, text_of, value_of
+from token_cache import cache_file, one_process_first
 from transformers import PreTrainedTokenizerBase
 
 
@@ -82,8 +83,14 @@ def _label_of(row: Row, settings: DocumentSettings) -> str:
 def encode_documents(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, max_length: int, settings: DocumentSettings
 ) -> dict[str, datasets.Dataset]:
-    """Splits of windows with `input_ids` and `labels`, in memory: nothing is left in a cache folder."""
+    """Splits of windows with `input_ids` and `labels`, on the disk if they are cached and else in memory."""
     ids = {name: i for i, name in enumerate(documents.labels)}
+    how = {
+        "kind": "documents",
+        "labels": documents.labels,
+        "max_length": max_length,
+        **{name: getattr(settings, name) for name in ("mask_digits", "window_length", "shortest_window")},
+    }
 
     def windows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = [re.sub(r"\d", "0", text) if settings.mask_digits else text for text in batch["text"]]
@@ -93,9 +100,18 @@ def encode_documents(
     encoded = {}
     for name, (texts, labels) in documents.splits.items():
         table = datasets.Dataset.from_dict({"text": texts, "label": labels})
-        encoded[name] = table.map(
-            windows, batched=True, batch_size=64, remove_columns=["text", "label"], desc=f"tokenising {name}"
-        )
+        file = cache_file(tokenizer, texts, how | {"of": labels}, ".arrow") if settings.cache_tokens else None
+        with one_process_first():
+            encoded[name] = table.map(
+                windows,
+                batched=True,
+                batch_size=64,
+                remove_columns=["text", "label"],
+                num_proc=min(settings.num_workers or 1, len(table)) if settings.num_workers else None,
+                cache_file_name=str(file) if file else None,
+                new_fingerprint=file.stem if file else None,
+                desc=f"tokenising {name}",
+            )
     return encoded
 
 

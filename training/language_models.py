@@ -3,25 +3,29 @@
 What each of them does in its own way is a `Task`, in pretrain_mlm.py and pretrain_clm.py.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from batches import make_loader
 from building import build_config, make_accelerator, model_facts, visible_length
 from command_line import finished_settings
 from huggingface_hub import ModelCard
-from loop import make_loader, train
+from loop import train
 from outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
 from packing import IGNORED, Packing, Windows
 from reporting import METRIC_NAMES, about, make_card, report
 from settings import InputError
-from texts import TextSettings, load_texts
+from streaming import Stream
+from texts import TextSettings, load_texts, stream_texts
+from token_cache import Row, cache_file, cached_rows
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -39,10 +43,31 @@ class LanguageModelSettings(TextSettings):
     packing: Packing = "documents"  # joins documents and cuts full windows; padding: each of one document, and padded
     shortest_window: int = 64  # with padding: a shorter rest of a document is dropped, unless it is the only window
 
+    streaming: bool = False  # read training documents as they are needed, for data that are too many; needs max_steps
+    stream_buffer: int = 1000  # of a stream: documents that are cut, and shuffled, together
+
     def check(self) -> None:
         super().check()
+        if self.streaming and self.max_steps is None:
+            raise InputError("streaming does not know how long an epoch is: set max_steps.")
+        if self.stream_buffer < 1:
+            raise InputError(f"stream_buffer ({self.stream_buffer}) must be at least 1.")
         if self.best_metric not in ("loss", "accuracy"):
             raise InputError(f"best_metric ({self.best_metric!r}) must be loss (it orders as perplexity) or accuracy.")
+
+
+def cut(
+    pack: Callable[[list[str]], list[Row]],
+    row_class: type[Row],
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: LanguageModelSettings,
+    how: dict[str, Any],
+) -> list[Row]:
+    """The windows that `pack` makes of the texts, from the cache if they are there; `how` is what else it follows."""
+    how = {**how, "packing": settings.packing, "shortest_window": settings.shortest_window}
+    file = cache_file(tokenizer, texts, how, ".npz") if settings.cache_tokens else None
+    return cached_rows(file, row_class, lambda: pack(texts))
 
 
 class Evaluator:
@@ -112,22 +137,34 @@ class Task(Generic[S]):
         if (finished := finished_metrics(accelerator, settings)) is not None:
             return finished
 
-        texts = load_texts(settings)
-        tokenizer = self.load_tokenizer(settings, texts["train"])
+        read, texts = stream_texts(settings) if settings.streaming else (None, load_texts(settings))
+        known = texts["train"] if read is None else list(itertools.islice(read(), 100))
+        tokenizer = self.load_tokenizer(settings, known)
         config = build_config(settings, tokenizer)
         max_length = visible_length(settings, config)
         set_seed(settings.seed)
         model = self.build_model(settings, config, tokenizer)
-        data = {name: self.make_windows(name, split, tokenizer, max_length, settings) for name, split in texts.items()}
+        data: dict[str, Any] = {
+            name: self.make_windows(name, split, tokenizer, max_length, settings) for name, split in texts.items()
+        }
+        if read is not None:
+            passing = replace(settings, cache_tokens=False)
+            data["train"] = Stream(
+                read,
+                lambda part: self.make_windows("train", part, tokenizer, max_length, passing),
+                settings.stream_buffer,
+                settings.seed,
+            )
         facts = model_facts(model, max_length)
         collate = DataCollatorForTokenClassification(tokenizer)
         validate = self.evaluator(accelerator, data["validation"], collate, settings)
         test = self.evaluator(accelerator, data["test"], collate, settings)
 
         begin_folder(accelerator, settings)
-        lengths = [len(window.ids) for window in data["train"].windows]
+        lengths = [] if isinstance(data["train"], Stream) else [len(window.ids) for window in data["train"].windows]
+        training = "streamed" if read else len(lengths)
         accelerator.print(
-            f"{config.model_type}, {facts['parameters']:,} parameters; {len(lengths)} / {len(data['validation'])} / "
+            f"{config.model_type}, {facts['parameters']:,} parameters; {training} / {len(data['validation'])} / "
             f"{len(data['test'])} windows of up to {max_length} tokens; {hardware(accelerator)}"
         )
         trained, progress = train(accelerator, settings, model, data["train"], lengths, collate, validate)
@@ -135,7 +172,8 @@ class Task(Generic[S]):
             name: {**values, "n": len(data[name]), **data[name].counts()}
             for name, values in (("test", test(trained)), ("validation", progress.best_scores))
         }
-        metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores)
+        seen = len(lengths) or progress.step * settings.step_size(accelerator.num_processes)
+        metrics = metrics_of(accelerator, settings, progress, seen, facts, scores, command)
         card = self.card(settings, metrics, about(model), command)
         finish_folder(accelerator, settings, trained, tokenizer, card, metrics)
         report(accelerator, settings, metrics, self.auto_class.__name__, shown(metrics))

@@ -9,44 +9,21 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator, skip_first_batches
-from checkpoints import PARTIAL, Checkpoints, Progress
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from batches import Batch, EpochSampler, Steps
+from checkpoints import Checkpoints, Progress
 from outputs import CHECKPOINTS
-from safetensors.torch import load_model, save_model
 from settings import InputError, Settings
-from torch.utils.data import DataLoader, Sampler
+from sharding import name_blocks
+from streaming import Stream, StreamedSteps
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
 class Stopped(Exception):
     """SIGTERM was heard; the state is saved."""
-
-
-class EpochSampler(Sampler[int]):
-    """An order of the examples that follows from the seed and the epoch alone, so that it can be taken up again."""
-
-    def __init__(self, size: int, seed: int, lengths: list[int] | None = None, batch_size: int = 1):
-        self.size, self.seed, self.lengths, self.batch_size, self.epoch = size, seed, lengths, batch_size, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        if self.lengths is None:
-            return iter(torch.randperm(self.size, generator=generator).tolist())
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
-def make_loader(data: Any, collate: Any, batch_size: int, sampler: Sampler[int] | None = None) -> DataLoader:
-    # a loader draws from its generator at every start; from the global one, evaluating would change the dropout
-    generator = torch.Generator().manual_seed(0)
-    return DataLoader(data, batch_size, sampler=sampler, collate_fn=collate, generator=generator)
 
 
 def make_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.AdamW:
@@ -78,14 +55,16 @@ def train(
     Dropout, order of the data, schedule and moments are part of a checkpoint: a run that was killed and continued ends
     with the same weights, bit for bit, as one that never stopped. Examples that draw must do so from the seed, the
     epoch (they are told by `data.set_epoch`) and their index: a loader reads ahead of the state that is saved.
+    `data` may be a Stream, whose `lengths` are not known.
     """
     checkpoints = Checkpoints(settings.folder / CHECKPOINTS, settings.keep_checkpoints, accelerator)
-    grouped = list(lengths) if settings.sort_by_length else None
-    sampler = EpochSampler(len(lengths), settings.seed, grouped, settings.batch_size)
-    loader = make_loader(data, collate, settings.batch_size, sampler)
-    model, optimizer, loader = accelerator.prepare(model, make_optimizer(model, settings), loader)
+    steps = make_steps(accelerator, settings, data, lengths, collate)
+    if accelerator.process_index:
+        torch.manual_seed(settings.seed + accelerator.process_index)  # other dropout in each process
+    name_blocks(accelerator, model)
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, settings))
 
-    total = settings.max_steps or settings.epochs * math.ceil(len(loader) / settings.gradient_accumulation)
+    total = settings.max_steps or settings.epochs * (steps.per_epoch or 0)  # a stream has max_steps
     # not prepared: accelerate would step it once per process, and the steps counted here are optimiser steps
     schedule = get_scheduler(settings.schedule, optimizer, math.ceil(settings.warmup_ratio * total), total)
     accelerator.register_for_checkpointing(schedule)
@@ -100,7 +79,6 @@ def train(
     def over() -> bool:
         return progress.step >= total or (settings.patience is not None and progress.without_gain >= settings.patience)
 
-    totals = torch.zeros(3, device=accelerator.device)  # of this step: loss, batches, tokens
     visible = accelerator.is_main_process and sys.stderr.isatty()
     with (
         tqdm(total=total, initial=progress.step, desc="training", disable=not visible) as bar,
@@ -109,25 +87,12 @@ def train(
         while not over():
             model.train()
             began = time.perf_counter()
-            for batch in batches_of_epoch(loader, sampler, progress):
-                with accelerator.accumulate(model):
-                    loss = model(**batch).loss
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                totals += torch.stack(
-                    [loss.detach().float(), totals.new_ones(()), batch["attention_mask"].sum().float()]
-                )
-                progress.batch += 1
-                if not accelerator.sync_gradients:
-                    continue
-
+            for batches in steps.of_epoch(progress.epoch, progress.steps_of_epoch):
+                losses, norm = take_step(accelerator, settings, model, optimizer, batches)
                 if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflow
                     schedule.step()
-                epoch_ended = accelerator.gradient_state.end_of_dataloader
-                mean_loss = record_step(accelerator, progress, totals, epoch_ended)
+                epoch_ended = progress.steps_of_epoch + 1 == steps.per_epoch
+                mean_loss = record_step(accelerator, progress, batches, losses, norm, epoch_ended)
                 progress.seconds += time.perf_counter() - began
                 bar.update()
                 bar.set_postfix(loss=f"{mean_loss:.3f}")
@@ -150,35 +115,102 @@ def train(
                 if over():
                     break
                 began = time.perf_counter()
-    load_model(accelerator.unwrap_model(model), checkpoints.best_weights)
+            else:
+                if steps.per_epoch is None:  # the stream has ended, and says so in no other way
+                    progress.epoch, progress.steps_of_epoch = progress.epoch + 1, 0
+    checkpoints.load_best(model)
     return model, progress
 
 
-def batches_of_epoch(loader: Any, sampler: EpochSampler, progress: Progress) -> Any:
-    """The batches of the current epoch that are still to be seen."""
-    loader.set_epoch(progress.epoch)
-    # accelerate reaches neither of these through the wrappers of several processes
-    sampler.set_epoch(progress.epoch)
-    if hasattr(loader.dataset, "set_epoch"):
-        loader.dataset.set_epoch(progress.epoch)
-    return skip_first_batches(loader, progress.batch) if progress.batch else loader
+def make_steps(
+    accelerator: Accelerator, settings: Settings, data: Any, lengths: Sequence[int], collate: Any
+) -> Steps | StreamedSteps:
+    size = settings.step_size(accelerator.num_processes)
+    shared: dict[str, Any] = {
+        "size": size,
+        "batch_size": settings.batch_size,
+        "device": accelerator.device,
+        "processes": accelerator.num_processes,
+        "process": accelerator.process_index,
+    }
+    if isinstance(data, Stream):
+        return StreamedSteps(data, collate, **shared)
+    grouped = list(lengths) if settings.sort_by_length else None
+    return Steps(data, collate, EpochSampler(len(lengths), settings.seed, grouped, size), **shared)
 
 
-def record_step(accelerator: Accelerator, progress: Progress, totals: torch.Tensor, epoch_ended: bool) -> float:
-    """Counts one optimiser step, empties `totals` and returns the mean loss of all processes."""
-    summed: Any = accelerator.reduce(totals, reduction="sum")
-    loss, batches, tokens = summed.tolist()
-    totals.zero_()
+def take_step(
+    accelerator: Accelerator, settings: Settings, model: torch.nn.Module, optimizer: Any, batches: list[Batch]
+) -> tuple[list[torch.Tensor], Any]:
+    """One optimiser step of all processes; the batches' shares in its loss, and the norm of its gradient.
+
+    The loss of a step is the mean over all its labels, however they are spread over batches and processes: that of a
+    batch, which the model makes a mean, counts by its labels.
+    """
+    labels = torch.stack([batch.labels() for batch in batches])
+    weights = labels / summed(accelerator, labels.sum())
+    # accelerate divides by the number of batches, and averages over the processes
+    accelerator.step, accelerator.gradient_accumulation_steps = 0, len(batches)
+    scale = len(batches) * accelerator.num_processes
+    losses: list[torch.Tensor] = []
+    norm = None
+    for batch, weight in zip(batches, weights, strict=True):
+        with accelerator.accumulate(model):
+            loss = model(**batch.inputs).loss
+            accelerator.backward(loss * (weight * scale))
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach().float() * weight)
+    return losses, norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def summed(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes."""
+    total: Any = accelerator.reduce(values, reduction="sum") if accelerator.num_processes > 1 else values
+    return total
+
+
+def record_step(
+    accelerator: Accelerator,
+    progress: Progress,
+    batches: list[Batch],
+    losses: list[torch.Tensor],
+    norm: Any,
+    epoch_ended: bool,
+) -> float:
+    """Counts one optimiser step and returns its loss. Refuses one that is not finite, and names its examples."""
+    tokens = torch.stack([batch.tokens() for batch in batches]).sum()
+    loss, tokens = summed(accelerator, torch.stack([torch.stack(losses).sum(), tokens])).tolist()
     progress.step += 1
+    progress.steps_of_epoch += 1
     progress.tokens += round(tokens)
     if epoch_ended:
-        progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.epoch, progress.steps_of_epoch = progress.epoch + 1, 0
+    remedy = (
+        "The checkpoints before it are kept; lower learning_rate, raise warmup_ratio or use mixed_precision=no, "
+        "or look at these examples."
+    )
     if not math.isfinite(loss):
+        bad = [batch for batch, part in zip(batches, losses, strict=True) if not part.isfinite()]
         raise InputError(
-            f"The loss of step {progress.step} is {loss}: training has diverged. The checkpoints before it are kept; "
-            "lower learning_rate, raise warmup_ratio or use mixed_precision=no."
+            f"The loss of step {progress.step} is {loss}: training has diverged. It is so for the training examples "
+            f"{named(bad)} (the first is 0). {remedy}"
         )
-    return loss / batches
+    # with a scaler, gradients that overflow are looked for at every step
+    if norm is not None and accelerator.scaler is None and not math.isfinite(norm):
+        raise InputError(
+            f"The gradient of step {progress.step} is not finite, though its loss is {loss:.4g}: training has "
+            f"diverged, with the training examples {named(batches)} (the first is 0). {remedy}"
+        )
+    return loss
+
+
+def named(batches: list[Batch]) -> str:
+    """The examples of batches in all processes, as many as can be read."""
+    indices = gather_object([index for batch in batches for index in batch.indices])
+    return ", ".join(map(str, indices[:64])) + (f" and {len(indices) - 64} more" if len(indices) > 64 else "")
 
 
 def judge(
@@ -197,12 +229,7 @@ def judge(
     gained = progress.best is None or sign * score > sign * progress.best
     if gained:
         progress.best, progress.best_step, progress.without_gain = score, progress.step, 0
-        if accelerator.is_main_process:
-            checkpoints.folder.mkdir(parents=True, exist_ok=True)
-            partial = checkpoints.best_weights.with_suffix(PARTIAL)
-            save_model(accelerator.unwrap_model(model), str(partial))
-            partial.replace(checkpoints.best_weights)
-        accelerator.wait_for_everyone()
+        checkpoints.save_best(model)
     else:
         progress.without_gain += 1
     progress.history.append({"step": progress.step, **scores})

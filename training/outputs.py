@@ -17,16 +17,18 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from checkpoints import Progress
+from checkpoints import Progress, flush, writing
 from huggingface_hub import ModelCard
 from settings import InputError, Settings
+from sharding import whole_state
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpoints", "runs"
 # settings that change neither the data nor the weights, and so may differ when a run is continued
 FREE_TO_CHANGE = {
     "out", "overwrite", "resume", "checkpoint_steps", "keep_checkpoints", "keep_checkpoints_at_end", "log_steps",
-    "tracker", "eval_batch_size", "license", "language", "card_notes",
+    "tracker", "eval_batch_size", "license", "language", "card_notes", "config",
+    "cache_tokens", "num_workers",
 }  # fmt: skip
 
 
@@ -98,7 +100,9 @@ def write_whole(path: Path, text: str) -> None:
     """A reader, or a run continued after a kill, finds all of the text or no file."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
+    flush(partial)
     os.replace(partial, path)
+    flush(path.parent)
 
 
 def versions() -> dict[str, str]:
@@ -120,6 +124,7 @@ def metrics_of(
     windows: int,
     model: dict[str, Any],
     scores: dict[str, dict[str, float]],
+    command: str = "",
 ) -> dict[str, Any]:
     """What `metrics.json` holds: the `scores` of the splits, and how they came about."""
     return {
@@ -137,6 +142,7 @@ def metrics_of(
             "precision": accelerator.mixed_precision,
         },
         "model": model,
+        **({"command": command} if command else {}),
         "settings": yaml.safe_load(settings.to_yaml()),
         "history": progress.history,
         "versions": versions(),
@@ -152,11 +158,14 @@ def finish_folder(
     metrics: dict[str, Any],
 ) -> None:
     """Model, what prepares its inputs, and card; then the metrics, which say that this run is finished."""
+    state = whole_state(accelerator, model)
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False).save_pretrained(settings.folder)
-        preparation.save_pretrained(settings.folder)
-        (settings.folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
-        write_whole(settings.folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+        with writing("The trained model", settings.folder):
+            bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            bare.save_pretrained(settings.folder, state_dict=state)
+            preparation.save_pretrained(settings.folder)
+            (settings.folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
+            write_whole(settings.folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     accelerator.wait_for_everyone()
     remove_checkpoints_unless_kept(accelerator, settings)
     accelerator.end_training()

@@ -1,5 +1,6 @@
 """Cuts documents into windows of token ids for training without labels."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,6 +9,7 @@ import numpy as np
 from settings import InputError
 from tokenizers import Encoding
 from torch.utils.data import Dataset
+from tqdm.auto import trange
 from transformers import PreTrainedTokenizerBase
 
 Packing = Literal["documents", "padding"]
@@ -114,7 +116,8 @@ def encoded(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], at_once: int = 64
 ) -> Iterator[tuple[np.ndarray, Encoding | None]]:
     """Token ids of each text without those that the tokenizer would add, and what a fast one knows of them besides."""
-    for start in range(0, len(texts), at_once):
+    shown = len(texts) > at_once and sys.stderr.isatty()
+    for start in trange(0, len(texts), at_once, desc="tokenising", unit_scale=at_once, disable=not shown):
         batch = tokenizer(
             texts[start : start + at_once],
             add_special_tokens=False,

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from building import build_model, load_tokenizer
-from causal import CausalPacker, CausalWindows
+from causal import CausalPacker, CausalWindow, CausalWindows
 from command_line import command_line
-from language_models import Evaluator, LanguageModelSettings, Task
+from language_models import Evaluator, LanguageModelSettings, Task, cut
 from packing import special_frame
 from settings import InputError
 from tokenizers.processors import TemplateProcessing
@@ -133,7 +133,9 @@ def reads_ahead(model: PreTrainedModel, length: int = 32) -> bool:
 def causal_windows(
     name: str, texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, settings: ClmSettings
 ) -> CausalWindows:
-    data = CausalWindows(CausalPacker(tokenizer, max_length, settings.packing, settings.shortest_window)(texts))
+    pack = CausalPacker(tokenizer, max_length, settings.packing, settings.shortest_window)
+    how = {"kind": "causal", "max_length": max_length}
+    data = CausalWindows(cut(pack, CausalWindow, texts, tokenizer, settings, how))
     if not data.predicted_bytes:
         raise InputError(f"The {name} data holds no text that could be predicted: the first token of a window is not.")
     return data

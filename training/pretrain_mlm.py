@@ -9,9 +9,9 @@ from typing import Any
 
 from building import build_model, load_tokenizer
 from command_line import command_line
-from language_models import LanguageModelSettings, Task
+from language_models import LanguageModelSettings, Task, cut
 from masking import MaskedWindows, Masker, RemaskedWindows
-from packing import Packer
+from packing import Packer, Window
 from settings import InputError
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -62,7 +62,8 @@ def masked_windows(
 ) -> MaskedWindows:
     """A split, packed and masked: new masks in every epoch of training, the same ones in every evaluation and run."""
     pack = Packer(tokenizer, max_length, settings.packing, settings.shortest_window, settings.whole_word)
-    windows = pack(texts)
+    how = {"kind": "masked", "max_length": max_length, "whole_word": settings.whole_word}
+    windows = cut(pack, Window, texts, tokenizer, settings, how)
     if not windows:
         raise InputError(f"The {name} data holds no token that could be masked.")
     masker = Masker.of(tokenizer, settings.mlm_probability)

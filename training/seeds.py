@@ -16,6 +16,7 @@ from typing import Any
 
 from classify import ClassifySettings
 from outputs import METRICS, differences, write_whole
+from report import spread
 from settings import InputError
 
 CLASSIFY = Path(__file__).with_name("classify.py")
@@ -35,13 +36,6 @@ def train_or_find(config: Path, overrides: list[str], launcher: list[str]) -> di
             f"{settings.folder} holds a run with other settings ({'; '.join(different)}): set --out to another folder."
         )
     return json.loads(finished.read_text(encoding="utf-8"))
-
-
-def spread(values: list[float]) -> str:
-    """Mean ± sample standard deviation; of one value, the value."""
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 def table(runs: dict[int, dict[int, dict[str, Any]]]) -> str:

@@ -41,6 +41,9 @@ class Settings:
     batch_size: int = 8  # examples of one process in one forward pass
     eval_batch_size: int = 16
     gradient_accumulation: int = 1
+    global_batch_size: int | None = None  # examples of a step of all processes; default: batch_size x processes x
+    # gradient_accumulation. With it a run takes the same steps on any number of processes, in as many batches of at
+    # most batch_size as they need
     sort_by_length: bool = True  # batches of similar length, which pad less
     learning_rate: float = 5e-5
     head_learning_rate: float | None = None  # of weights that the checkpoint does not bring; default: learning_rate
@@ -59,6 +62,7 @@ class Settings:
     log_steps: int = 10
     tracker: Literal["tensorboard", "none"] = "tensorboard"
     # output
+    config: str | None = None  # <folder>/<name> of the YAML, which sets it by itself
     out: str | None = None  # default: runs/<folder of the YAML>-<name of the YAML>
     overwrite: bool = False
     resume: bool = False
@@ -78,6 +82,8 @@ class Settings:
         values = merge(values, read_yaml(path))
         for override in overrides:
             values = merge(values, parse_override(override))
+        if values.get("config") is None:
+            values["config"] = f"{path.resolve().parent.name}/{path.stem}"
         if values.get("out") is None:
             values["out"] = str(Path("runs", f"{path.parent.name}-{path.stem}"))
         return cls.from_dict(values)
@@ -98,11 +104,17 @@ class Settings:
 
     def check(self) -> None:
         """Values that have the right type and cannot work all the same."""
-        for name in ("epochs", "max_steps", "batch_size", "eval_batch_size", "gradient_accumulation", "max_length",
+        for name in ("epochs", "max_steps", "batch_size", "global_batch_size", "eval_batch_size",
+                     "gradient_accumulation", "max_length",
                      "eval_steps", "patience", "log_steps", "checkpoint_steps", "keep_checkpoints"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} ({value}) must be at least 1.")
+        if self.global_batch_size is not None and self.gradient_accumulation > 1:
+            raise InputError(
+                f"gradient_accumulation ({self.gradient_accumulation}) follows from global_batch_size "
+                f"({self.global_batch_size}): leave out one of them."
+            )
         for name in ("seed", "split_seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise InputError(f"{name} ({getattr(self, name)}) must lie between 0 and {2**32 - 1}.")
@@ -122,6 +134,10 @@ class Settings:
     @property
     def folder(self) -> Path:
         return Path(self.out or "runs")
+
+    def step_size(self, processes: int) -> int:
+        """Examples of one optimiser step."""
+        return self.global_batch_size or self.batch_size * processes * self.gradient_accumulation
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)

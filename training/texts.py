@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,11 +30,39 @@ class TextSettings(Settings):
     """How documents are read."""
 
     text_column: str = "text"
+    cache_tokens: bool = True  # keep what texts are cut into for next time: see token_cache.py
+    num_workers: int | None = None  # processes that tokenise; default: the tokenizer's own threads
+
+    def check(self) -> None:
+        super().check()
+        if self.num_workers is not None and self.num_workers < 1:
+            raise InputError(f"num_workers ({self.num_workers}) must be at least 1.")
 
 
 def load_texts(settings: TextSettings) -> dict[str, list[str]]:
     """The documents of all three splits, whatever else their rows hold."""
     return load_splits(settings, lambda row: text_of(row, settings))
+
+
+def stream_texts(settings: TextSettings) -> tuple[Callable[[], Iterator[str]], dict[str, list[str]]]:
+    """A function that begins to read the training documents, and the other two splits, which are read whole."""
+    files = _find_files(settings)
+    if "train" in files:
+        _, path = files.pop("train")
+        rows, tables = partial(_read_file, path), _read_files(files)
+    else:
+        rows, tables = _stream_hub(settings, skip=list(files))
+        tables |= _read_files(files)
+    for split in SPLITS[1:]:
+        if split not in tables:
+            raise InputError(
+                f"There is no {split} data, and streaming cannot cut it from documents that are not read yet: "
+                f"set {split}_data, or streaming to false."
+            )
+        if not tables[split][1]:
+            raise InputError(f"The {split} data ({tables[split][0]}) is empty: it needs at least one document.")
+    held = {split: [text_of(row, settings) for row in tables[split][1]] for split in SPLITS[1:]}
+    return lambda: (text_of(row, settings) for row in rows()), held
 
 
 def load_splits(
@@ -94,26 +123,35 @@ def _hold_out(
 
 
 def _read_tables(settings: TextSettings, label_column: str | None) -> Tables:
+    files = _find_files(settings)
+    return _read_files(files) if "train" in files else _read_hub(settings, label_column) | _read_files(files)
+
+
+def _read_files(files: dict[str, tuple[str, Path]]) -> Tables:
+    return {split: (name, list(_read_file(path))) for split, (name, path) in files.items()}
+
+
+def _find_files(settings: TextSettings) -> dict[str, tuple[str, Path]]:
+    """Split → name and path of its file; no training file if the data are on the Hub."""
+    files: dict[str, tuple[str, Path]] = {}
     where = BUNDLED.get(settings.data) or find_path(settings.data)
     if where is None and (Path(settings.data).suffix in SUFFIXES or settings.data.startswith((".", "/", "~"))):
         raise InputError(f"There is no file {settings.data}: correct the setting data.")
-    if where is None:
-        tables = _read_hub(settings, label_column)
-    elif where.is_dir():
-        found = {split: sorted(p for p in where.glob(f"{split}.*") if p.suffix in SUFFIXES) for split in SPLITS}
-        files = {split: paths[0] for split, paths in found.items() if paths}
+    if where is not None and where.is_dir():
+        for split in SPLITS:
+            if paths := sorted(path for path in where.glob(f"{split}.*") if path.suffix in SUFFIXES):
+                files[split] = paths[0].name, paths[0]
         if "train" not in files:
             raise InputError(f"The folder {where} has no train file: it needs train.jsonl, train.csv or train.parquet.")
-        tables = {split: (path.name, list(_read_file(path))) for split, path in files.items()}
-    else:
-        tables = {"train": (settings.data, list(_read_file(where)))}
+    elif where is not None:
+        files["train"] = settings.data, where
     for split, name in (("validation", settings.validation_data), ("test", settings.test_data)):
         if name is not None:
             path = find_path(name)
             if path is None:
                 raise InputError(f"There is no file {name}: correct the setting {split}_data.")
-            tables[split] = (name, list(_read_file(path)))
-    return tables
+            files[split] = name, path
+    return files
 
 
 def _read_file(path: Path) -> Iterator[Row]:
@@ -128,8 +166,10 @@ def _read_file(path: Path) -> Iterator[Row]:
                 for row in reader:
                     yield f"line {reader.line_num} of {path.name}", row
         elif path.suffix == ".parquet":
-            for number, row in enumerate(pq.read_table(path).to_pylist(), start=1):
-                yield f"row {number} of {path.name}", row
+            with pq.ParquetFile(path) as table:
+                rows = (row for batch in table.iter_batches(1024) for row in batch.to_pylist())
+                for number, row in enumerate(rows, start=1):
+                    yield f"row {number} of {path.name}", row
         else:
             raise InputError(f"{path.name} is none of {', '.join(SUFFIXES)}: convert it to one of these.")
     except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
@@ -148,6 +188,23 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             if not isinstance(row, dict):
                 raise InputError(f"Line {number} of {path.name} must be a JSON object, not a {type(row).__name__}.")
             yield f"line {number} of {path.name}", row
+
+
+def _stream_hub(settings: TextSettings, skip: Sequence[str]) -> tuple[Callable[[], Iterator[Row]], Tables]:
+    """The training rows as they come, and the other splits but for those that are not wanted."""
+    try:
+        loaded: Any = datasets.load_dataset(settings.data, settings.data_config, streaming=True)
+    except Exception as error:  # the Hub's failures have no common class
+        raise InputError(f"data ({settings.data!r}) could not be streamed from the Hub: {error}") from error
+    if "train" not in loaded:
+        raise InputError(f"The data set {settings.data} has no split 'train'; it has {', '.join(map(str, loaded))}.")
+
+    def rows(split: str) -> Iterator[Row]:
+        for number, row in enumerate(loaded[split], start=1):
+            yield f"row {number} of {settings.data}/{split}", row
+
+    held = [split for split in SPLITS[1:] if split in loaded and split not in skip]
+    return partial(rows, "train"), {split: (f"{settings.data}/{split}", list(rows(split))) for split in held}
 
 
 def _read_hub(settings: TextSettings, label_column: str | None) -> Tables:

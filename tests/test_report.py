@@ -1,0 +1,167 @@
+"""Tables and pictures of finished runs, from metrics that are made up here."""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "training"))
+
+import report  # noqa: E402
+from report import marks, put, read_runs, rows_of, table  # noqa: E402
+from settings import InputError  # noqa: E402
+
+
+def write_run(folder, config="era/local", seed=0, memory=None, accuracy=0.5, command="", settings=None, **test):
+    variant = config.rpartition("/")[2]
+    training = {"steps": 1200, "tokens_per_second": 1000 + seed, "hardware": "2 CPU threads"}
+    metrics = {
+        "test": {"loss": 1.0, "accuracy": accuracy, "n": 100, **test},
+        "training": training | ({"peak_memory_mb": memory} if memory else {}),
+        "model": {"model_type": f"et_{variant}", "parameters": 801_234},
+        "settings": {
+            "data": "era", "config": config, "seed": seed, "best_metric": "accuracy", "out": str(folder),
+            "max_length": 64, "model": {"model_type": f"et_{variant}"}, **(settings or {}),
+        },
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics | ({"command": command} if command else {})))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
+        values = {"accuracy": accuracy, "memory": 100.0 + seed, "command": f"train {seed}"}
+        write_run(tmp_path / f"runs/local-{seed}", seed=seed, **values)
+    write_run(tmp_path / "runs/full", config="era/full", accuracy=0.9)
+    write_run(tmp_path / "runs/clm", config="clm/full", accuracy=0.25, settings={"best_metric": "loss"}, perplexity=2.7)
+    write_run(tmp_path / "runs/full/checkpoints/step-1", config="era/none")  # no run of its own
+    return tmp_path / "runs"
+
+
+def cells(text):
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_runs_are_grouped_by_task_and_seed(runs):
+    groups = rows_of(read_runs([runs]))
+    assert {name: [row.name for row in rows] for name, rows in groups.items()} == {
+        "clm": ["full"],
+        "era": ["full", "local"],
+    }
+    heads, _, full, local = cells(table(groups["era"]))
+    assert heads == ["variant", "accuracy", "loss", "seeds", "parameters", "steps", "tokens/s", "peak memory, MB"]
+    deviation = statistics.stdev([0.5, 0.6, 0.7])
+    assert local == [
+        "local",
+        f"0.600 ± {deviation:.3f}",
+        "1.000 ± 0.000",
+        "0, 1, 2",
+        "801,234",
+        "1,200",
+        "1,001",
+        "102",
+    ]
+    assert full == ["full", "0.900", "1.000", "0", "801,234", "1,200", "1,000", ""]
+    heads, *_ = cells(table(groups["clm"]))
+    assert heads[:3] == ["variant", "loss", "accuracy"]  # the score that training looked at, and no perplexity
+    assert "peak memory, MB" not in heads
+    text = table(groups["era"])
+    assert "n = 100; mean ± sample standard deviation over the seeds. 2 CPU threads." in text
+    assert "```bash\ntrain 0\ntrain 1\ntrain 2\n```" in text
+
+
+def test_the_best_stands_first(tmp_path):
+    for name, loss in {"a": 2.0, "b": 1.0, "c": 3.0}.items():
+        write_run(tmp_path / name, config=f"clm/{name}", loss=loss, settings={"best_metric": "loss"})
+        write_run(tmp_path / f"{name}2", config=f"era/{name}", accuracy=loss)
+    groups = rows_of(read_runs([tmp_path]))
+    assert [row.name for row in groups["clm"]] == ["b", "a", "c"]
+    assert [row.name for row in groups["era"]] == ["c", "a", "b"]
+
+
+def test_runs_with_other_settings_are_other_rows(tmp_path):
+    for length in (64, 512):
+        for seed in (0, 1):
+            settings = {"max_length": length, "model": {"model_type": "et_local", "window_size": length // 4}}
+            write_run(tmp_path / f"{length}-{seed}", seed=seed, accuracy=length / 1000, settings=settings)
+    rows = rows_of(read_runs([tmp_path]))["era"]
+    assert [row.name for row in rows] == [
+        "local, max_length=512, model.window_size=128",
+        "local, max_length=64, model.window_size=16",
+    ]
+    assert [len(row.runs) for row in rows] == [2, 2]
+
+
+def test_a_run_that_does_not_tell_its_config_goes_by_its_data(tmp_path):
+    write_run(tmp_path / "a", config="x/local", settings={"config": None, "data": "texts/reviews.csv"})
+    (group,) = rows_of(read_runs([tmp_path])).items()
+    assert (group[0], group[1][0].name) == ("reviews", "local")
+
+
+def test_a_folder_given_twice_counts_once(runs):
+    assert len(read_runs([runs, runs / "full"])) == len(read_runs([runs])) == 5
+
+
+def test_hand_written_text_stays(runs, tmp_path):
+    out = tmp_path / "results.md"
+    begin, end = marks("era")
+    out.write_text(f"# Results\n\nBy hand.\n\n{begin}\nold | table\n{end}\n\nBelow \\1 by hand.\n")
+    report.main([str(runs), "--out", str(out)])
+    text = out.read_text()
+    assert text.startswith(f"# Results\n\nBy hand.\n\n{begin}\n| variant | accuracy")
+    assert "old | table" not in text
+    assert f"{end}\n\nBelow \\1 by hand.\n\n## clm\n\n{marks('clm')[0]}\n| variant | loss" in text
+    report.main([str(runs), "--out", str(out)])
+    assert out.read_text() == text
+    before = text
+    write_run(runs / "more", config="era/new", accuracy=0.99)
+    report.main([str(runs), "--out", str(out), "--only", "clm"])
+    assert out.read_text() == before
+    report.main([str(runs), "--out", str(out), "--only", "era"])
+    assert "| new | 0.990" in out.read_text()
+
+
+def test_a_new_file_is_begun(runs, tmp_path):
+    report.main([str(runs), "--out", str(tmp_path / "new/results.md"), "--only", "era"])
+    assert (tmp_path / "new/results.md").read_text().startswith("## era\n\n<!-- begin:era -->\n| variant |")
+
+
+def test_a_group_is_drawn(runs, tmp_path):
+    picture = tmp_path / "pictures/era.png"
+    report.main([str(runs), "--out", str(tmp_path / "results.md"), "--picture", f"era={picture}"])
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert 2_000 < len(content) < 200_000
+
+
+@pytest.mark.parametrize("text", ["{0}", "{1} {0}", "{0} {1} {0} {1}", "{1}"])
+def test_marks_that_do_not_fit_are_refused(text):
+    with pytest.raises(InputError, match=r"must have <!-- begin:era --> once and <!-- end:era --> once behind it"):
+        put(text.format(*marks("era")), "era", "table\n")
+
+
+def test_what_cannot_be_reported_is_told(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in {
+        ("missing",): "error: There is no folder missing",
+        (str(runs), "--only", "lra"): "error: There are no runs of 'lra'; there are some of clm, era",
+        (str(runs), "--picture", "era"): r"error: --picture \('era'\) must have the form GROUP=FILE.png",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            report.main([*arguments, "--out", "results.md"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=r"error: No finished run \(no metrics.json\) is below empty"):
+        report.main(["empty"])
+    for content, message in {
+        "{": "cannot be read as the metrics",
+        '{"test": {}}': "lacks model, settings, training",
+    }.items():
+        (tmp_path / "empty/metrics.json").write_text(content)
+        with pytest.raises(SystemExit, match=message):
+            report.main(["empty"])
+    assert not Path("results.md").exists()

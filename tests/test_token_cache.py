@@ -1,0 +1,139 @@
+"""Texts are cut once: the cache gives what was made, and nothing else than what was asked for."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training_runs import TEXT, bpe, wordpiece
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "training"))
+
+import documents  # noqa: E402
+import packing  # noqa: E402
+from classify import ClassifySettings  # noqa: E402
+from documents import Documents, encode_documents  # noqa: E402
+from pretrain_clm import ClmSettings, causal_windows, load_open_tokenizer  # noqa: E402
+from pretrain_mlm import MlmSettings, masked_windows  # noqa: E402
+from token_cache import cache_file  # noqa: E402
+
+TEXTS = [TEXT * 3, "but 1234 nobody", TEXT]
+VALUES = {"data": "era", "tokenizer": "data/tokenizer", "model": {"model_type": "bert"}}
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("EFFICIENT_TRANSFORMERS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def refuse(monkeypatch):
+    """A function after whose call nothing may be tokenised any more."""
+
+    def refusing():
+        def refuse(*arguments, **options):
+            pytest.fail("tokenised again")
+
+        for module, name in ((packing, "encoded"), (documents, "cut_windows")):
+            monkeypatch.setattr(module, name, refuse)
+        monkeypatch.setattr("causal.encoded", refuse)
+
+    return refusing
+
+
+def masked(tokenizer, texts=TEXTS, length=16, **values):
+    return masked_windows("test", texts, tokenizer, length, MlmSettings.from_dict(VALUES | values))
+
+
+def causal(tokenizer, texts=TEXTS, length=16, **values):
+    return causal_windows("test", texts, tokenizer, length, ClmSettings.from_dict(VALUES | values))
+
+
+def classified(tokenizer, texts=TEXTS, length=16, **values):
+    labels = ["a", "b", "a"][: len(texts)]
+    settings = ClassifySettings.from_dict(VALUES | {"window_length": 16, "shortest_window": 1} | values)
+    return encode_documents(Documents({"train": (texts, labels)}), tokenizer, length, settings)["train"]
+
+
+def same(ours, theirs):
+    rows = zip(ours, theirs, strict=True)
+    return all(np.array_equal(a[key], b[key]) for a, b in rows for key in ("input_ids", "labels"))
+
+
+def open_bpe():
+    return load_open_tokenizer(ClmSettings.from_dict(VALUES), TEXTS)
+
+
+KINDS = {"masked": (masked, bpe), "causal": (causal, open_bpe), "classified": (classified, bpe)}
+
+
+@pytest.mark.parametrize(("make", "tokenizer"), KINDS.values(), ids=KINDS)
+def test_what_was_cut_is_found_again(folder, refuse, make, tokenizer):
+    first, tokenizer = make(tokenizer()), tokenizer()
+    assert len(list(folder.iterdir())) == 1
+    uncached = make(tokenizer, cache_tokens=False)
+    refuse()
+    found = make(tokenizer)
+    rows = [[data[index] for index in range(len(data))] for data in (found, first, uncached)]
+    assert len(rows[0]) > 5
+    assert same(rows[0], rows[1])
+    assert same(rows[0], rows[2])
+    if make is not classified:
+        assert found.counts() == first.counts()
+
+
+CHANGES = {
+    "texts": {"texts": [*TEXTS[:2], TEXT + "x"]},
+    "length": {"length": 15},
+    "packing": {"packing": "padding"},
+    "words": {"whole_word": True},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_is_cut_otherwise_is_not_confused(folder, change):
+    masked(bpe())
+    expected, found = masked(bpe(), cache_tokens=False, **change), masked(bpe(), **change)
+    assert len(list(folder.iterdir())) == 2
+    assert same([found[i] for i in range(len(found))], [expected[i] for i in range(len(expected))])
+
+
+def test_tokenizers_are_told_apart(folder):
+    given, changed = bpe(), bpe()
+    changed.add_tokens(["nobody"])
+    masked(wordpiece())
+    for tokenizer in (given, changed):
+        masked(tokenizer)
+    assert len(list(folder.iterdir())) == 3
+    given(TEXT, truncation=True, max_length=4)  # leaves its traces in the tokenizer
+    masked(given)
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_a_spoilt_file_is_made_anew(folder):
+    first = masked(bpe())
+    (file,) = folder.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    again = masked(bpe())
+    assert same([first[i] for i in range(len(first))], [again[i] for i in range(len(again))])
+    assert file.stat().st_size > 100
+
+
+def test_nothing_is_kept_if_it_is_not_wanted(folder):
+    for make, tokenizer in KINDS.values():
+        make(tokenizer(), cache_tokens=False)
+    assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_made_stops_nothing(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EFFICIENT_TRANSFORMERS_CACHE", str(tmp_path / "file/cache"))
+    assert cache_file(bpe(), TEXTS, {}, ".npz") is None
+    assert len(masked(bpe())) > 5
+
+
+def test_several_processes_cut_as_one():
+    alone, together = classified(bpe(), cache_tokens=False), classified(bpe(), cache_tokens=False, num_workers=2)
+    assert same(list(alone), list(together))
