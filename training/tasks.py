@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from batches import make_loader
 from building import build_config, build_model, load_tokenizer, make_accelerator, model_facts, visible_length
 from command_line import finished_settings
 from huggingface_hub import ModelCard
-from loop import make_loader, train
+from loop import train
 from outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
 from reporting import about, make_card, report
 from settings import InputError
