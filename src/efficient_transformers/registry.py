@@ -39,7 +39,7 @@ class Variant:
     cost: law of its time and memory in n tokens of d features per head; the other letters are its config fields.
     causal: is there a CausalLM head? any_length: is it free of per-position parameters besides the embeddings?
     chooses: does it depend on the data which tokens a token reads? attention: are there weights of attention?
-    normalised: do the rows of `output_attentions`, the matrix in front of the values, sum to one?
+    normalised: do the rows of `output_attentions`, the matrix in front of the values, sum to one, whatever the input?
     """
 
     slug: str
@@ -127,7 +127,14 @@ VARIANTS = {
         Variant("synthesizer", modeling_synthesizer, "Synthesizer", "arXiv:2005.00743", "n²·d", any_length=False),
         Variant("efficient", modeling_efficient, "Efficient Attention", "arXiv:1812.01243", "n·d²"),
         Variant("linear", modeling_linear, "Linear Transformer", "arXiv:2006.16236", "n·d²"),
-        Variant("rfa", modeling_rfa, "Random Feature Attention", "arXiv:2103.02143", "n·num_random_features·d"),
+        Variant(
+            "rfa",
+            modeling_rfa,
+            "Random Feature Attention",
+            "arXiv:2103.02143",
+            "n·num_random_features·d",
+            normalised=False,
+        ),
         Variant("performer", modeling_performer, "Performer", "arXiv:2009.14794", "n·num_random_features·d"),
         Variant("fnet", modeling_fnet, "FNet", "arXiv:2105.03824", "n·log(n)·d", causal=False, attention=False),
         Variant(
