@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import platform
+import resource
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,16 @@ def hardware(accelerator: Accelerator) -> str:
     return f"{processes}{torch.get_num_threads()} CPU threads ({platform.machine()})"
 
 
+def peak_memory_mb(accelerator: Accelerator) -> int:
+    """The most that this process has held so far: of the GPU's memory, or without one of the computer's."""
+    if accelerator.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(accelerator.device)
+    else:
+        # the system counts in KiB, that of a Mac in bytes
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return round(peak / 2**20)
+
+
 def metrics_of(
     accelerator: Accelerator,
     settings: Settings,
@@ -132,6 +144,7 @@ def metrics_of(
             "tokens": progress.tokens,
             "seconds": round(progress.seconds, 1),
             "tokens_per_second": round(progress.tokens / progress.seconds),
+            "peak_memory_mb": peak_memory_mb(accelerator),
             "hardware": hardware(accelerator),
             "processes": accelerator.num_processes,
             "precision": accelerator.mixed_precision,
