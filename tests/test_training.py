@@ -218,7 +218,10 @@ def test_a_missing_yaml_says_what_is_there(tmp_path):
 def test_there_are_configs_to_test():
     assert {path.stem for path in VARIANTS} >= {"full", "local", "stride", "global", "mixed"}
     # a folder of another task needs a test of its own
-    assert {path.parent.name for path in CONFIGS} == {"accelerate", "clm", "era", "mlm"}
+    assert {path.parent.name for path in CONFIGS} == {
+        "accelerate", "clm", "era", "mlm", "listops", "listops_short", "pathfinder", "pathfinder_small", "image",
+        "image_small", "text", "mqar", "copy", "induction", "needle",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", VARIANTS, ids=lambda path: f"{path.parent.name}-{path.stem}")

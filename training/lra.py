@@ -24,6 +24,7 @@ from generated import Examples, Generator, byte_tokenizer, generate, with_specia
 from huggingface_hub import ModelCard
 from listops import ListOps
 from loop import train
+from metrics import OWN_METRICS
 from outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
 from pathfinder import Pathfinder
 from reporting import about, make_card, report
@@ -67,6 +68,8 @@ class LraSettings(ClassifySettings):
                 raise InputError(
                     f"{name}_examples ({size}) has no use: all documents of {self.data} are taken. Leave it out."
                 )
+        if self.best_metric not in (known := ("loss", *OWN_METRICS, *self.extra_metrics)):
+            raise InputError(f"best_metric ({self.best_metric!r}) must be one of {', '.join(known)}.")
         if self.tokenizer is not None:
             raise InputError(
                 f"tokenizer ({self.tokenizer!r}) has no use: these tasks are read by the word, the pixel or the byte. "

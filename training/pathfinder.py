@@ -215,7 +215,7 @@ def step(angles: np.ndarray, length: int) -> Points:
 
 
 def is_inside(points: np.ndarray) -> np.ndarray:
-    return ((points >= 0) & (points < SIZE)).all(-1)
+    return np.logical_and.reduce((points >= 0) & (points < SIZE), axis=-1)
 
 
 def around(points: Points) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ The tasks are MQAR, copying, induction heads and a needle in real documents; see
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,18 +94,18 @@ def load_task(settings: RecallSettings) -> tuple[PreTrainedTokenizerBase, list[s
 
 
 def make_examples(
-    settings: RecallSettings, tokenizer: PreTrainedTokenizerBase, length: int, splits: tuple[str, ...] = SPLITS
+    settings: RecallSettings, tokenizer: PreTrainedTokenizerBase, length: int, splits: Sequence[str] = SPLITS
 ) -> dict[str, Examples]:
-    sizes = dict(
-        zip(SPLITS, (settings.train_examples, settings.validation_examples, settings.test_examples), strict=True)
-    )
     if settings.data == "needle":
         # documents of one split, and so the windows of one document, are in no other
         texts = load_texts(dataclasses.replace(settings, data=settings.haystack))
         generators = {name: Needle(tokenizer, texts[name], length, settings.items) for name in splits}
     else:
         generators = dict.fromkeys(splits, make_generator(settings, length))
-    return {name: generate(generators[name], name, sizes[name], settings.split_seed) for name in splits}
+    return {
+        name: generate(generators[name], name, getattr(settings, f"{name}_examples"), settings.split_seed)
+        for name in splits
+    }
 
 
 class Evaluator:

@@ -163,12 +163,14 @@ class Needle:
     def __post_init__(self):
         if not 1 <= self.items <= min(len(PEOPLE), len(THINGS)):
             raise InputError(
-                f"items ({self.items}) must lie between 1 and {min(len(PEOPLE), len(THINGS))}, the people."
+                f"items ({self.items}) must lie between 1 and {min(len(PEOPLE), len(THINGS))}: each fact has a person "
+                "and a thing of its own."
             )
         room = self.length - self.items * max(map(len, self.facts.values())) - max(map(len, self.questions))
         if room < 1:
             raise InputError(
-                f"max_length ({self.length}) leaves no room for text beside {self.items} facts and a question: raise it."
+                f"max_length ({self.length}) leaves no room for text beside {self.items} facts and a question: raise "
+                "it, or lower items."
             )
 
     def ids(self, text: str) -> np.ndarray:
