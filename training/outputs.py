@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -118,11 +119,13 @@ def hardware(accelerator: Accelerator) -> str:
 def peak_memory_mb(accelerator: Accelerator) -> int:
     """The most that this process has held so far: of the GPU's memory, or without one of the computer's."""
     if accelerator.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(accelerator.device)
-    else:
-        # the system counts in KiB, that of a Mac in bytes
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return round(peak / 2**20)
+        return round(torch.cuda.max_memory_allocated(accelerator.device) / 2**20)
+    # what Linux gives as ru_maxrss begins with the peak of the process that started this one
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return round(int(found[1]) / 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2**20 if sys.platform == "darwin" else peak / 1024)  # a Mac counts bytes, others KiB
 
 
 def metrics_of(
