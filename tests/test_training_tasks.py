@@ -158,7 +158,7 @@ def test_lengths_that_no_list_can_have_are_refused(lengths):
 
 @pytest.fixture(scope="module")
 def pictures():
-    return [Pathfinder(6).picture((0, 0, index)) for index in range(250)]
+    return [Pathfinder(6).picture((0, 0, index)) for index in range(160)]
 
 
 def test_no_shortcut_tells_connected_dots_apart(pictures):
@@ -170,9 +170,9 @@ def test_no_shortcut_tells_connected_dots_apart(pictures):
         "pixels": [np.count_nonzero(picture.pixels) for picture in pictures],
         "place of the second dot": [np.abs(picture.dots[1] - 15.5).max() for picture in pictures],
     }
-    # of 250 pictures, chance alone gives an area under the curve of 0.5 ± 0.037
+    # of 160 pictures, chance alone gives an area under the curve of 0.5 ± 0.046; of 1,500 the distance gives 0.57
     areas = {name: roc_auc_score(labels, values) for name, values in shortcuts.items()}
-    assert all(abs(area - 0.5) < 0.13 for area in areas.values()), areas
+    assert all(abs(area - 0.5) < 0.16 for area in areas.values()), areas
 
 
 def test_dots_and_dashes_are_where_they_should_be(pictures):
@@ -180,9 +180,7 @@ def test_dots_and_dashes_are_where_they_should_be(pictures):
         assert picture.pixels.shape == (32, 32)
         for row, column in picture.dots:
             assert picture.pixels[row, column] == 255
-        # nothing else is as large as a dot: a cross of five bright pixels
-        lit = 0.06 < (picture.pixels > 60).mean() < 0.3
-        assert lit
+        assert 0.06 < (picture.pixels > 60).mean() < 0.3
 
 
 def test_label_one_marks_both_ends_of_one_path(monkeypatch):
