@@ -220,7 +220,9 @@ def test_there_are_configs_to_test():
     assert {path.stem for path in VARIANTS} >= {"full", "local", "stride", "global", "mixed"}
     # a folder of another task needs a test of its own
     assert {path.parent.name for path in CONFIGS} == {
-        "accelerate", "case", "clm", "era", "facts", "mlm", "next", "patches", "pixels", "president",
+        "accelerate", "case", "clm", "copy", "era", "facts", "image", "image_small", "induction", "listops",
+        "listops_short", "mlm", "mqar", "needle", "next", "patches", "pathfinder", "pathfinder_small", "pixels",
+        "president", "text",
     }  # fmt: skip
 
 

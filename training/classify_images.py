@@ -67,7 +67,7 @@ def run(settings: ClassifyImagesSettings, command: str = "") -> dict[str, Any]:
         "test": {**test(trained), "n": test.size},
         "validation": {**progress.best_scores, "n": validate.size},
     }
-    metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores)
+    metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores, command)
     text = card(settings, metrics, about(model), names, command)
     finish_folder(accelerator, settings, trained, processor, text, metrics)
     report(accelerator, settings, metrics, AUTO_CLASS, shown(metrics))

@@ -4,7 +4,10 @@ import dataclasses
 import json
 import os
 import platform
+import re
+import resource
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -117,6 +120,18 @@ def hardware(accelerator: Accelerator) -> str:
     return f"{processes}{torch.get_num_threads()} CPU threads ({platform.machine()})"
 
 
+def peak_memory_mb(accelerator: Accelerator) -> int:
+    """The most that this process has held so far: of the GPU's memory, or without one of the computer's."""
+    if accelerator.device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(accelerator.device) / 2**20)
+    # what Linux gives as ru_maxrss begins with the peak of the process that started this one
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return round(int(found[1]) / 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2**20 if sys.platform == "darwin" else peak / 1024)  # a Mac counts bytes, others KiB
+
+
 def metrics_of(
     accelerator: Accelerator,
     settings: Settings,
@@ -137,6 +152,7 @@ def metrics_of(
             "tokens": progress.tokens,
             "seconds": round(progress.seconds, 1),
             "tokens_per_second": round(progress.tokens / progress.seconds),
+            "peak_memory_mb": peak_memory_mb(accelerator),
             "hardware": hardware(accelerator),
             "processes": accelerator.num_processes,
             "precision": accelerator.mixed_precision,

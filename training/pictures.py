@@ -1,22 +1,17 @@
 """Labelled images: Fashion-MNIST as Debian packages it, a folder of pictures, or a data set on the Hub."""
 
-import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
+from fashion_mnist import CLASSES, FOLDER, read_fashion_mnist
 from settings import InputError, Settings, find_path
 from sklearn.model_selection import train_test_split
 from transformers import BaseImageProcessor
 
-FASHION_MNIST = "fashion-mnist"
-FASHION_MNIST_NAMES = [
-    "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-]  # fmt: skip
+FASHION_MNIST = "fashion_mnist"
 SPLITS = ("train", "validation", "test")
 PROCESSOR_FIELDS = ("image_mean", "image_std", "do_normalize", "rescale_factor", "resample")
 
@@ -25,7 +20,7 @@ PROCESSOR_FIELDS = ("image_mean", "image_std", "do_normalize", "rescale_factor",
 class PictureSettings(Settings):
     """How labelled images are read."""
 
-    fashion_mnist: str = "/usr/share/datasets/fashion-mnist"  # of the Debian package dataset-fashion-mnist
+    image_folder: str = FOLDER  # fashion_mnist: of its four files
     image_column: str = "image"
     label_column: str = "label"
     held_out: float = 0.05  # of the training images, for each split that has no images of its own
@@ -80,31 +75,9 @@ def load_pictures(settings: PictureSettings) -> tuple[dict[str, Pictures], list[
 
 
 def _read_fashion_mnist(settings: PictureSettings) -> tuple[dict[str, Pictures], list[str]]:
-    folder = Path(settings.fashion_mnist)
-    if not folder.is_dir():
-        raise InputError(
-            f"There is no folder {folder}: install the Debian package dataset-fashion-mnist, or set fashion_mnist to "
-            "a folder with its four .gz files."
-        )
-    splits = {}
-    for split, stem in (("train", "train"), ("test", "t10k")):
-        images = read_idx(folder / f"{stem}-images-idx3-ubyte.gz")
-        splits[split] = Pictures(list(images[..., None]), read_idx(folder / f"{stem}-labels-idx1-ubyte.gz").tolist())
-    return splits, FASHION_MNIST_NAMES
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """An array of bytes in the format of MNIST: two zeros, the type 8, the number of axes, their lengths, the data."""
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
-        raise InputError(f"{path} cannot be read as gzip: {error}") from error
-    axes = content[3] if len(content) > 3 else 0
-    start = 4 + 4 * axes
-    shape = np.frombuffer(content[4:start], ">u4").tolist() if len(content) >= start else []
-    if content[:3] != b"\0\0\x08" or len(content) - start != np.prod(shape, dtype=int):
-        raise InputError(f"{path} is no whole file of bytes in the format of MNIST: install it again.")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    splits = read_fashion_mnist(settings.image_folder)
+    # an axis of one channel
+    return {name: Pictures(list(x[..., None]), y.tolist()) for name, (x, y) in splits.items()}, list(CLASSES)
 
 
 def _read_data_set(settings: PictureSettings) -> tuple[dict[str, Pictures], list[str]]:

@@ -17,20 +17,34 @@ from typing import Any
 from classify import ClassifySettings
 from outputs import METRICS, differences, write_whole
 from report import spread
-from settings import InputError
+from settings import InputError, Settings
 
 CLASSIFY = Path(__file__).with_name("classify.py")
 
 
-def train_or_find(config: Path, overrides: list[str], launcher: list[str]) -> dict[str, Any]:
+class RunFailed(Exception):
+    """A run has ended with another code than 0."""
+
+    def __init__(self, folder: Path, code: int):
+        super().__init__(f"The run in {folder} ended with code {code}; the same command continues it.")
+        self.code = code
+
+
+def train_or_find(
+    config: Path,
+    overrides: list[str],
+    launcher: list[str],
+    script: Path = CLASSIFY,
+    settings_class: type[Settings] = ClassifySettings,
+) -> dict[str, Any]:
     """The metrics of one run, which is trained unless it is there."""
-    settings = ClassifySettings.from_yaml(config, overrides)
+    settings = settings_class.from_yaml(config, overrides)
     finished = settings.folder / METRICS
     if not finished.exists():
-        command = [*launcher, str(CLASSIFY), "--config", str(config), *overrides, "resume=true"]
+        command = [*launcher, str(script), "--config", str(config), *overrides, "resume=true"]
         code = subprocess.run(command).returncode
         if code:
-            raise SystemExit(f"The run in {settings.folder} ended with code {code}; the same command continues it.")
+            raise RunFailed(settings.folder, code)
     elif different := differences(settings.folder, settings):
         raise InputError(
             f"{settings.folder} holds a run with other settings ({'; '.join(different)}): set --out to another folder."
@@ -79,6 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
                 runs[length][seed] = train_or_find(given.config, overrides, launcher)
     except InputError as error:
         sys.exit(f"error: {error}")
+    except RunFailed as failed:
+        sys.exit(str(failed))
     text = f"{given.config}, {len(given.seeds)} seeds, mean ± standard deviation\n\n{table(runs)}\n"
     write_whole(out / "table.md", text)
     print(text)

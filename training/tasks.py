@@ -151,7 +151,7 @@ class Task(Generic[S]):
             "test": {**test(trained), "n": len(data["test"])},
             "validation": {**progress.best_scores, "n": len(data["validation"])},
         }
-        metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores)
+        metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores, command)
         card = self.card(settings, metrics, about(model), names, command)
         finish_folder(accelerator, settings, trained, tokenizer, card, metrics)
         report(accelerator, settings, metrics, self.auto_class.__name__, self.shown(metrics))
