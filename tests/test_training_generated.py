@@ -346,7 +346,7 @@ def test_bytes_are_read_one_by_one():
     ids = tokenizer(text)["input_ids"]
     assert [i - len(SPECIAL) for i in ids[1:]] == list(text.encode())
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
-    assert len(tokenizer) == 259
+    assert len(tokenizer) == 260
 
 
 def test_generated_examples_are_kept_and_read_again(tmp_path, monkeypatch):

@@ -104,8 +104,8 @@ def test_fashion_mnist_is_read_with_a_channel(tmp_path):
     ("changes", "message"),
     [
         (
-            {"data": "fashion-mnist", "fashion_mnist": "nowhere"},
-            "There is no folder nowhere: install .* dataset-fashion",
+            {"data": "fashion_mnist", "image_folder": "nowhere"},
+            "There is no nowhere/.*: install Debian's package dataset",
         ),
         ({"label_column": "colour"}, "has no column 'colour'; there are: image, label. Set label_column"),
         ({"held_out": 0.7}, r"held_out \(0.7\) must lie between 0 and 0.5"),

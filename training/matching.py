@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -169,9 +169,14 @@ class DocumentMatcher(nn.Module):
         loss = None if labels is None else cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        self.encoder.save_pretrained(folder)
-        save_file(self.head.state_dict(), Path(folder, HEAD))
+    def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Into a local folder; `state_dict` is that of this module where its own is divided among processes."""
+        parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "head": {}}
+        for name, value in (self.state_dict() if state_dict is None else state_dict).items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value
+        self.encoder.save_pretrained(folder, state_dict=parts["encoder"])
+        save_file(parts["head"], Path(folder, HEAD))
         Path(folder, HEAD_SIZES).write_text(json.dumps(self.head.sizes) + "\n", encoding="utf-8")
 
     @classmethod
