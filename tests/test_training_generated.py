@@ -230,6 +230,22 @@ def test_mqar_asks_for_what_stood_behind_the_key():
         assert Counter(words[16:])["_"] == 64 - 16 - 8
 
 
+def test_short_sequences_are_for_training_alone():
+    sizes = {"train_examples": 400, "validation_examples": 9, "test_examples": 9}
+    settings = RecallSettings.from_dict(
+        {**RECALL, **sizes, "data": "mqar", "items": 4, "vocabulary": 32, "min_length": 8}
+    )
+    tokenizer, _ = load_task(settings)
+    data = make_examples(settings, tokenizer, 40)
+    counts = Counter(data["train"].lengths)
+    assert set(counts) == {8, 16, 32, 40}
+    assert min(counts.values()) > 70
+    assert {(len(data["train"][i]["input_ids"]), (data["train"][i]["labels"] != IGNORED).sum()) for i in range(99)} == {
+        (8, 2), (16, 4), (32, 4), (40, 4)
+    }  # fmt: skip
+    assert set(data["validation"].lengths + data["test"].lengths) == {40}
+
+
 def test_gaps_of_mqar_follow_the_power_law():
     generator = Mqar(64, 4, 512)
     places = Counter(np.flatnonzero(generator((0, 0, i))[1] != IGNORED).min() for i in range(800))
@@ -602,6 +618,8 @@ BAD_RECALL = {
     "tokenizer": ({"tokenizer": "x"}, "tokenizer ('x') has no use: mqar makes its own words."),
     "metric": ({"best_metric": "f1"}, "best_metric ('f1') must be loss or accuracy."),
     "examples": ({"test_examples": 0}, "test_examples (0) must be at least 1."),
+    "short": ({"min_length": 3}, "min_length (3) leaves no room for an item of mqar: raise it."),
+    "short needles": ({"data": "needle", "min_length": 8}, "min_length (8) has no use: needle has documents."),
 }
 
 

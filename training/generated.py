@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +35,26 @@ class Generator(Protocol):
     def answers(self) -> Sequence[str]: ...
 
     def __call__(self, seed: Seed) -> tuple[np.ndarray, Any]: ...
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Examples of one of several generators, drawn with equal chances. The last one knows the words of all."""
+
+    generators: tuple[Generator, ...]
+
+    @property
+    def words(self) -> Sequence[str]:
+        return self.generators[-1].words
+
+    @property
+    def answers(self) -> Sequence[str]:
+        return self.generators[-1].answers
+
+    def __call__(self, seed: Seed) -> tuple[np.ndarray, Any]:
+        # a stream of its own: the generator draws from the one of the seed
+        drawn = np.random.default_rng((*seed, 1)).integers(len(self.generators))
+        return self.generators[drawn](seed)
 
 
 class Examples(Dataset):
