@@ -101,8 +101,8 @@ def make_generator(settings: RecallSettings, length: int, items: int | None = No
 def training_generator(settings: RecallSettings, length: int) -> Generator:
     """With `min_length`, of sequences of that length, of twice that, and so on up to `length`, equally often.
 
-    What is learnt of short sequences is found in long ones: MQAR of 64 tokens alone is not learnt in thousands of steps
-    that suffice with 8 and 16 and 32 beside them.
+    What is learnt of short sequences is found in long ones: with 8, 16 and 32 tokens beside them, full attention learns
+    MQAR of 64 tokens in hundreds of steps instead of thousands.
     """
     full = make_generator(settings, length)
     if settings.min_length is None:
