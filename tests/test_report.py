@@ -165,3 +165,22 @@ def test_what_cannot_be_reported_is_told(runs, tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match=message):
             report.main(["empty"])
     assert not Path("results.md").exists()
+
+
+def test_runs_that_differ_in_a_setting_stand_side_by_side(tmp_path):
+    for name, accuracy, steps in (("full", 0.5, None), ("full", 0.7, 200), ("local", 0.6, None)):
+        values = {"accuracy": accuracy, "memory": 100.0, "settings": {"self_pretrain_steps": steps}}
+        write_run(tmp_path / f"{name}-{steps}", config=f"lists/{name}", **values)
+    write_run(tmp_path / "full-2", config="lists/full", seed=1, accuracy=0.9, settings={"self_pretrain_steps": 200})
+    report.main([str(tmp_path), "--out", str(tmp_path / "results.md"), "--beside", "self_pretrain_steps"])
+    heads, _, full, local = cells((tmp_path / "results.md").read_text())
+    assert heads == [
+        "variant",
+        "accuracy",
+        "accuracy, self_pretrain_steps=200",
+        "parameters",
+        "tokens/s",
+        "peak memory, MB",
+    ]
+    assert full == ["full", "0.500", f"0.800 ± {statistics.stdev([0.7, 0.9]):.3f}", "801,234", "1,000", "100"]
+    assert local == ["local", "0.600", "", "801,234", "1,000", "100"]

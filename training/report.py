@@ -1,10 +1,12 @@
 """Tables, and pictures, of finished runs, written into docs/results.md between the marks of their own.
 
 python training/report.py [FOLDER …] [--out docs/results.md] [--only GROUP …] [--picture GROUP=docs/GROUP.png …]
+    [--beside SETTING]
 
 Every `metrics.json` below the folders (default: runs) is read. Runs of one folder of configs make a table, runs that
 differ in their seed alone a row. A table stands between `<!-- begin:GROUP -->` and `<!-- end:GROUP -->`, where the next
-call replaces it; a group without marks is put at the end. All other text stays as it is.
+call replaces it; a group without marks is put at the end. All other text stays as it is. With `--beside
+self_pretrain_steps` runs that differ in that setting stand side by side in one line.
 """
 
 import argparse
@@ -168,6 +170,29 @@ def table(rows: Sequence[Row]) -> str:
     return text + ("\n```bash\n" + "\n".join(commands) + "\n```\n" if commands else "")
 
 
+def side_by_side(rows: Sequence[Row], setting: str) -> str:
+    """Markdown: the first score of rows that differ in `setting` alone in one line, the best of any of them first."""
+    score = score_names(rows)[0]
+    values = list(dict.fromkeys(sorted((row.settings.get(setting) for row in rows), key=lambda x: (x is not None, x))))
+    lines: dict[str, dict[Any, Row]] = {}
+    for row in rows:
+        rest = json.dumps({key: value for key, value in row.settings.items() if key != setting}, sort_keys=True)
+        lines.setdefault(rest, {})[row.settings.get(setting)] = row
+    heads = ["variant", *(score if value is None else f"{score}, {setting}={value}" for value in values)]
+    heads += ["parameters", "tokens/s", "peak memory, MB"]
+    text = [" | ".join(heads), " | ".join(["---"] * len(heads))]
+    for line in lines.values():
+        first = line[min(line, key=values.index)]
+        cells = [first.name.removesuffix(f", {setting}={first.settings.get(setting)}")]
+        cells += [spread(line[value].scores(score)) if value in line else "" for value in values]
+        cells.append(f"{first.runs[0]['model']['parameters']:,}")
+        cells.append(f"{statistics.mean(run['training']['tokens_per_second'] for run in first.runs):,.0f}")
+        memory = [peak for run in first.runs if (peak := peak_memory(run)) is not None]
+        cells.append(f"{max(memory):,.0f}" if memory else "")
+        text.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in text) + "\n\nSpeed and memory are those of the left score's runs.\n"
+
+
 def marks(group: str) -> tuple[str, str]:
     return f"<!-- begin:{group} -->", f"<!-- end:{group} -->"
 
@@ -220,12 +245,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--only", nargs="+", metavar="GROUP", help="groups to write (default: all)")
     parser.add_argument("--picture", nargs="+", default=[], metavar="GROUP=FILE.png", help="draws a group as well")
+    parser.add_argument("--beside", metavar="SETTING", help="runs that differ in it stand side by side")
     given = parser.parse_args(arguments)
     try:
         groups = rows_of(read_runs(given.folders))
         text = given.out.read_text(encoding="utf-8") if given.out.exists() else ""
         for group in given.only or groups:
-            text = put(text, group, table(chosen(groups, group)))
+            rows = chosen(groups, group)
+            text = put(text, group, side_by_side(rows, given.beside) if given.beside else table(rows))
         for picture in given.picture:
             group, equals, path = picture.partition("=")
             if not equals or not path:
