@@ -36,7 +36,7 @@ from settings import InputError  # noqa: E402
 from efficient_transformers.cards import loading_code, model_card  # noqa: E402
 
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
-VARIANTS = [path for path in CONFIGS if path.parent.name == "era" and path.stem != "base"]
+VARIANTS = [path for path in CONFIGS if path.parent.name in ("era", "arxiv", "imdb") and path.stem != "base"]
 
 TINY = {
     "tokenizer": "data/tokenizer",
@@ -220,9 +220,9 @@ def test_there_are_configs_to_test():
     assert {path.stem for path in VARIANTS} >= {"full", "local", "stride", "global", "mixed"}
     # a folder of another task needs a test of its own
     assert {path.parent.name for path in CONFIGS} == {
-        "accelerate", "case", "clm", "copy", "era", "facts", "image", "image_small", "induction", "listops",
-        "listops_short", "mlm", "mqar", "needle", "next", "patches", "pathfinder", "pathfinder_small", "pixels",
-        "president", "text",
+        "accelerate", "arxiv", "case", "clm", "copy", "era", "facts", "govreport", "image", "image_small", "imdb",
+        "induction", "listops", "listops_short", "mlm", "mqar", "needle", "next", "patches", "pathfinder",
+        "pathfinder_small", "pg19", "pixels", "president", "pubmed", "text",
     }  # fmt: skip
 
 

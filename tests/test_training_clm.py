@@ -54,7 +54,8 @@ from texts import load_texts  # noqa: E402
 from efficient_transformers import VARIANTS  # noqa: E402
 from efficient_transformers.cards import loading_code  # noqa: E402
 
-CONFIGS = [path for path in sorted((ROOT / "configs/clm").glob("*.yaml")) if path.stem != "base"]
+FOLDERS = ("clm", "pg19")
+CONFIGS = [path for name in FOLDERS for path in sorted((ROOT / "configs" / name).glob("*.yaml")) if path.stem != "base"]
 SCORES = ("loss", "perplexity", "accuracy", "nats_per_byte", "bits_per_byte")
 
 TINY = {

@@ -53,7 +53,8 @@ from texts import load_texts  # noqa: E402
 
 from efficient_transformers.cards import loading_code  # noqa: E402
 
-CONFIGS = [path for path in sorted((ROOT / "configs/mlm").glob("*.yaml")) if path.stem != "base"]
+FOLDERS = ("mlm", "pubmed", "govreport")
+CONFIGS = [path for name in FOLDERS for path in sorted((ROOT / "configs" / name).glob("*.yaml")) if path.stem != "base"]
 SCORES = ("loss", "perplexity", "accuracy")
 
 TINY = {
