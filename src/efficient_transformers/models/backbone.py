@@ -1,5 +1,6 @@
 """The encoder every variant shares: embeddings, blocks of mixer and MLP, packing, cache; and its pretrained base."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -369,8 +370,9 @@ class Encoder:
         Outputs at padding are zero.
 
         Where `position_ids` start again at 0 inside of a row, it holds several documents: each gives what it gives
-        alone, and `pooler_output` is (documents, e). An exported program takes `position_ids` for positions alone, and
-        torch.compile runs packed rows as they are.
+        alone, and `pooler_output` is (documents, e), in their order. To see this, torch.compile breaks its graph where
+        it is given `position_ids`, and leaves packed rows uncompiled; an exported program takes every row for one
+        document.
 
         Raises ValueError for a sequence longer than `max_position_embeddings`, a mask of another shape, both or
         neither of `input_ids` and `inputs_embeds`, and for packed rows if a cache or attentions are asked for.
@@ -387,12 +389,7 @@ class Encoder:
         wanted = bool(output_hidden_states), bool(output_attentions)
 
         assert inputs_embeds is not None
-        documents = None
-        if position_ids is not None and position_ids.shape[1] > 1 and not torch.compiler.is_exporting():
-            mask = None if attention_mask is None else attention_mask[:, -position_ids.shape[1] :].bool()
-            documents = find_documents(position_ids.expand(inputs_embeds.shape[:2]), mask)
-        if documents is not None:
-            assert position_ids is not None
+        if documents := self.divide(position_ids, attention_mask, inputs_embeds):
             for name, asked in (
                 ("past_key_values", past_key_values is not None),
                 ("use_cache", use_cache),
@@ -400,15 +397,12 @@ class Encoder:
             ):
                 if asked:
                     raise ValueError(
-                        f"{name} cannot go with packed rows: position_ids start again at 0 and divide "
-                        f"{documents.rows[0]} rows into {len(documents.lengths)} documents. Leave it out, or give each "
-                        "document a row of its own."
+                        f"{name} cannot go with packed rows: position_ids start again at 0 and divide the "
+                        f"{documents.rows[0]} rows into {len(documents.lengths)} documents. Leave {name} out, or give "
+                        "each document a row of its own."
                     )
             inputs = documents, inputs_embeds, token_type_ids, position_ids, global_attention_mask
-            # their number and lengths are other ones at each step: a graph of them would not be used again
-            enter = torch.compiler.disable(self.enter) if torch.compiler.is_compiling() else self.enter
-            run = torch.compiler.disable(self.run) if torch.compiler.is_compiling() else self.run
-            return run(*enter(*inputs), *wanted)
+            return uncompiled(self.read_documents)(*inputs, *wanted)
 
         cache = self.open_cache(past_key_values, use_cache)
         seen = 0 if cache is None else cache.get_seq_length()
@@ -547,7 +541,30 @@ class Encoder:
             )
         check_shape("global_attention_mask", marked.shape, shape, "batch, length")
 
-    def enter(
+    def divide(self, position_ids: Tensor | None, mask: Tensor | None, embeds: Tensor) -> Documents | None:
+        """The documents of packed rows, None if each row is one."""
+        if position_ids is None or position_ids.shape[1] == 1 or torch.compiler.is_exporting():
+            return None
+        keep = None if mask is None else mask.bool()[:, -embeds.shape[1] :]  # in front of these is the past
+        documents = uncompiled(find_documents)(position_ids.expand(embeds.shape[:2]), keep)
+        if documents is not None and mask is not None:
+            check_shape("attention_mask", mask.shape, documents.rows, "batch, length")
+        return documents
+
+    def read_documents(
+        self,
+        documents: Documents,
+        embeds: Tensor,
+        token_types: Tensor | None,
+        position_ids: Tensor,
+        marked: Tensor | None,
+        output_hidden_states: bool,
+        output_attentions: bool,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        hidden, sequence, packing = self.join(documents, embeds, token_types, position_ids, marked)
+        return self.run(hidden, sequence, packing, output_hidden_states, output_attentions)
+
+    def join(
         self,
         documents: Documents,
         embeds: Tensor,
@@ -639,6 +656,11 @@ class Encoder:
             output_attentions=output_attentions,
             shared=self.shared,
         )
+
+
+def uncompiled(function: Callable) -> Callable:
+    """Runs as it is where torch.compile meets it: documents are other ones at each step, as would be their graph."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def mean(streams: list[Tensor]) -> Tensor:
