@@ -51,7 +51,10 @@ TINY = {
     "keep_checkpoints_at_end": True,
     "tracker": "none",
 }
-SCRIPTS = {"masked": (pretrain_mlm, MlmSettings), "causal": (pretrain_clm, ClmSettings)}
+SCRIPTS = {
+    "masked": (pretrain_mlm, MlmSettings, "best_fit"),
+    "causal": (pretrain_clm, ClmSettings, "documents"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -75,10 +78,10 @@ def settings_of(corpus, **values):
     return MlmSettings.from_dict({**TINY, "data": str(corpus), **values})
 
 
-@pytest.mark.parametrize(("script", "settings_class"), SCRIPTS.values(), ids=SCRIPTS)
-def test_a_streamed_run_goes_on_where_it_was_killed(monkeypatch, corpus, tmp_path, script, settings_class):
+@pytest.mark.parametrize(("script", "settings_class", "packing"), SCRIPTS.values(), ids=SCRIPTS)
+def test_a_streamed_run_goes_on_where_it_was_killed(monkeypatch, corpus, tmp_path, script, settings_class, packing):
     def run(config, *overrides):
-        return script.run(settings_class.from_yaml(config, overrides))
+        return script.run(settings_class.from_yaml(config, [f"packing={packing}", *overrides]))
 
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()

@@ -123,7 +123,8 @@ def test_a_checkpoint_is_trained_on(tmp_path):
     more = arguments("mlm", data, tmp_path / "second", "--max_length", "24", "--max_steps", "1")
     at = more.index("--model_type")
     del more[at : more.index("--data")]
-    trainer_finetune.main([*more, "--checkpoint", str(tmp_path / "first"), "--learning_rate", "1e-6"])
+    rows = ["--settings", "packing=best_fit"]
+    trainer_finetune.main([*more, *rows, "--checkpoint", str(tmp_path / "first"), "--learning_rate", "1e-6"])
     second = json.loads((tmp_path / "second/test_results.json").read_text())
     assert second["test_loss"] == pytest.approx(first["test_loss"], abs=0.5)  # masks are drawn anew
 
@@ -163,13 +164,19 @@ def test_trl_trains_a_decoder(tmp_path):
     trained = trl.SFTTrainer(
         model,
         trl.SFTConfig(
-            str(tmp_path), packing=False, max_length=32, max_steps=24, per_device_train_batch_size=4,
+            str(tmp_path), packing=True, max_length=32, max_steps=24, per_device_train_batch_size=4,
             learning_rate=0.02, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False,
             disable_tqdm=True,
         ),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
     )  # fmt: skip
+    batch = next(iter(trained.get_train_dataloader()))
+    together = trained.model.eval()(**batch).logits[0]
+    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0]
+    assert len(starts) > 4
+    alone = [trained.model(ids[None]).logits[0] for ids in batch["input_ids"][0].tensor_split(starts[1:])]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
     trained.train()
     losses = [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
     assert len(losses) == 24
@@ -191,7 +198,7 @@ def test_the_python_of_the_docs_runs(tmp_path, monkeypatch):
     chosen = Settings(data="", tokenizer="data/tokenizer", model={"model_type": "et_local"})
     load_open_tokenizer(chosen, ["we"]).save_pretrained("runs/clm-local")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(encoding="utf-8"), re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict = {}
     for block in blocks:
         exec(block, names)

@@ -46,7 +46,7 @@ import language_models  # noqa: E402
 import pretrain_clm  # noqa: E402
 from building import build_config, make_accelerator  # noqa: E402
 from causal import CausalPacker, byte_sizes  # noqa: E402
-from packing import IGNORED  # noqa: E402
+from packing import IGNORED, RowCollator  # noqa: E402
 from pretrain_clm import CausalEvaluator, ClmSettings, causal_windows, load_open_tokenizer, reads_ahead  # noqa: E402
 from settings import InputError  # noqa: E402
 from texts import load_texts  # noqa: E402
@@ -265,24 +265,27 @@ def test_scores_on_a_case_done_by_hand():
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_every_predicted_token_counts_the_same(batch_size, side):
-    values = settings(eval_batch_size=batch_size, packing="padding", shortest_window=1)
+@pytest.mark.parametrize("packing", ["padding", "best_fit"])
+def test_every_predicted_token_counts_the_same(batch_size, side, packing):
+    values = settings(eval_batch_size=batch_size, packing=packing, shortest_window=1)
     tokenizer = load_open_tokenizer(values, [TEXT])
     tokenizer.padding_side = side
     texts = [TEXT * 4, " but", " and nobody", " naïve — 日本", TEXT]
     data = causal_windows("test", texts, tokenizer, 60, values)
     model = pretrain_clm.build_causal_model(values, build_config(values, tokenizer), tokenizer).eval()
     losses, right = [], []
-    for window in data.windows:
+    windows = data.windows if packing == "padding" else data.windows.windows
+    assert (len(data) < len(windows)) == (packing == "best_fit")
+    for window in windows:
         ids = torch.tensor(window.ids, dtype=torch.long)[None]
         log_probabilities = model(ids).logits[0, :-1].double().log_softmax(-1)
         losses += (-log_probabilities.gather(1, ids[0, 1:, None])[:, 0]).tolist()
         right += (log_probabilities.argmax(-1) == ids[0, 1:]).tolist()
     assert len(losses) == data.counts()["predicted_tokens"] > 150
 
-    collate = DataCollatorForTokenClassification(tokenizer)
+    collate = RowCollator(DataCollatorForTokenClassification(tokenizer), side)
     scores = CausalEvaluator(make_accelerator(values), data, collate, values)(model)
-    loss, nats = sum(losses) / len(losses), sum(losses) / data.predicted_bytes
+    loss, nats = sum(losses) / len(losses), sum(losses) / data.counts()["predicted_bytes"]
     expected = (loss, math.exp(loss), sum(right) / len(right), nats, nats / math.log(2))
     assert scores == pytest.approx(dict(zip(SCORES, expected, strict=True)), rel=1e-5)
     # the model's own loss, which training takes, is of the same tokens

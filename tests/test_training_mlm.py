@@ -31,6 +31,7 @@ from training_runs import (
     write_sentences,
 )
 from transformers import (
+    AutoConfig,
     AutoModelForMaskedLM,
     AutoTokenizer,
     CanineTokenizer,
@@ -44,9 +45,9 @@ sys.path.insert(0, str(ROOT / "training"))
 import language_models  # noqa: E402
 import pretrain_mlm  # noqa: E402
 from building import build_config, build_model, load_tokenizer, make_accelerator  # noqa: E402
-from language_models import Evaluator  # noqa: E402
+from language_models import Evaluator, check_packing  # noqa: E402
 from masking import IGNORED, Masker, RemaskedWindows  # noqa: E402
-from packing import NO_WORD, Packer, Window  # noqa: E402
+from packing import NO_WORD, Packer, RowCollator, Window, best_fit  # noqa: E402
 from pretrain_mlm import MlmSettings, add_mask_token, masked_windows  # noqa: E402
 from settings import InputError  # noqa: E402
 from texts import load_texts  # noqa: E402
@@ -303,18 +304,61 @@ def test_training_masks_are_new_in_every_epoch_and_the_others_are_fixed():
         assert labels(name) != labels(name, split_seed=1)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [
+        ([], []),
+        ([8, 8], [[0], [1]]),
+        ([3, 5, 6, 2], [[2, 3], [1, 0]]),  # 2 goes where it leaves nothing
+        ([4, 4, 4, 3], [[0, 1], [2, 3]]),
+        ([1] * 9, [[0, 1, 2, 3, 4, 5, 6, 7], [8]]),
+    ],
+)
+def test_windows_are_packed_where_they_leave_the_least_room(lengths, rows):
+    assert best_fit(lengths, 8) == rows
+
+
+def test_rows_are_remade_of_windows_with_new_masks():
+    values, tokenizer = settings(packing="best_fit", whole_word=False), bpe()
+    data = masked_windows("train", [TEXT * 4, " but", " and nobody"], tokenizer, 40, values)
+    assert max(data.lengths()) <= 40
+    for epoch in range(2):
+        data.set_epoch(epoch)
+        for row in (data[i] for i in range(len(data))):
+            starts = np.flatnonzero(row["position_ids"] == 0)
+            assert row["input_ids"][starts].tolist() == [tokenizer.cls_token_id] * len(starts)
+            assert row["input_ids"][[*starts[1:] - 1, -1]].tolist() == [tokenizer.sep_token_id] * len(starts)
+            assert all((part != IGNORED).any() for part in np.split(row["labels"], starts[1:]))
+    first = [data[i]["labels"].tolist() for i in range(len(data))]
+    data.set_epoch(0)
+    assert first != [data[i]["labels"].tolist() for i in range(len(data))]
+
+
+def test_models_that_let_documents_read_each_other_are_refused():
+    values = settings(packing="best_fit")
+    sizes = {"vocab_size": 99, **{name: TINY["model"][name] for name in ("hidden_size", "num_hidden_layers")}}
+    for kind, heads in (("bert", {"num_attention_heads": 2}), ("fnet", {})):
+        model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(kind, **sizes, **heads))
+        with pytest.raises(InputError, match=f"packing .*a {kind} model lets them read each other: set packing to"):
+            check_packing(model, values)
+    check_packing(AutoModelForMaskedLM.from_config(AutoConfig.for_model("et_fnet", **sizes)), values)
+
+
 # --- scores
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_every_masked_token_counts_the_same(batch_size, tmp_path):
-    values = settings(eval_batch_size=batch_size, packing="padding", model=TINY["model"], out=str(tmp_path))
+@pytest.mark.parametrize("packing", ["padding", "best_fit"])
+def test_every_masked_token_counts_the_same(batch_size, packing, tmp_path):
+    values = settings(eval_batch_size=batch_size, packing=packing, model=TINY["model"], out=str(tmp_path))
     tokenizer = load_tokenizer(values)
     data = masked_windows("test", [TEXT * 4, " but", " and nobody", " but nobody", TEXT], tokenizer, 60, values)
     model = build_model(values, build_config(values, tokenizer), AutoModelForMaskedLM).eval()
     losses, right = [], []
-    for i in range(len(data)):
-        item = {name: torch.tensor(value)[None] for name, value in data[i].items()}
+    windows = data if packing == "padding" else data.windows
+    assert (len(data) < len(windows)) == (packing == "best_fit")
+    for i in range(len(windows)):
+        item = {name: torch.tensor(value)[None] for name, value in windows[i].items()}
         at = item["labels"] != IGNORED
         log_probabilities = model(item["input_ids"]).logits[at].double().log_softmax(-1)
         losses += (-log_probabilities.gather(1, item["labels"][at][:, None])[:, 0]).tolist()
@@ -322,7 +366,8 @@ def test_every_masked_token_counts_the_same(batch_size, tmp_path):
     assert len(losses) == data.counts()["masked_tokens"] > 20
 
     accelerator = make_accelerator(values)
-    scores = Evaluator(accelerator, data, DataCollatorForTokenClassification(tokenizer), values)(model)
+    collate = RowCollator(DataCollatorForTokenClassification(tokenizer), tokenizer.padding_side)
+    scores = Evaluator(accelerator, data, collate, values)(model)
     loss = sum(losses) / len(losses)
     assert scores == pytest.approx(
         {"loss": loss, "perplexity": math.exp(loss), "accuracy": sum(right) / len(right)}, rel=1e-5

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import (
     CASES,
@@ -23,6 +24,7 @@ from zoo import (
     inputs,
     inputs_of,
     one_layer,
+    pack_rows,
     readable,
 )
 
@@ -172,6 +174,99 @@ def test_gradients_do_not_leave_the_padding(variant, settings):
     assert embeds.grad[0, :13].abs().max() == 0
     assert embeds.grad.isfinite().all()
     assert (embeds.grad[0, 13:].abs().sum(-1) > 0).all()
+
+
+# documents in one row -------------------------------------------------------------------------------------------------
+
+ROWS = [[40, 1, 5, 33], [61], [30, 3]]  # lengths of documents, in an order in which no two groups of them lie
+
+
+@pytest.mark.parametrize(("variant", "settings", "decoder"), MODES)
+def test_packed_documents_give_what_they_give_alone(variant, settings, decoder):
+    model = build(variant, settings, is_decoder=decoder)
+    rows = [[inputs(1, length) for length in lengths] for lengths in ROWS]
+    packed = pack_rows(*rows, width=82)
+    packed["token_type_ids"] = types = packed["input_ids"] % 2 if model.config.type_vocab_size else None
+    together = model(**packed, output_hidden_states=True)
+    documents = [document for row in rows for document in row]
+    alone = [
+        model(document, token_type_ids=None if types is None else document % 2, output_hidden_states=True)
+        for document in documents
+    ]
+    real = packed["attention_mask"].bool()
+    outputs = [*together.hidden_states, together.last_hidden_state]
+    singles = [torch.cat([x[0] for x in layer]) for layer in zip(*(a.hidden_states for a in alone), strict=True)]
+    for ours, theirs in zip(outputs, [*singles, singles[-1]], strict=True):
+        assert ours.shape == (3, 82, 32)
+        torch.testing.assert_close(ours[real], theirs, rtol=1e-10, atol=1e-10)
+        assert ours[~real].abs().max() == 0
+    pooled = torch.cat([a.pooler_output for a in alone])
+    torch.testing.assert_close(together.pooler_output, pooled, rtol=1e-10, atol=1e-10)
+
+    probe, parameters = torch.randn_like(singles[-1]), list(used_parameters(model))
+    grads = [torch.autograd.grad((x * probe).sum(), parameters) for x in (outputs[-1][real], singles[-1])]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("slug", ["local", "reformer", "routing", "linformer"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_documents_train_as_a_padded_batch(slug, checkpointing):
+    """The same gradients, also where layers run twice, and the same moves of what no gradient moves."""
+    settings = SETTINGS[slug][-1]  # of local, linformer: reversible
+    model = build(VARIANTS[slug], settings, "MaskedLM").train()
+    other = deepcopy(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    documents = [inputs(1, length) for length in (40, 1, 9)]
+    packed = pack_rows(documents, width=50)
+    padded = pack_rows(*([document] for document in documents), width=40)
+    assert packed.pop("attention_mask").all()  # as transformers' collators leave it out
+    del padded["position_ids"]
+    for trained, batch in ((model, packed), (other, padded)):
+        labels = torch.where(batch["input_ids"] % 3 == 1, batch["input_ids"], -100)
+        torch.manual_seed(4)  # the same draws for those that make any
+        trained(**batch, labels=labels).loss.backward()
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-10, msg=name)
+    for (name, ours), (_, theirs) in zip(model.named_buffers(), other.named_buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+
+
+@pytest.mark.parametrize("slug", [v.slug for v in VARIANTS.values() if v.model_class().has_marked_tokens])
+def test_marked_tokens_of_packed_documents_are_their_own(slug):
+    model = build(VARIANTS[slug], SETTINGS[slug][1])
+    documents = [inputs(1, length) for length in (30, 7, 20)]
+    marks = [(document % 5 == 0).long() for document in documents]
+    together = model(**pack_rows(documents, width=57), global_attention_mask=torch.cat(marks, 1)).last_hidden_state
+    alone = [model(d, global_attention_mask=m).last_hidden_state for d, m in zip(documents, marks, strict=True)]
+    torch.testing.assert_close(together, torch.cat(alone, 1), rtol=1e-10, atol=1e-10)
+
+
+def test_positions_that_do_not_start_again_divide_nothing():
+    """An offset, a gap, another first position, anything at padding on the left: each row is one document."""
+    model, real = build(VARIANTS["fnet"], {}), inputs(1, 10)  # in which every token reads every other
+    for first in (torch.arange(10) + 7, torch.arange(10) * 3, torch.arange(10).where(torch.arange(10) < 6, 40)):
+        together = model(real, position_ids=first[None]).last_hidden_state
+        embeds = model.get_input_embeddings()(real).detach()
+        embeds[0, -1] = torch.randn(32)
+        assert (model(inputs_embeds=embeds, position_ids=first[None]).last_hidden_state != together).any(-1).all()
+    mask = (torch.arange(14) >= 4).long()[None]
+    for filler in (0, 1):
+        positions = torch.cat([torch.full((4,), filler), torch.arange(10)])[None]
+        output = model(nn.functional.pad(real, (4, 0)), mask, position_ids=positions).last_hidden_state[:, 4:]
+        torch.testing.assert_close(output, model(real).last_hidden_state, rtol=1e-10, atol=1e-10)
+
+
+def test_compiled_models_keep_documents_apart():
+    torch.compiler.reset()
+    model = build(VARIANTS["full"], {}, dtype=torch.float32)
+    compiled = torch.compile(model, backend="aot_eager")
+    for lengths in ([12, 8], [20], [3, 4, 13]):
+        batch = pack_rows([inputs(1, length) for length in lengths], width=20)
+        with torch.no_grad():
+            expected, actual = (m(**batch).last_hidden_state for m in (model, compiled))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 # 3, 4 · causal means causal, the pattern is the pattern -------------------------------------------------------------
@@ -730,11 +825,29 @@ def test_strangers_in_a_config_are_kept():
             lambda: {"input_ids": inputs(2, 4), "global_attention_mask": torch.ones(2, 4)},
             "takes no global_attention_mask",
         ),
+        (lambda: packed_pair(output_attentions=True), "output_attentions cannot go with packed rows.*into 2 documents"),
+        (lambda: packed_pair(attention_mask=torch.ones(1, 9)), r"attention_mask must have shape .* = \(1, 8\)"),
+        (lambda: packed_pair(100, 140), "built for 128 positions and got 140"),
     ],
 )
 def test_bad_inputs_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         build(VARIANTS["local"], {}, dtype=torch.float32)(**arguments())
+
+
+def packed_pair(*lengths: int, **more):
+    lengths = lengths or (3, 5)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    return {"input_ids": inputs(1, sum(lengths)), "position_ids": positions, **more}
+
+
+def test_packed_rows_have_no_cache():
+    model = build(VARIANTS["local"], {}, "CausalLM")
+    assert model(**packed_pair()).past_key_values is None
+    past = model(inputs(1, 4)).past_key_values
+    for name, value in {"use_cache": True, "past_key_values": past}.items():
+        with pytest.raises(ValueError, match=f"{name} cannot go with packed rows: position_ids start again at 0"):
+            model(**packed_pair(), **{name: value})
 
 
 def test_a_masked_model_cannot_be_causal():

@@ -145,6 +145,16 @@ def inputs(batch: int, length: int, vocab_size: int = 99) -> Tensor:
     return torch.randint(1, vocab_size, (batch, length))
 
 
+def pack_rows(*rows: list[Tensor], width: int) -> dict[str, Tensor]:
+    """What a model gets of rows of documents (1, n), padded on the right to `width` tokens."""
+    padded = torch.zeros(3, len(rows), width, dtype=torch.long)
+    for number, documents in enumerate(rows):
+        ids = torch.cat(documents, 1)[0]
+        positions = torch.cat([torch.arange(document.shape[1]) for document in documents])
+        padded[:, number, : len(ids)] = torch.stack([ids, torch.ones_like(ids), positions])
+    return dict(zip(("input_ids", "attention_mask", "position_ids"), padded, strict=True))
+
+
 def inputs_of(model, batch: int, length: int) -> Tensor:
     """What a model with any head reads: token ids, for each of two choices, or images."""
     if model.main_input_name == "pixel_values":

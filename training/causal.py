@@ -30,7 +30,8 @@ class CausalPacker:
     stand where a document really begins and ends: a window that is cut from the middle of one has none, so that the
     end is predicted, and `generate` stops, where a text is over. The tokenizer must be a fast one.
     `documents` cuts the stream of all documents of a split, `padding` each for itself; a rest of fewer than
-    `shortest_window` tokens is then dropped, unless it is all there is of a document.
+    `shortest_window` tokens is then dropped, unless it is all there is of a document. `best_fit` cuts as `padding` and
+    drops only what is of one token, for packing.Rows.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 What each of them does in its own way is a `Task`, in pretrain_mlm.py and pretrain_clm.py.
 """
 
+import inspect
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ from command_line import finished_settings
 from huggingface_hub import ModelCard
 from loop import train
 from outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
-from packing import IGNORED, Packing, Windows
+from packing import IGNORED, Packing, RowCollator, Windows
 from reporting import METRIC_NAMES, about, make_card, report
 from settings import InputError
 from streaming import Stream
@@ -40,7 +41,8 @@ from transformers import (
 class LanguageModelSettings(TextSettings):
     """How documents become windows of tokens."""
 
-    packing: Packing = "documents"  # joins documents and cuts full windows; padding: each of one document, and padded
+    packing: Packing = "documents"  # joins documents and cuts full windows; padding: each of one document, and padded;
+    # best_fit: as many of these in a row as fit, kept apart by the model
     shortest_window: int = 64  # with padding: a shorter rest of a document is dropped, unless it is the only window
 
     streaming: bool = False  # read training documents as they are needed, for data that are too many; needs max_steps
@@ -68,6 +70,30 @@ def cut(
     how = {**how, "packing": settings.packing, "shortest_window": settings.shortest_window}
     file = cache_file(tokenizer, texts, how, ".npz") if settings.cache_tokens else None
     return cached_rows(file, row_class, lambda: pack(texts))
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, settings: LanguageModelSettings) -> None:
+    """Raises InputError if rows hold several documents and the model does not make of each what it makes of it alone.
+
+    Most of transformers' models do not: they look for documents only where there is no mask of padding.
+    """
+    if settings.packing != "best_fit":
+        return
+    length = min(16, (getattr(model.config, "max_position_embeddings", None) or 16) // 2)
+    ids = torch.arange(2 * length, device=model.device)[None] % model.config.vocab_size
+    positions = torch.arange(length, device=model.device).repeat(1, 2)
+    apart = "position_ids" in inspect.signature(model.forward).parameters
+    if apart:
+        together = model.eval()(ids, attention_mask=torch.ones_like(ids), position_ids=positions).logits.float()
+        alone = model(ids.view(2, -1)).logits.float().flatten(0, 1)[None]
+        apart = torch.allclose(together, alone, rtol=1e-3, atol=1e-3 * alone.std().item())
+    if not apart:
+        raise InputError(
+            f"packing ('best_fit') needs a model that keeps the documents of a row apart by their position_ids, and a "
+            f"{model.config.model_type} model lets them read each other: set packing to padding, or take a model of "
+            "this zoo."
+        )
 
 
 class Evaluator:
@@ -144,6 +170,7 @@ class Task(Generic[S]):
         max_length = visible_length(settings, config)
         set_seed(settings.seed)
         model = self.build_model(settings, config, tokenizer)
+        check_packing(model, settings)
         data: dict[str, Any] = {
             name: self.make_windows(name, split, tokenizer, max_length, settings) for name, split in texts.items()
         }
@@ -156,12 +183,12 @@ class Task(Generic[S]):
                 settings.seed,
             )
         facts = model_facts(model, max_length)
-        collate = DataCollatorForTokenClassification(tokenizer)
+        collate = RowCollator(DataCollatorForTokenClassification(tokenizer), tokenizer.padding_side)
         validate = self.evaluator(accelerator, data["validation"], collate, settings)
         test = self.evaluator(accelerator, data["test"], collate, settings)
 
         begin_folder(accelerator, settings)
-        lengths = [] if isinstance(data["train"], Stream) else [len(window.ids) for window in data["train"].windows]
+        lengths = [] if isinstance(data["train"], Stream) else data["train"].lengths()
         training = "streamed" if read else len(lengths)
         accelerator.print(
             f"{config.model_type}, {facts['parameters']:,} parameters; {training} / {len(data['validation'])} / "
@@ -180,6 +207,11 @@ class Task(Generic[S]):
         return metrics
 
     def card(self, settings: S, metrics: dict[str, Any], description: str, command: str) -> ModelCard:
+        windows = {
+            "documents": "documents joined and cut, without padding",
+            "padding": "of one document each, padded",
+            "best_fit": "rows of documents, or pieces of longer ones, that do not read each other",
+        }[settings.packing]
         full = settings.packing == "documents"
         rows, limits = self.describe(settings, metrics)
         return make_card(
@@ -192,7 +224,7 @@ class Task(Generic[S]):
             shown=shown(metrics),
             unit=f"windows of {'' if full else 'up to '}{metrics['model']['max_length']:,} tokens",
             training_rows={
-                "windows": "documents joined and cut, without padding" if full else "of one document each, padded",
+                "windows": windows,
                 **rows,
             },
             limits=[*limits, "It has seen no more than this training data and repeats its slant."],
@@ -207,8 +239,10 @@ class Task(Generic[S]):
         config = build_config(settings, tokenizer)
         max_length = visible_length(settings, config)
         model = self.build_model(settings, config, tokenizer)
+        check_packing(model, settings)
         data = self.make_windows("test", texts, tokenizer, max_length, settings)
-        test = self.evaluator(accelerator, data, DataCollatorForTokenClassification(tokenizer), settings)
+        collate = RowCollator(DataCollatorForTokenClassification(tokenizer), tokenizer.padding_side)
+        test = self.evaluator(accelerator, data, collate, settings)
         scores = {**test(accelerator.prepare_model(model, evaluation_mode=True)), "n": len(data)}
         accelerator.print(json.dumps({"max_length": max_length, **scores}))
         return scores

@@ -64,5 +64,5 @@ class MaskedWindows(Windows):
 class RemaskedWindows(MaskedWindows):
     """The same with other masks in every epoch, which follow from its number, too."""
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = (epoch,)
+    def set_epoch(self, *epoch: int) -> None:
+        self.epoch = epoch

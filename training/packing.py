@@ -1,18 +1,21 @@
 """Cuts documents into windows of token ids for training without labels."""
 
 import sys
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from settings import InputError
 from tokenizers import Encoding
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm.auto import trange
 from transformers import PreTrainedTokenizerBase
 
-Packing = Literal["documents", "padding"]
+Packing = Literal["documents", "padding", "best_fit"]
 NO_WORD = -1  # the word of a special token
 IGNORED = -100  # label of a token that is not to be predicted
 
@@ -33,6 +36,7 @@ class Packer:
     section 4.2, without regard to sentences). A token sees the documents beside its own.
     `padding` cuts every document for itself; what is short of `max_length` is padded in the batch. A rest of fewer
     than `shortest_window` tokens, special ones included, is dropped, unless it is all there is of a document.
+    `best_fit` cuts as `padding` and drops nothing, for `Rows`.
     """
 
     def __init__(
@@ -55,7 +59,7 @@ class Packer:
         if packing == "documents" and self.separator is None:
             raise InputError(
                 "The tokenizer has neither a separator nor an end token to stand between documents: "
-                "set packing to padding, or give the tokenizer a sep_token."
+                "set packing to best_fit or padding, or give the tokenizer a sep_token."
             )
         if whole_words:
             check_words(tokenizer)
@@ -107,9 +111,82 @@ class Windows(Dataset):
     def __len__(self) -> int:
         return len(self.windows)
 
+    def lengths(self) -> list[int]:
+        """Tokens of each."""
+        return [len(window.ids) for window in self.windows]
+
     def counts(self) -> dict[str, int]:
         """What is predicted, by the names of `metrics.json`."""
         raise NotImplementedError
+
+
+class Rows(Windows):
+    """Windows, several in a row of up to `max_length` tokens, whose `position_ids` start again at 0 in each.
+
+    A model that keeps them apart makes of each what it makes of it alone; their first tokens are predicted by nothing
+    if the windows have it so. `windows` may be any data set of inputs whose `lengths` are given.
+    """
+
+    def __init__(self, windows: Any, lengths: list[int], max_length: int):
+        super().__init__(windows)
+        self.window_lengths, self.rows = lengths, best_fit(lengths, max_length)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        row = self.rows[index]
+        windows = [self.windows[window] for window in row]
+        inputs = {name: np.concatenate([window[name] for window in windows]) for name in windows[0]}
+        return {**inputs, "position_ids": np.concatenate([np.arange(self.window_lengths[window]) for window in row])}
+
+    def set_epoch(self, *epoch: int) -> None:
+        if hasattr(self.windows, "set_epoch"):
+            self.windows.set_epoch(*epoch)  # type: ignore[attr-defined]
+
+    def lengths(self) -> list[int]:
+        return [sum(self.window_lengths[window] for window in row) for row in self.rows]
+
+    def counts(self) -> dict[str, int]:
+        return self.windows.counts()  # type: ignore[attr-defined]
+
+
+def best_fit(lengths: list[int], room: int) -> list[list[int]]:
+    """Rows of at most `room` tokens: the longest window first, each where it leaves the least room.
+
+    Ding et al. 2024 (arXiv:2404.10830), section 2: best-fit decreasing. What is longer than a row has been cut before.
+    """
+    rows: list[list[int]] = []
+    unfilled: list[tuple[int, int]] = []  # free tokens of a row and its number, sorted
+    for window in sorted(range(len(lengths)), key=lambda window: -lengths[window]):
+        at = bisect_left(unfilled, (lengths[window], 0))
+        free, row = unfilled.pop(at) if at < len(unfilled) else (room, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(window)
+        if free > lengths[window]:
+            insort(unfilled, (free - lengths[window], row))
+    return rows
+
+
+def packed(windows: Windows, max_length: int, packing: Packing) -> Windows:
+    """The windows, or with `best_fit` rows of them."""
+    return Rows(windows, windows.lengths(), max_length) if packing == "best_fit" else windows
+
+
+@dataclass
+class RowCollator:
+    """Pads the `position_ids` of rows that have them, and leaves all else to `collate`."""
+
+    collate: Any
+    padding_side: str
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        positions = [torch.as_tensor(row["position_ids"]) for row in rows if "position_ids" in row]
+        batch = self.collate([{name: row[name] for name in row if name != "position_ids"} for row in rows])
+        if positions:
+            batch["position_ids"] = pad_sequence(positions, batch_first=True, padding_side=self.padding_side)
+        return batch
 
 
 def encoded(

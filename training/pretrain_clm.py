@@ -13,7 +13,7 @@ from building import build_model, load_tokenizer
 from causal import CausalPacker, CausalWindow, CausalWindows
 from command_line import command_line
 from language_models import Evaluator, LanguageModelSettings, Task, cut
-from packing import special_frame
+from packing import Windows, packed, special_frame
 from settings import InputError
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
@@ -37,13 +37,11 @@ class ClmSettings(LanguageModelSettings):
 class CausalEvaluator(Evaluator):
     """Scores of the next token, and what a byte of the text costs, which compares models of different tokenizers."""
 
-    data: CausalWindows
-
     def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return logits[:-1], labels[1:]
 
     def scores(self, loss: float, right: float, count: float) -> dict[str, float]:
-        nats = loss / self.data.predicted_bytes
+        nats = loss / self.data.counts()["predicted_bytes"]
         return {**super().scores(loss, right, count), "nats_per_byte": nats, "bits_per_byte": nats / math.log(2)}
 
 
@@ -132,13 +130,13 @@ def reads_ahead(model: PreTrainedModel, length: int = 32) -> bool:
 
 def causal_windows(
     name: str, texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, settings: ClmSettings
-) -> CausalWindows:
+) -> Windows:
     pack = CausalPacker(tokenizer, max_length, settings.packing, settings.shortest_window)
     how = {"kind": "causal", "max_length": max_length}
     data = CausalWindows(cut(pack, CausalWindow, texts, tokenizer, settings, how))
     if not data.predicted_bytes:
         raise InputError(f"The {name} data holds no text that could be predicted: the first token of a window is not.")
-    return data
+    return packed(data, max_length, settings.packing)
 
 
 def describe(settings: ClmSettings, metrics: dict[str, Any]) -> tuple[dict[str, str], list[str]]:

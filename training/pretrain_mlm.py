@@ -11,7 +11,7 @@ from building import build_model, load_tokenizer
 from command_line import command_line
 from language_models import LanguageModelSettings, Task, cut
 from masking import MaskedWindows, Masker, RemaskedWindows
-from packing import Packer, Window
+from packing import Packer, Window, Windows, packed
 from settings import InputError
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -59,7 +59,7 @@ def add_mask_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, s
 
 def masked_windows(
     name: str, texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, settings: MlmSettings
-) -> MaskedWindows:
+) -> Windows:
     """A split, packed and masked: new masks in every epoch of training, the same ones in every evaluation and run."""
     pack = Packer(tokenizer, max_length, settings.packing, settings.shortest_window, settings.whole_word)
     how = {"kind": "masked", "max_length": max_length, "whole_word": settings.whole_word}
@@ -68,8 +68,8 @@ def masked_windows(
         raise InputError(f"The {name} data holds no token that could be masked.")
     masker = Masker.of(tokenizer, settings.mlm_probability)
     if name == "train":
-        return RemaskedWindows(windows, masker, settings.seed)
-    return MaskedWindows(windows, masker, settings.split_seed)
+        return packed(RemaskedWindows(windows, masker, settings.seed), max_length, settings.packing)
+    return packed(MaskedWindows(windows, masker, settings.split_seed), max_length, settings.packing)
 
 
 def describe(settings: MlmSettings, metrics: dict[str, Any]) -> tuple[dict[str, str], list[str]]:

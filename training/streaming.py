@@ -35,7 +35,7 @@ class Stream:
                 return
             windows: Any = self.cut(texts)
             if hasattr(windows, "set_epoch"):
-                windows.epoch = (epoch, number)
+                windows.set_epoch(epoch, number)
             for index in np.random.default_rng((self.seed, epoch, number)).permutation(len(windows)).tolist():
                 yield first + index, windows, index
             first += len(windows)

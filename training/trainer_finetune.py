@@ -25,8 +25,9 @@ from building import build_config, build_model, load_tokenizer, visible_length
 from causal import CausalPacker, CausalWindows
 from classify import ClassifySettings
 from documents import encode_documents, load_documents
+from language_models import check_packing
 from metrics import compute_metrics, load_metrics
-from packing import IGNORED, Packer
+from packing import IGNORED, Packer, RowCollator, Rows, packed
 from pretrain_clm import ClmSettings, build_causal_model, load_open_tokenizer
 from pretrain_mlm import MlmSettings, build_masked_model, load_masking_tokenizer
 from settings import InputError, Settings, did_you_mean, merge, parse_override
@@ -161,9 +162,17 @@ def ready_to_fill(settings: MlmSettings) -> Ready:
     tokenizer = load_masking_tokenizer(settings, texts["train"])
     config = build_config(settings, tokenizer)
     model = build_masked_model(settings, config, tokenizer)
-    pack = Packer(tokenizer, visible_length(settings, config), settings.packing, settings.shortest_window)
-    data = {name: Features([{"input_ids": window.ids} for window in pack(split)]) for name, split in texts.items()}
+    check_packing(model, settings)
+    length = visible_length(settings, config)
+    pack = Packer(tokenizer, length, settings.packing, settings.shortest_window)
+    data: dict[str, Any] = {}
+    for name, split in texts.items():
+        windows = [{"input_ids": window.ids} for window in pack(split)]
+        data[name] = Features(windows)
+        if settings.packing == "best_fit":
+            data[name] = Rows(windows, [len(window["input_ids"]) for window in windows], length)
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=settings.mlm_probability)
+    collate = RowCollator(collate, tokenizer.padding_side)
     return Ready(model, tokenizer, data, collate, lambda _, prediction: share_right(prediction), most_likely)
 
 
@@ -172,10 +181,12 @@ def ready_to_write(settings: ClmSettings) -> Ready:
     tokenizer = load_open_tokenizer(settings, texts["train"])
     config = build_config(settings, tokenizer)
     model = build_causal_model(settings, config, tokenizer)
-    pack = CausalPacker(tokenizer, visible_length(settings, config), settings.packing, settings.shortest_window)
-    data = {name: CausalWindows(pack(split)) for name, split in texts.items()}
+    check_packing(model, settings)
+    length = visible_length(settings, config)
+    pack = CausalPacker(tokenizer, length, settings.packing, settings.shortest_window)
+    data = {name: packed(CausalWindows(pack(split)), length, settings.packing) for name, split in texts.items()}
     # it pads labels that are there; transformers' for causal models would ignore an end token that pads, too
-    collate = DataCollatorForTokenClassification(tokenizer)
+    collate = RowCollator(DataCollatorForTokenClassification(tokenizer), tokenizer.padding_side)
     return Ready(model, tokenizer, data, collate, lambda _, prediction: share_right(prediction, 1), most_likely)
 
 

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .blocked_attention import blocked_attention
 from .caching import PatternCacheLayer, cache_layer
 from .flex_attention import flex_sparse_attention
+from .packing import Group
 from .patterns import AttentionPattern, times_drawn
 from .softmax_attention import softmax_attention
 from .sparse_attention import is_short, sparse_attention
@@ -53,6 +54,38 @@ class SequenceInfo:
             with torch.no_grad():
                 self.decisions[layer] = choose()
         return self.decisions[layer]
+
+    def mix(self, mixer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `mixer` makes of `hidden` (b, n, e), and its weights if it gives any."""
+        return mixer(hidden, self)
+
+    @property
+    def parts(self) -> "list[SequenceInfo]":
+        """What the mixer was told in each of its calls."""
+        return [self]
+
+
+@dataclass
+class PackedDocuments(SequenceInfo):
+    """Documents of packed rows: one row of all their tokens, (1, t, e), of which a mixer gets one group at a time.
+
+    Groups and not one batch, so that a long document does not make all others as long. Of a block nothing else runs
+    more than once: processes whose groups are not as many still meet in every block, as sharded parameters must.
+
+    groups: documents of about one length, and what is known of them. places: of the row's tokens in the flattened
+        groups, one behind the other, (t,).
+    """
+
+    groups: list[tuple[Group, SequenceInfo]] = field(default_factory=list)
+    places: Tensor = field(default_factory=Tensor)
+
+    def mix(self, mixer: nn.Module, hidden: Tensor) -> tuple[Tensor, None]:
+        mixed = [sequence.mix(mixer, group.gather(hidden[0]))[0].flatten(0, 1) for group, sequence in self.groups]
+        return torch.cat(mixed).index_select(0, self.places)[None], None
+
+    @property
+    def parts(self) -> list[SequenceInfo]:
+        return [sequence for _, sequence in self.groups]
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -110,7 +143,7 @@ class Mixer(OwnValues):
         """Called in front of every forward pass in training, outside of what gradient checkpointing repeats."""
 
     def finish_pass(self, sequence: SequenceInfo) -> None:
-        """Called behind every forward pass in training; `sequence.decisions` holds what this layer has chosen."""
+        """Called behind every forward pass in training; `decisions` of `sequence.parts` hold what the layer chose."""
 
 
 class MultiHeadAttention(Mixer):

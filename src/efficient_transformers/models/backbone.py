@@ -1,5 +1,6 @@
 """The encoder every variant shares: embeddings, blocks of mixer and MLP, packing, cache; and its pretrained base."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +17,21 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils.generic import can_return_tuple
 
-from .attention import OwnValues, SequenceInfo, rotary_angles
+from .attention import OwnValues, PackedDocuments, SequenceInfo, rotary_angles
 from .caching import prepare_cache
 from .checks import check_at_least, check_length, check_shape
 from .configuration import EtConfig
 from .images import PatchEmbeddings
-from .packing import inverse, pack, packing_order, unpack
+from .packing import (
+    Documents,
+    find_documents,
+    group_by_length,
+    inverse,
+    pack,
+    packing_order,
+    places_in_groups,
+    unpack,
+)
 from .resizing import Stretch, resize_table
 from .reversible import chunks, reversible_stack, wide
 
@@ -176,7 +186,7 @@ class EtBlock(GradientCheckpointingLayer):
 
     def mix(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
         """What the mixer adds to `hidden` (b, n, e), and its weights if it gives any."""
-        mixed, weights = self.mixer(self.mixer_norm(hidden) if self.norm_first else hidden, sequence)
+        mixed, weights = sequence.mix(self.mixer, self.mixer_norm(hidden) if self.norm_first else hidden)
         return self.dropout(mixed), weights
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
@@ -270,6 +280,34 @@ class Packing:
                 weights = weights.gather(3, back.transpose(2, 3).expand_as(weights))
         return weights
 
+    def pool(self, pooler: EtPooler, hidden: Tensor) -> Tensor:
+        """One vector for each row of `hidden` in the caller's order: (b, e)."""
+        return pooler(hidden, self.keep)
+
+
+@dataclass
+class DocumentPacking(Packing):
+    """How the tokens of packed documents came into one row, (1, t, e); undoes it."""
+
+    documents: Documents
+    own: Tensor | None  # places in that row that are no external token's, None where there are none
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        tokens = hidden[0] if self.own is None else hidden[0].index_select(0, self.own)
+        return self.documents.scatter(tokens)
+
+    def again(self, restored: Tensor, hidden: Tensor) -> Tensor:
+        tokens = self.documents.gather(restored)[None]
+        return tokens if self.own is None else hidden.index_copy(1, self.own, tokens)
+
+    def pool(self, pooler: EtPooler, hidden: Tensor) -> Tensor:
+        """One vector for each document, in their order: (documents, e)."""
+        tokens = self.documents.gather(hidden)
+        groups = group_by_length(self.documents.lengths, hidden.device)
+        pooled = torch.cat([pooler(group.gather(tokens), group.keep) for group in groups])
+        numbers = torch.tensor([number for group in groups for number in group.numbers], device=hidden.device)
+        return pooled.index_select(0, numbers.argsort())
+
 
 class Encoder:
     """Mixin: embeddings, then blocks of `mixer_class`. Stands in front of the variant's pretrained base."""
@@ -331,8 +369,13 @@ class Encoder:
         (b, n) is 1 at tokens that read everything and that everything reads, for the variants that have them.
         Outputs at padding are zero.
 
+        Where `position_ids` start again at 0 inside of a row, it holds several documents: each gives what it gives
+        alone, and `pooler_output` is (documents, e), in their order. To see this, torch.compile breaks its graph where
+        it is given `position_ids`, and leaves packed rows uncompiled; an exported program takes every row for one
+        document.
+
         Raises ValueError for a sequence longer than `max_position_embeddings`, a mask of another shape, both or
-        neither of `input_ids` and `inputs_embeds`.
+        neither of `input_ids` and `inputs_embeds`, and for packed rows if a cache or attentions are asked for.
         """
         config = self.config
         name, inputs = ("input_ids", input_ids) if config.image_size is None else ("pixel_values", pixel_values)
@@ -342,10 +385,27 @@ class Encoder:
             inputs_embeds = self.get_input_embeddings()(inputs)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        cache = self.open_cache(past_key_values, use_cache)
-        seen = 0 if cache is None else cache.get_seq_length()
+
+        wanted = bool(output_hidden_states), bool(output_attentions)
 
         assert inputs_embeds is not None
+        if documents := self.divide(position_ids, attention_mask, inputs_embeds):
+            for name, asked in (
+                ("past_key_values", past_key_values is not None),
+                ("use_cache", use_cache),
+                ("output_attentions", output_attentions),
+            ):
+                if asked:
+                    raise ValueError(
+                        f"{name} cannot go with packed rows: position_ids start again at 0 and divide the "
+                        f"{documents.rows[0]} rows into {len(documents.lengths)} documents. Leave {name} out, or give "
+                        "each document a row of its own."
+                    )
+            inputs = documents, inputs_embeds, token_type_ids, position_ids, global_attention_mask
+            return uncompiled(self.read_documents)(*inputs, *wanted)
+
+        cache = self.open_cache(past_key_values, use_cache)
+        seen = 0 if cache is None else cache.get_seq_length()
         keep, positions = self.locate(inputs_embeds, attention_mask, seen)
         inputs_embeds, keep, positions, token_type_ids, position_ids, marked, packing = self.pack(
             inputs_embeds, keep, positions, token_type_ids, position_ids, global_attention_mask, bool(seen)
@@ -356,19 +416,29 @@ class Encoder:
             position_ids = position_ids.expand_as(positions)
         hidden = self.embeddings(inputs_embeds, position_ids, token_type_ids)
         hidden, sequence = self.describe(hidden, keep, positions, position_ids, marked, cache, bool(output_attentions))
+        return self.run(hidden, sequence, packing, *wanted)
 
+    def run(
+        self,
+        hidden: Tensor,
+        sequence: SequenceInfo,
+        packing: Packing,
+        output_hidden_states: bool,
+        output_attentions: bool,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """From the embeddings to the outputs."""
         if self.training:  # type: ignore[attr-defined]
             for layer in self.layers:
                 layer.mixer.count_pass()  # type: ignore[operator]
         hidden_states, attentions = [], []
-        if self.recomputes(sequence, bool(output_hidden_states)):
+        if self.recomputes(sequence, output_hidden_states):
             hidden = reversible_stack(self.layers, hidden, sequence)  # type: ignore[arg-type]
         else:
-            hidden, hidden_states, attentions = self.run_layers(hidden, sequence, packing, bool(output_hidden_states))
+            hidden, hidden_states, attentions = self.run_layers(hidden, sequence, packing, output_hidden_states)
         if self.training:  # type: ignore[attr-defined]
             for layer in self.layers:
                 layer.mixer.finish_pass(sequence)  # type: ignore[operator]
-        if config.norm_first:
+        if self.config.norm_first:
             hidden = self.norm(hidden)
         hidden = packing.restore(hidden)
         if output_hidden_states:
@@ -376,8 +446,8 @@ class Encoder:
 
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden,
-            pooler_output=None if self.pooler is None else self.pooler(hidden, packing.keep),
-            past_key_values=cache,
+            pooler_output=None if self.pooler is None else packing.pool(self.pooler, hidden),
+            past_key_values=sequence.cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions and attentions else None,
         )
@@ -448,13 +518,8 @@ class Encoder:
         continues: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Packing]:
         """Everything that is per token, real tokens first, and how to get back."""
+        self.check_marks(marked, positions.shape)
         if marked is not None:
-            if not self.has_marked_tokens or self.config.is_decoder:
-                raise ValueError(
-                    f"{type(self).__name__} takes no global_attention_mask"
-                    + (" as a decoder: its global tokens are the first ones." if self.has_marked_tokens else ".")
-                )
-            check_shape("global_attention_mask", marked.shape, positions.shape, "batch, length")
             marked = marked.bool() if keep is None else marked.bool() & keep
         packing = Packing(None, keep, self.num_external)
         if keep is None or continues:
@@ -465,6 +530,83 @@ class Encoder:
         per_token = [keep, positions, token_types, position_ids, marked]
         packed = [None if x is None else pack(x.expand(order.shape), order) for x in per_token]
         return pack(embeds, order), *packed, packing  # type: ignore[return-value]
+
+    def check_marks(self, marked: Tensor | None, shape: tuple[int, ...]) -> None:
+        if marked is None:
+            return
+        if not self.has_marked_tokens or self.config.is_decoder:
+            raise ValueError(
+                f"{type(self).__name__} takes no global_attention_mask"
+                + (" as a decoder: its global tokens are the first ones." if self.has_marked_tokens else ".")
+            )
+        check_shape("global_attention_mask", marked.shape, shape, "batch, length")
+
+    def divide(self, position_ids: Tensor | None, mask: Tensor | None, embeds: Tensor) -> Documents | None:
+        """The documents of packed rows, None if each row is one."""
+        if position_ids is None or position_ids.shape[1] == 1 or torch.compiler.is_exporting():
+            return None
+        keep = None if mask is None else mask.bool()[:, -embeds.shape[1] :]  # in front of these is the past
+        documents = uncompiled(find_documents)(position_ids.expand(embeds.shape[:2]), keep)
+        if documents is not None and mask is not None:
+            check_shape("attention_mask", mask.shape, documents.rows, "batch, length")
+        return documents
+
+    def read_documents(
+        self,
+        documents: Documents,
+        embeds: Tensor,
+        token_types: Tensor | None,
+        position_ids: Tensor,
+        marked: Tensor | None,
+        output_hidden_states: bool,
+        output_attentions: bool,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        hidden, sequence, packing = self.join(documents, embeds, token_types, position_ids, marked)
+        return self.run(hidden, sequence, packing, output_hidden_states, output_attentions)
+
+    def join(
+        self,
+        documents: Documents,
+        embeds: Tensor,
+        token_types: Tensor | None,
+        position_ids: Tensor,
+        marked: Tensor | None,
+    ) -> tuple[Tensor, PackedDocuments, DocumentPacking]:
+        """All tokens of packed documents in one row, (1, t, e), external ones in front of each document's."""
+        self.check_marks(marked, documents.rows)
+        check_length(max(documents.lengths), self.config.max_position_embeddings, type(self).__name__)
+        position_ids = position_ids.expand(documents.rows)
+        hidden = documents.gather(self.embeddings(embeds, position_ids, token_types))
+        position_ids = documents.gather(position_ids)
+        marked = None if marked is None else documents.gather(marked.bool())
+        own, lengths, device = None, documents.lengths, hidden.device
+        if count := self.num_external:
+            lengths = [count + length for length in lengths]
+            sizes = torch.tensor(lengths, device=device)
+            number = torch.arange(len(lengths), device=device).repeat_interleave(sizes)
+            at = torch.arange(len(number), device=device)
+            place = at - (sizes.cumsum(0) - sizes)[number]  # in its document
+            source = torch.where(place < count, place, at - count * number)
+            hidden = torch.cat([self.external_tokens.weight.to(hidden.dtype), hidden])[source]
+            position_ids = torch.cat([torch.arange(count, device=device), position_ids + count])[source]
+            marked = None if marked is None else nn.functional.pad(marked, (count, 0))[source]
+            own = (place >= count).nonzero()[:, 0]
+        parts = []
+        for group in (groups := group_by_length(lengths, device)):
+            positions = torch.arange(group.tokens.shape[1], device=device).expand_as(group.tokens)
+            of_group = None if marked is None else group.gather(marked)
+            if group.keep is not None:
+                positions = positions.masked_fill(~group.keep, -1)
+                of_group = None if of_group is None else of_group & group.keep
+            told = group.keep, positions, group.gather(position_ids), of_group, hidden.dtype
+            parts.append((group, self.inform(*told)))
+        sequence = PackedDocuments(
+            torch.arange(len(hidden), device=device)[None],
+            shared=self.shared,
+            groups=parts,
+            places=places_in_groups(groups),
+        )
+        return hidden[None], sequence, DocumentPacking(None, None, self.num_external, documents, own)
 
     def describe(
         self,
@@ -477,8 +619,7 @@ class Encoder:
         output_attentions: bool,
     ) -> tuple[Tensor, SequenceInfo]:
         """Put the external tokens in front and write down what the mixers may know."""
-        config, count = self.config, self.num_external
-        if count:
+        if count := self.num_external:
             batch = hidden.shape[0]
             hidden = torch.cat([self.external_tokens.weight.to(hidden.dtype).expand(batch, -1, -1), hidden], 1)
             front = torch.arange(count, device=hidden.device).expand(batch, -1)
@@ -486,11 +627,25 @@ class Encoder:
             position_ids = torch.cat([front, position_ids + count], 1)
             keep = None if keep is None else nn.functional.pad(keep, (count, 0), value=True)
             marked = None if marked is None else nn.functional.pad(marked, (count, 0))
+        return hidden, self.inform(keep, positions, position_ids, marked, hidden.dtype, cache, output_attentions)
+
+    def inform(
+        self,
+        keep: Tensor | None,
+        positions: Tensor,
+        position_ids: Tensor,
+        marked: Tensor | None,
+        dtype: torch.dtype,
+        cache: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> SequenceInfo:
+        """What the mixers may know of rows with their external tokens."""
+        config = self.config
         numbers = not torch.compiler.is_compiling()
         rotary = None
         if config.position_embedding_type == "rotary":
-            rotary = rotary_angles(position_ids, config.head_dim, config.rope_theta, hidden.dtype)
-        return hidden, SequenceInfo(
+            rotary = rotary_angles(position_ids, config.head_dim, config.rope_theta, dtype)
+        return SequenceInfo(
             positions=positions,
             keep=keep,
             lengths=tuple(keep.sum(1).tolist()) if numbers and keep is not None else None,
@@ -501,6 +656,11 @@ class Encoder:
             output_attentions=output_attentions,
             shared=self.shared,
         )
+
+
+def uncompiled(function: Callable) -> Callable:
+    """Runs as it is where torch.compile meets it: documents are other ones at each step, as would be their graph."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def mean(streams: list[Tensor]) -> Tensor:

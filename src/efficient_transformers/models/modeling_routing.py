@@ -262,10 +262,11 @@ class EtRoutingAttention(MultiHeadAttention):
         return torch.cat([near.expand(-1, self.sides[0], -1, -1).long(), far], 1)
 
     def finish_pass(self, sequence: SequenceInfo) -> None:
-        routes: Routes | None = sequence.decisions.get(self.layer)
-        if routes is not None and routes.statistics is not None:
+        routes: list[Routes] = [part.decisions[self.layer] for part in sequence.parts if self.layer in part.decisions]
+        statistics = [route.statistics for route in routes if route.statistics is not None]
+        if statistics:
             averages = self.centroids, self.sums, self.savings
-            seen = of_all_processes(routes.statistics)
+            seen = of_all_processes(together(statistics))
             # new tensors, which may be of a wider dtype: in bfloat16 a moving average stands still
             self.centroids, self.sums, self.savings = moved_centroids(*averages, seen, self.config.ema_decay)
 
