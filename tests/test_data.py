@@ -155,7 +155,7 @@ def test_the_era_task(tokenizer):
     loaded = load_documents(era)
     assert loaded.labels == [prepare.era_of(year) for year in prepare.LAST_YEARS]
     # only the test split is encoded, which takes a second; it stands in for the others
-    data = encode_documents(Documents({"train": loaded.splits["test"]}), tokenizer, 4096, era)
+    data = encode_documents(Documents({"train": loaded.splits["test"]}), "train", tokenizer, 4096, era)
     windows = list(data["train"]["input_ids"])
     assert len(windows) == 100
     assert all(512 <= len(window) <= 4096 for window in windows)
