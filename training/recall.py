@@ -81,18 +81,20 @@ def make_generator(settings: RecallSettings, length: int) -> Generator:
 def load_task(settings: RecallSettings) -> Source:
     """Tokenizer and names of the answers, which do not depend on the length, and the examples, which do."""
     if settings.data == "needle":
-        tokenizer, answers = load_tokenizer(settings), list(Needle.answers)
+        tokenizer = load_tokenizer(settings)
+        answers: list[str] = list(Needle.answers)
         # documents of one split, and so the windows of one document, are in no other
         texts = load_texts(dataclasses.replace(settings, data=settings.haystack))
     else:
         any_length = make_generator(settings, 4 * settings.items + 3)
-        tokenizer, answers, texts = word_tokenizer(any_length.words, has_cls=False), list(any_length.answers), {}
+        tokenizer, answers = word_tokenizer(any_length.words, has_cls=False), list(any_length.answers)
+        texts = {}
 
     def examples(name: str, length: int, model: PreTrainedModel) -> Examples:
-        hidden = settings.data == "needle"
-        generator = (
-            Needle(tokenizer, texts[name], length, settings.items) if hidden else make_generator(settings, length)
-        )
+        if settings.data == "needle":
+            generator: Generator = Needle(tokenizer, texts[name], length, settings.items)
+        else:
+            generator = make_generator(settings, length)
         return generate(generator, name, getattr(settings, f"{name}_examples"), settings.split_seed)
 
     return Source(tokenizer, answers, examples)
