@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT / "data"), str(ROOT / "training")]
 
 import documents  # noqa: E402
 import prepare  # noqa: E402
-from documents import Documents, DocumentSettings, cut_windows, encode_documents, load_documents  # noqa: E402
+from documents import DocumentSettings, cut_windows, encode_documents, load_documents  # noqa: E402
 from settings import InputError  # noqa: E402
 
 SPLITS = ("train", "validation", "test")
@@ -155,8 +155,7 @@ def test_the_era_task(tokenizer):
     loaded = load_documents(era)
     assert loaded.labels == [prepare.era_of(year) for year in prepare.LAST_YEARS]
     # only the test split is encoded, which takes a second; it stands in for the others
-    data = encode_documents(Documents({"train": loaded.splits["test"]}), tokenizer, 4096, era)
-    windows = list(data["train"]["input_ids"])
+    windows = list(encode_documents(loaded, "test", tokenizer, 4096, era)["input_ids"])
     assert len(windows) == 100
     assert all(512 <= len(window) <= 4096 for window in windows)
     assert not set("123456789") & set("".join(tokenizer.batch_decode(windows)))

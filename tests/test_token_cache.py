@@ -54,7 +54,7 @@ def causal(tokenizer, texts=TEXTS, length=16, **values):
 def classified(tokenizer, texts=TEXTS, length=16, **values):
     labels = ["a", "b", "a"][: len(texts)]
     settings = ClassifySettings.from_dict(VALUES | {"window_length": 16, "shortest_window": 1} | values)
-    return encode_documents(Documents({"train": (texts, labels)}), tokenizer, length, settings)["train"]
+    return encode_documents(Documents({"train": (texts, labels)}), "train", tokenizer, length, settings)
 
 
 def same(ours, theirs):

@@ -25,6 +25,7 @@ import classify  # noqa: E402
 import loop  # noqa: E402
 import metrics  # noqa: E402
 import seeds  # noqa: E402
+import tasks  # noqa: E402
 from batches import EpochSampler  # noqa: E402
 from building import build_config, build_model, load_tokenizer  # noqa: E402
 from checkpoints import PARTIAL, Checkpoints, Progress, files_of, seal  # noqa: E402
@@ -391,7 +392,7 @@ def scripted(monkeypatch, accuracies):
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
         return {"loss": 1.0, "accuracy": left.pop(0), "macro_f1": 0.0}
 
-    monkeypatch.setattr(classify.Evaluator, "__call__", evaluate)
+    monkeypatch.setattr(tasks.Evaluator, "__call__", evaluate)
     return seen
 
 
@@ -407,8 +408,8 @@ def test_the_best_weights_are_saved_and_patience_ends_training(monkeypatch, conf
 def test_a_lower_loss_is_better(monkeypatch, config):
     scripted(monkeypatch, [0.5] * 20)
     losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 2.0, 0.0])
-    scores = classify.Evaluator.__call__
-    monkeypatch.setattr(classify.Evaluator, "__call__", lambda *a: {**scores(*a), "loss": next(losses)})
+    scores = tasks.Evaluator.__call__
+    monkeypatch.setattr(tasks.Evaluator, "__call__", lambda *a: {**scores(*a), "loss": next(losses)})
     assert run(config, "eval_steps=4", "best_metric=loss")["validation"]["step"] == 8
 
 

@@ -308,7 +308,7 @@ def test_a_loss_that_is_not_a_number_names_step_and_batch(poisoned, tmp_path):
 
 def train_lengths(config):
     settings = ClassifySettings.from_yaml(config)
-    data = encode_documents(load_documents(settings), bpe(), 24, settings)["train"]
+    data = encode_documents(load_documents(settings), "train", bpe(), 24, settings)
     return [len(ids) for ids in data["input_ids"]]
 
 

@@ -33,7 +33,7 @@ from listops import DIGITS, ListOps, apply  # noqa: E402
 from lra import LraSettings, load_source  # noqa: E402
 from packing import IGNORED  # noqa: E402
 from pathfinder import Pathfinder  # noqa: E402
-from recall import RecallSettings, load_task, make_examples  # noqa: E402
+from recall import RecallSettings, load_task  # noqa: E402
 from recall_tasks import PEOPLE, THINGS, Copy, Induction, Mqar, Needle  # noqa: E402
 from settings import InputError  # noqa: E402
 from texts import SPLITS, load_texts  # noqa: E402
@@ -235,8 +235,8 @@ def test_short_sequences_are_for_training_alone():
     settings = RecallSettings.from_dict(
         {**RECALL, **sizes, "data": "mqar", "items": 4, "vocabulary": 32, "min_length": 8}
     )
-    tokenizer, _ = load_task(settings)
-    data = make_examples(settings, tokenizer, 40)
+    source = load_task(settings)
+    data = {name: source.encode(name, 40, None) for name in SPLITS}
     counts = Counter(data["train"].lengths)
     assert set(counts) == {8, 16, 32, 40}
     assert min(counts.values()) > 70
@@ -454,7 +454,8 @@ def test_every_config_trains_a_tiny_model(path):
     heads = settings.model.get("num_attention_heads", 2)
     settings.model |= {"hidden_size": 8 * heads, "num_hidden_layers": 1, "intermediate_size": 8}
     if isinstance(settings, RecallSettings):
-        tokenizer, answers = load_task(settings)
+        source = load_task(settings)
+        tokenizer, answers = source.tokenizer, source.labels
         auto_class = AutoModelForTokenClassification
     else:
         tokenizer, answers = vocabulary_of(settings)
@@ -584,9 +585,8 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(monkeypatch, finished,
 
 def test_accuracy_is_that_of_the_asked_positions(finished):
     settings = RecallSettings.from_yaml(finished / "settings.yaml")
-    tokenizer, _ = load_task(settings)
-    data = make_examples(settings, tokenizer, 12, ("test",))["test"]
     model = AutoModelForTokenClassification.from_pretrained(finished).eval()
+    data = load_task(settings).encode("test", 12, model)
     right = []
     for example in data:
         logits = model(torch.tensor(example["input_ids"]).long()[None]).logits[0].argmax(-1).numpy()
@@ -608,8 +608,9 @@ def test_a_table_of_one_key_is_learnt(tmp_path, fields):
 def test_a_needle_run_keeps_the_documents_of_the_splits_apart(bpe):
     settings = RecallSettings.from_dict({**RECALL, "data": "needle", "tokenizer": "data/tokenizer"})
     texts = load_texts(RecallSettings(data="era"))
-    data = make_examples(settings, bpe, 150, ("validation", "test"))
-    for name, examples in data.items():
+    source = load_task(settings)
+    for name in ("validation", "test"):
+        examples = source.encode(name, 150, None)
         whole = " ".join(texts[name])
         other = " ".join(texts["train"])
         for example in list(examples)[:3]:
@@ -686,12 +687,12 @@ def test_pixels_are_read_in_a_row(garments):
         {"data": "fashion_mnist", "image_folder": str(garments), "train_examples": 7, "model": {"model_type": "bert"}}
     )
     source = load_source(settings)
-    data = source.encode(785)
+    data = {name: source.encode(name, 785, None) for name in SPLITS}
     assert [len(data[name]) for name in SPLITS] == [7, 2, 4]
     example = data["train"][6]
     assert source.tokenizer.decode(example["input_ids"]) == " ".join(["[CLS]", *["6"] * 784])
     assert source.labels[example["labels"]] == "Shirt"
-    assert len(source.encode(100)["test"][0]["input_ids"]) == 100
+    assert len(source.encode("test", 100, None)[0]["input_ids"]) == 100
 
 
 def test_pathfinder_is_generated_in_the_paper_s_numbers(monkeypatch):
@@ -702,8 +703,10 @@ def test_pathfinder_is_generated_in_the_paper_s_numbers(monkeypatch):
         return generated.Examples([], [])
 
     monkeypatch.setattr(lra, "generate", generate)
-    load_source(LraSettings.from_dict({"data": "pathfinder", "model": {"model_type": "bert"}})).encode(1025)
+    source = load_source(LraSettings.from_dict({"data": "pathfinder", "model": {"model_type": "bert"}}))
     sizes = {"train": 160_000, "validation": 20_000, "test": 20_000}
+    for name in sizes:
+        source.encode(name, 1025, None)
     assert asked == {name: (Pathfinder(14), size) for name, size in sizes.items()}
 
 

@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 from itertools import chain
+from multiprocessing import active_children
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -25,6 +27,8 @@ sys.path.insert(0, str(ROOT / "training"))
 
 import pretrain_clm  # noqa: E402
 from batches import Batch, EpochSampler, Steps, shares  # noqa: E402
+from masking import Masker, RemaskedWindows  # noqa: E402
+from packing import Window  # noqa: E402
 from pretrain_clm import ClmSettings  # noqa: E402
 from settings import InputError  # noqa: E402
 
@@ -99,7 +103,8 @@ def test_two_processes_take_the_steps_of_one(script, request, tmp_path):
     assert two == pytest.approx(one, abs=1e-4)
     assert together["training"]["tokens"] == alone["training"]["tokens"]
     for ours, theirs in zip(together["history"], alone["history"], strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-4)
+        # a perplexity of hundreds is off by as much more
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-4)
 
 
 MODELS = {
@@ -192,6 +197,24 @@ def test_an_epoch_is_taken_up_where_it_was_left():
     assert [[batch.indices for batch in step] for step in steps_of(2, 1).of_epoch(2, done=3)] == whole[3:]
 
 
+def test_workers_change_no_batch_and_outlive_sigterm():
+    """Masks of two epochs, the second taken up in its middle."""
+    windows = [Window(np.arange(5, 9 + index % 7), np.arange(4 + index % 7)) for index in range(20)]
+    data = RemaskedWindows(windows, Masker(1, np.arange(5, 90), 0.5), seed=3)
+
+    def batches(workers, epoch, done):
+        steps = Steps(data, lambda rows: rows, EpochSampler(20, 3), 6, 2, torch.device("cpu"), workers=workers)
+        for step in steps.of_epoch(epoch, done):
+            for process in active_children():
+                process.terminate()
+            yield from ((row["input_ids"].tolist(), row["labels"].tolist()) for batch in step for row in batch.inputs)
+
+    for epoch, done in ((0, 0), (1, 1)):
+        alone = list(batches(0, epoch, done))
+        assert list(batches(2, epoch, done)) == alone
+        assert len(alone) == 20 - 6 * done
+
+
 def test_labels_are_counted_as_the_loss_counts_them():
     masked = {"labels": torch.tensor([[-100, 5, 6], [-100, -100, 7]]), "input_ids": torch.ones(2, 3)}
     assert Batch([4, 9], masked).labels() == 3
@@ -210,6 +233,8 @@ def test_the_size_of_a_step_is_given_in_one_way(documents, tmp_path):
     assert [ClmSettings.from_dict(values).step_size(n) for n in (1, 3)] == [8, 8]
     del values["global_batch_size"]
     assert [ClmSettings.from_dict(values | {"gradient_accumulation": 5}).step_size(n) for n in (1, 3)] == [20, 60]
+    with pytest.raises(InputError, match=r"dataloader_num_workers \(1\) has no use with streaming"):
+        ClmSettings.from_dict(values | {"dataloader_num_workers": 1, "streaming": True, "max_steps": 1})
     with pytest.raises(InputError, match=r"gradient_accumulation \(2\) follows from global_batch_size \(8\)"):
         ClmSettings.from_dict(values | {"gradient_accumulation": 2, "global_batch_size": 8})
 

@@ -45,7 +45,7 @@ from answering import (  # noqa: E402
     overlap_f1,
     plant,
 )
-from building import build_config, build_model, load_tokenizer  # noqa: E402
+from building import build_config, build_model  # noqa: E402
 from choosing import ChooseSettings, choice_rows, load_choices, next_excerpts  # noqa: E402
 from excerpts import excerpts, sentences  # noqa: E402
 from matching import DocumentMatcher, MatchingHead, MatchSettings, load_pairs, same_or_not  # noqa: E402
@@ -237,15 +237,12 @@ def test_every_config_builds_a_tiny_model_and_its_data(monkeypatch, path, tmp_pa
                                                  for i, row in enumerate(rows)])  # fmt: skip
     chosen = task.settings_class.from_yaml(path, [f"data={tmp_path}"])
     chosen.model |= {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
-    tokenizer, examples = load_tokenizer(chosen), task.load(chosen)
-    names = task.labels(examples["train"]) if task.labels else []
-    config = task.build_config(chosen, tokenizer, **label_fields(names))
-    assert {key: getattr(config, key) for key in chosen.model} == chosen.model
-    model = task.build_model(chosen, config, task.auto_class)
-    data = task.encode(examples["test"], tokenizer, chosen.max_length, chosen, model)
-    batch = task.collate(tokenizer)([data[i] for i in range(2)])
+    ready = task.ready(chosen)
+    assert {key: getattr(ready.model.config, key) for key in chosen.model} == chosen.model
+    data = ready.encode("test")
+    batch = ready.collate([data[i] for i in range(2)])
     assert batch["input_ids"].shape[-1] <= chosen.max_length
-    assert model(**batch).loss.isfinite()
+    assert ready.model(**batch).loss.isfinite()
 
 
 @each_task

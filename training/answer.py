@@ -18,9 +18,8 @@ from answering import (
     load_questions,
     overlap_f1,
 )
-from building import build_config
 from command_line import command_line
-from tasks import Scorer, Task
+from tasks import Scorer, Source, Task
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -56,37 +55,38 @@ def window_loss(starts: np.ndarray, ends: np.ndarray, row: Mapping[str, Any]) ->
     return sum(float(np.logaddexp.reduce(logits[:length]) - logits[position]) / 2 for logits, position in both)
 
 
-def answering_config(settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase, **fields: Any) -> PreTrainedConfig:
-    """Longformer's config knows the token that ends the question, so that the saved model marks it by itself."""
-    config = build_config(settings, tokenizer, **fields)
-    if getattr(config, "sep_token_id", 0) is None and settings.mark_question:
-        config.sep_token_id = tokenizer.sep_token_id
-    return config
+class AnswerTask(Task[AnswerSettings]):
+    script = "answer.py"
+    settings_class = AnswerSettings
+    auto_class = AutoModelForQuestionAnswering
+    task_type = "question-answering"
+    unit = "windows"
+    collate = staticmethod(collate_answers)
+    scorer = AnswerScorer
+    purpose = "A reader: it finds the answer to a question as a span of a text."
+
+    def load(self, settings: AnswerSettings) -> Source:
+        return Source.of_texts(settings, load_questions, answer_windows)
+
+    def build_config(
+        self, settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase | None, **fields: Any
+    ) -> PreTrainedConfig:
+        """Longformer's config knows the token that ends the question, so that the saved model marks it by itself."""
+        config = super().build_config(settings, tokenizer, **fields)
+        if tokenizer is not None and getattr(config, "sep_token_id", 0) is None and settings.mark_question:
+            config.sep_token_id = tokenizer.sep_token_id
+        return config
+
+    def limits(self, settings: AnswerSettings) -> list[str]:
+        needle = "Its questions ask for one kind of sentence, hidden at random in real text: it answers no other ones."
+        return [
+            f"It gives a span of at most {settings.max_answer_length} tokens of the text, and none that is longer.",
+            *([needle] if settings.examples == "needle" else []),
+            *([] if settings.null_answers else ["It always gives an answer, also where the text has none."]),
+        ]
 
 
-def limits(settings: AnswerSettings) -> list[str]:
-    needle = "Its questions ask for one kind of sentence, hidden at random in real text: it answers no other ones."
-    return [
-        f"It gives a span of at most {settings.max_answer_length} tokens of the text, and none that is longer.",
-        *([needle] if settings.examples == "needle" else []),
-        *([] if settings.null_answers else ["It always gives an answer, also where the text has none."]),
-    ]
-
-
-TASK = Task(
-    script="answer.py",
-    settings_class=AnswerSettings,
-    auto_class=AutoModelForQuestionAnswering,
-    task_type="question-answering",
-    purpose="A reader: it finds the answer to a question as a span of a text.",
-    unit="windows",
-    load=load_questions,
-    encode=answer_windows,
-    collate=collate_answers,
-    scorer=AnswerScorer,
-    limits=limits,
-    build_config=answering_config,
-)
+TASK = AnswerTask()
 run, evaluate_folder = TASK.run, TASK.evaluate_folder
 
 

@@ -1,6 +1,7 @@
 """Which examples make a step, in which order, and which of them each process sees."""
 
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,8 @@ class Steps:
 
     accelerate's own sharding is not used: it fills up the last batches of an epoch with examples that then count twice,
     and says nothing of which examples a batch holds.
+    `workers` are processes that read ahead. They begin anew in every epoch, which `data` is told of before; as what an
+    example draws follows from seed, epoch and index, and from no state of a worker, their number changes no batch.
     """
 
     data: Any
@@ -87,6 +90,7 @@ class Steps:
     device: torch.device
     processes: int = 1
     process: int = 0
+    workers: int = 0
 
     @property
     def per_epoch(self) -> int:
@@ -103,9 +107,22 @@ class Steps:
             for at in range(done * self.size, len(examples), self.size)
         ]
         batches = [indices or examples[:1] for step in plan for indices in step]
-        inputs = iter(DataLoader(self.data, batch_sampler=batches, collate_fn=self.collate, generator=own_generator()))
+        loader = DataLoader(
+            self.data,
+            batch_sampler=batches,
+            num_workers=self.workers,
+            collate_fn=self.collate,
+            generator=own_generator(),
+            worker_init_fn=ignore_sigterm,
+        )
+        inputs = iter(loader)
         for step in plan:
             yield [Batch(indices, send_to_device(next(inputs), self.device)) for indices in step]
+
+
+def ignore_sigterm(worker: int) -> None:
+    """A scheduler that sends it to all processes means the one that trains, which must save before its workers end."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def own_generator() -> torch.Generator:

@@ -81,9 +81,9 @@ def _label_of(row: Row, settings: DocumentSettings) -> str:
 
 
 def encode_documents(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, max_length: int, settings: DocumentSettings
-) -> dict[str, datasets.Dataset]:
-    """Splits of windows with `input_ids` and `labels`, on the disk if they are cached and else in memory."""
+    documents: Documents, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int, settings: DocumentSettings
+) -> datasets.Dataset:
+    """Windows of a split, with `input_ids` and `labels`, on the disk if they are cached and else in memory."""
     ids = {name: i for i, name in enumerate(documents.labels)}
     how = {
         "kind": "documents",
@@ -97,22 +97,20 @@ def encode_documents(
         kept, sources = cut_windows(texts, tokenizer, max_length, settings.window_length, settings.shortest_window)
         return {"input_ids": kept, "labels": [ids[batch["label"][source]] for source in sources]}
 
-    encoded = {}
-    for name, (texts, labels) in documents.splits.items():
-        table = datasets.Dataset.from_dict({"text": texts, "label": labels})
-        file = cache_file(tokenizer, texts, how | {"of": labels}, ".arrow") if settings.cache_tokens else None
-        with one_process_first():
-            encoded[name] = table.map(
-                windows,
-                batched=True,
-                batch_size=64,
-                remove_columns=["text", "label"],
-                num_proc=min(settings.num_workers or 1, len(table)) if settings.num_workers else None,
-                cache_file_name=str(file) if file else None,
-                new_fingerprint=file.stem if file else None,
-                desc=f"tokenising {name}",
-            )
-    return encoded
+    texts, labels = documents.splits[split]
+    table = datasets.Dataset.from_dict({"text": texts, "label": labels})
+    file = cache_file(tokenizer, texts, how | {"of": labels}, ".arrow") if settings.cache_tokens else None
+    with one_process_first():
+        return table.map(
+            windows,
+            batched=True,
+            batch_size=64,
+            remove_columns=["text", "label"],
+            num_proc=min(settings.num_workers or 1, len(table)) if settings.num_workers else None,
+            cache_file_name=str(file) if file else None,
+            new_fingerprint=file.stem if file else None,
+            desc=f"tokenising {split}",
+        )
 
 
 def cut_windows(

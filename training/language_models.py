@@ -52,6 +52,11 @@ class LanguageModelSettings(TextSettings):
         super().check()
         if self.streaming and self.max_steps is None:
             raise InputError("streaming does not know how long an epoch is: set max_steps.")
+        if self.streaming and self.dataloader_num_workers:
+            raise InputError(
+                f"dataloader_num_workers ({self.dataloader_num_workers}) has no use with streaming, which one process "
+                "reads: leave it out."
+            )
         if self.stream_buffer < 1:
             raise InputError(f"stream_buffer ({self.stream_buffer}) must be at least 1.")
         if self.best_metric not in ("loss", "accuracy"):

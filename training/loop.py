@@ -136,7 +136,8 @@ def make_steps(
     if isinstance(data, Stream):
         return StreamedSteps(data, collate, **shared)
     grouped = list(lengths) if settings.sort_by_length else None
-    return Steps(data, collate, EpochSampler(len(lengths), settings.seed, grouped, size), **shared)
+    order = EpochSampler(len(lengths), settings.seed, grouped, size)
+    return Steps(data, collate, order, workers=settings.dataloader_num_workers, **shared)
 
 
 def take_step(

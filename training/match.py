@@ -9,37 +9,38 @@ folder the encoder is an ordinary checkpoint; `matching.DocumentMatcher.from_pre
 
 from choose import ChoiceScorer
 from command_line import command_line
-from matching import MatchSettings, build_matcher, load_pairs, pair_rows
-from tasks import Task
-from transformers import AutoModel, DataCollatorForMultipleChoice
+from matching import DocumentMatcher, MatchSettings, build_matcher, load_pairs, pair_rows
+from tasks import Source, Task
+from transformers import AutoModel, DataCollatorForMultipleChoice, PreTrainedConfig
 
 
-def limits(settings: MatchSettings) -> list[str]:
-    made = (
-        f"Its pairs have the same {settings.group_column!r} or not, in excerpts of texts that training has not seen, "
-    )
-    made += "but of groups most of which it has. Time and topic tell many groups apart."
-    return [
-        "The head is in matching_head.safetensors and opens with the training scripts (training/matching.py); "
-        "AutoModel opens the encoder alone.",
-        *([made] if settings.examples == "same" else []),
-    ]
+class MatchTask(Task[MatchSettings]):
+    script = "match.py"
+    settings_class = MatchSettings
+    auto_class = AutoModel
+    task_type = "text-classification"
+    unit = "pairs"
+    collate = DataCollatorForMultipleChoice  # pads what has a second axis, here of two documents
+    scorer = ChoiceScorer
+    purpose = "It encodes two documents apart and tells whether they match."
+
+    def load(self, settings: MatchSettings) -> Source:
+        return Source.of_texts(settings, load_pairs, pair_rows)
+
+    def build_model(self, settings: MatchSettings, config: PreTrainedConfig) -> DocumentMatcher:
+        return build_matcher(settings, config, self.auto_class)
+
+    def limits(self, settings: MatchSettings) -> list[str]:
+        made = f"Its pairs have the same {settings.group_column!r} or not, in excerpts of texts that training has not "
+        made += "seen, but of groups most of which it has. Time and topic tell many groups apart."
+        return [
+            "The head is in matching_head.safetensors and opens with the training scripts (training/matching.py); "
+            "AutoModel opens the encoder alone.",
+            *([made] if settings.examples == "same" else []),
+        ]
 
 
-TASK = Task(
-    script="match.py",
-    settings_class=MatchSettings,
-    auto_class=AutoModel,
-    task_type="text-classification",
-    purpose="It encodes two documents apart and tells whether they match.",
-    unit="pairs",
-    load=load_pairs,
-    encode=pair_rows,
-    collate=DataCollatorForMultipleChoice,  # pads what has a second axis, here of two documents
-    scorer=ChoiceScorer,
-    limits=limits,
-    build_model=build_matcher,
-)
+TASK = MatchTask()
 run, evaluate_folder = TASK.run, TASK.evaluate_folder
 
 

@@ -100,10 +100,10 @@ def _share(part: float, whole: float) -> float:
 OWN_METRICS: dict[str, type[evaluate.Metric]] = {"accuracy": Accuracy, "macro_f1": MacroF1}
 
 
-def load_metrics(extra: Iterable[str] = ()) -> list[evaluate.EvaluationModule]:
+def load_metrics(extra: Iterable[str] = (), own: Iterable[str] = tuple(OWN_METRICS)) -> list[evaluate.EvaluationModule]:
     """Our own metrics, and those that the user names, which come from the Hub."""
     # nothing is shared between processes: every one computes the metrics of the gathered predictions
-    metrics: list[evaluate.EvaluationModule] = [metric(keep_in_memory=True) for metric in OWN_METRICS.values()]
+    metrics: list[evaluate.EvaluationModule] = [OWN_METRICS[name](keep_in_memory=True) for name in own]
     for name in extra:
         try:
             metrics.append(evaluate.load(name))

@@ -31,7 +31,7 @@ SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpo
 FREE_TO_CHANGE = {
     "out", "overwrite", "resume", "checkpoint_steps", "keep_checkpoints", "keep_checkpoints_at_end", "log_steps",
     "tracker", "eval_batch_size", "license", "language", "card_notes", "config",
-    "cache_tokens", "num_workers",
+    "cache_tokens", "num_workers", "dataloader_num_workers",
 }  # fmt: skip
 
 

@@ -7,34 +7,26 @@ The tasks are MQAR, copying, induction heads and a needle in real documents; see
 """
 
 import dataclasses
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from batches import make_loader
-from building import build_config, build_model, load_tokenizer, make_accelerator, model_facts, visible_length
-from command_line import command_line, finished_settings
+from building import load_tokenizer
+from command_line import command_line
 from generated import Examples, Generator, OneOf, generate, word_tokenizer
-from huggingface_hub import ModelCard
 from language_models import window_sums
-from loop import train
-from outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
 from recall_tasks import Copy, Induction, Mqar, Needle
-from reporting import about, make_card, report
 from settings import InputError, did_you_mean
-from texts import SPLITS, TextSettings, load_texts
+from tasks import Ready, Scorer, Source, Task
+from texts import TextSettings, load_texts
+from torch import Tensor
 from transformers import (
     AutoModelForTokenClassification,
     DataCollatorForTokenClassification,
-    PreTrainedTokenizerBase,
+    PreTrainedModel,
 )
 
-AUTO_CLASS = "AutoModelForTokenClassification"
 GENERATED = {
     "mqar": "Multi-query associative recall: the value that stood behind a key, where the key stands again.",
     "copy": "Copying: the first tokens of a sequence, at its end.",
@@ -113,133 +105,80 @@ def training_generator(settings: RecallSettings, length: int) -> Generator:
     return OneOf((*shorter, full))
 
 
-def load_task(settings: RecallSettings) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """The tokenizer and the names of the answers, which do not depend on the length."""
+def load_task(settings: RecallSettings) -> Source:
+    """Tokenizer and names of the answers, which do not depend on the length, and the examples, which do."""
     if settings.data == "needle":
-        return load_tokenizer(settings), list(Needle.answers)
-    any_length = make_generator(settings, 4 * settings.items + 3)
-    return word_tokenizer(any_length.words, has_cls=False), list(any_length.answers)
-
-
-def make_examples(
-    settings: RecallSettings, tokenizer: PreTrainedTokenizerBase, length: int, splits: Sequence[str] = SPLITS
-) -> dict[str, Examples]:
-    if settings.data == "needle":
+        tokenizer = load_tokenizer(settings)
+        answers: list[str] = list(Needle.answers)
         # documents of one split, and so the windows of one document, are in no other
         texts = load_texts(dataclasses.replace(settings, data=settings.haystack))
-        generators = {name: Needle(tokenizer, texts[name], length, settings.items) for name in splits}
     else:
-        generators = {name: make_generator(settings, length) for name in splits if name != "train"}
-        if "train" in splits:
-            generators["train"] = training_generator(settings, length)
-    return {
-        name: generate(generators[name], name, getattr(settings, f"{name}_examples"), settings.split_seed)
-        for name in splits
-    }
+        any_length = make_generator(settings, 4 * settings.items + 3)
+        tokenizer, answers = word_tokenizer(any_length.words, has_cls=False), list(any_length.answers)
+        texts = {}
+
+    def examples(name: str, length: int, model: PreTrainedModel) -> Examples:
+        if settings.data == "needle":
+            generator: Generator = Needle(tokenizer, texts[name], length, settings.items)
+        else:
+            generator = (training_generator if name == "train" else make_generator)(settings, length)
+        return generate(generator, name, getattr(settings, f"{name}_examples"), settings.split_seed)
+
+    return Source(tokenizer, answers, examples)
 
 
-class Evaluator:
-    """Loss and accuracy at the positions that ask, each of them counting the same, over all processes."""
+class RecallScorer(Scorer):
+    """Loss and accuracy at the positions that ask, each of them counting the same."""
 
-    def __init__(self, accelerator: Accelerator, data: Examples, collate: Any, settings: RecallSettings):
-        self.accelerator, self.data = accelerator, data
-        self.loader = accelerator.prepare(make_loader(data, collate, settings.eval_batch_size))
+    names = ("accuracy",)
 
-    @torch.inference_mode()
-    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
-        model.eval()
-        totals = torch.zeros(3, dtype=torch.float64)
-        for batch in self.loader:
-            labels = batch.pop("labels")
-            sums = torch.stack([window_sums(*pair) for pair in zip(model(**batch).logits, labels, strict=True)])
-            # sums of each sequence are gathered: what fills up the last batch is known by its sequence
-            gathered: Any = self.accelerator.gather_for_metrics(sums)
-            totals += gathered.cpu().double().sum(0)
-        loss, right, asked = totals.tolist()
+    def judge(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[list[float]]:
+        return [window_sums(*pair).tolist() for pair in zip(outputs.logits, batch["labels"], strict=True)]
+
+    def scores(self, found: list[list[float]]) -> dict[str, float]:
+        loss, right, asked = map(sum, zip(*found, strict=True))
         return {"loss": loss / asked, "accuracy": right / asked}
 
 
-def run(settings: RecallSettings, command: str = "") -> dict[str, Any]:
-    """Trains, evaluates and saves; returns what `metrics.json` holds. Raises Stopped after SIGTERM."""
-    accelerator = make_accelerator(settings)
-    if (finished := finished_metrics(accelerator, settings)) is not None:
-        return finished
+class RecallTask(Task[RecallSettings]):
+    script = "recall.py"
+    settings_class = RecallSettings
+    auto_class = AutoModelForTokenClassification
+    task_type = "token-classification"
+    unit = "sequences"
+    collate = DataCollatorForTokenClassification
+    scorer = RecallScorer
 
-    tokenizer, answers = load_task(settings)
-    names = dict(enumerate(answers))
-    config = build_config(settings, tokenizer, id2label=names, label2id={name: i for i, name in names.items()})
-    length = visible_length(settings, config)
-    data = make_examples(settings, tokenizer, length)
-    collate = DataCollatorForTokenClassification(tokenizer)
-    set_seed(settings.seed)
-    model = build_model(settings, config, AutoModelForTokenClassification)
-    facts = model_facts(model, length)
-    validate = Evaluator(accelerator, data["validation"], collate, settings)
-    test = Evaluator(accelerator, data["test"], collate, settings)
+    def load(self, settings: RecallSettings) -> Source:
+        return load_task(settings)
 
-    begin_folder(accelerator, settings)
-    accelerator.print(
-        f"{config.model_type}, {facts['parameters']:,} parameters; {len(data['train'])} / {len(data['validation'])} / "
-        f"{len(data['test'])} sequences of {length} tokens; {len(answers)} answers; {hardware(accelerator)}"
-    )
-    lengths = data["train"].lengths
-    trained, progress = train(accelerator, settings, model, data["train"], lengths, collate, validate)
-    scores = {
-        "test": {**test(trained), "n": len(data["test"])},
-        "validation": {**progress.best_scores, "n": len(data["validation"])},
-    }
-    metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores, command)
-    finish_folder(
-        accelerator, settings, trained, tokenizer, card(settings, metrics, about(model), len(answers), command), metrics
-    )
-    report(accelerator, settings, metrics, AUTO_CLASS, shown(metrics))
-    return metrics
+    def sizes(self, sizes: list[int], ready: Ready) -> str:
+        return f"{' / '.join(map(str, sizes))} sequences of {ready.max_length} tokens; {len(ready.labels)} answers"
 
+    def described(self, settings: RecallSettings, metrics: dict[str, Any], labels: list[str]) -> dict[str, Any]:
+        return {
+            "purpose": TASKS[settings.data],
+            "unit": f"sequences of {metrics['model']['max_length']:,} tokens",
+            "limits": [
+                f"It knows this task and its {len(labels):,} answers alone: it is made to compare models by.",
+                "Accuracy is that of the positions that ask; every other position is labelled, too, and means nothing.",
+                "The results are of one seed; another seed may learn the task or fail to.",
+            ],
+        }
 
-def shown(metrics: dict[str, Any]) -> dict[str, float]:
-    return {"accuracy": metrics["test"]["accuracy"]}
-
-
-def card(settings: RecallSettings, metrics: dict[str, Any], description: str, answers: int, command: str) -> ModelCard:
-    return make_card(
-        settings,
-        metrics,
-        command or "accelerate launch training/recall.py --config settings.yaml",
-        task_type="token-classification",
-        auto_class=AUTO_CLASS,
-        description=f"{description}\n\n{TASKS[settings.data]}",
-        shown=shown(metrics),
-        unit=f"sequences of {metrics['model']['max_length']:,} tokens",
-        limits=[
-            f"It knows this task and its {answers:,} answers alone: it is made to compare models by.",
-            "Accuracy is that of the positions that ask; every other position is labelled, too, and means nothing.",
-            "The results are of one seed; another seed may learn the task or fail to.",
-        ],
-    )
-
-
-def evaluate_folder(folder: Path, overrides: list[str]) -> dict[str, float]:
-    """Test scores of a finished run, on its own task unless `overrides` say otherwise, e.g. `max_length=128`."""
-    settings = finished_settings(RecallSettings, folder, overrides)
-    accelerator = make_accelerator(settings)
-    tokenizer, answers = load_task(settings)
-    config = build_config(settings, tokenizer)
-    if answers != (trained := list((config.id2label or {}).values())):
-        raise InputError(
-            f"The task has {len(answers)} answers and the model in {folder} has {len(trained)}, or others: leave data "
+    def mismatch(self, labels: list[str], trained: list[str], folder: Path) -> str:
+        return (
+            f"The task has {len(labels)} answers and the model in {folder} has {len(trained)}, or others: leave data "
             "and vocabulary as they were."
         )
-    length = visible_length(settings, config)
-    data = make_examples(settings, tokenizer, length, splits=("test",))["test"]
-    model = build_model(settings, config, AutoModelForTokenClassification)
-    test = Evaluator(accelerator, data, DataCollatorForTokenClassification(tokenizer), settings)
-    scores = {**test(accelerator.prepare_model(model, evaluation_mode=True)), "n": len(data)}
-    accelerator.print(json.dumps({"max_length": length, **scores}))
-    return scores
+
+
+TASK = RecallTask()
+run, evaluate_folder = TASK.run, TASK.evaluate_folder
 
 
 def main(arguments: list[str] | None = None) -> None:
-    command_line("recall.py", __doc__, RecallSettings, run, evaluate_folder, arguments)
+    command_line(TASK.script, __doc__, TASK.settings_class, run, evaluate_folder, arguments)
 
 
 if __name__ == "__main__":

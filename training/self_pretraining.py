@@ -218,8 +218,10 @@ def take_body(model: PreTrainedModel, path: Path) -> None:
         parameter.made_anew = id(parameter) not in brought
 
 
-def card_row(record: Mapping[str, Any]) -> dict[str, str]:
-    """For the card's table."""
+def card_row(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """For the card's table, if there was any."""
+    if (record := metrics.get("self_pretraining")) is None:
+        return {}
     share = f" of {100 * record['mask_share']:g} % of the tokens" if "mask_share" in record else ""
     return {
         "self-pretraining": f"{record['objective']} denoising{share} of the training inputs, {record['steps']:,} steps "

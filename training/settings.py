@@ -45,6 +45,7 @@ class Settings:
     # gradient_accumulation. With it a run takes the same steps on any number of processes, in as many batches of at
     # most batch_size as they need
     sort_by_length: bool = True  # batches of similar length, which pad less
+    dataloader_num_workers: int = 0  # processes that make the batches of training; 0: the one that trains
     learning_rate: float = 5e-5
     head_learning_rate: float | None = None  # of weights that the checkpoint does not bring; default: learning_rate
     weight_decay: float = 0.01
@@ -118,6 +119,8 @@ class Settings:
         for name in ("seed", "split_seed"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise InputError(f"{name} ({getattr(self, name)}) must lie between 0 and {2**32 - 1}.")
+        if self.dataloader_num_workers < 0:
+            raise InputError(f"dataloader_num_workers ({self.dataloader_num_workers}) must not be negative.")
         if not 0 <= self.warmup_ratio <= 1:
             raise InputError(
                 f"warmup_ratio ({self.warmup_ratio}) must lie between 0 and 1: it is a share of the steps."

@@ -11,7 +11,7 @@ from command_line import command_line
 from metrics import EntityF1
 from packing import IGNORED
 from tagging import TagSettings, load_tagged, tag_names, tag_windows
-from tasks import Scorer, Task
+from tasks import Scorer, Source, Task
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
@@ -45,30 +45,30 @@ class TagScorer(Scorer):
         return {"loss": sum(losses) / sum(map(len, references)), **(entities or {})}
 
 
-def limits(settings: TagSettings) -> list[str]:
-    case = settings.examples == "case"
-    made = "It restores the case of English text in lower case and without punctuation at the words' ends: START is "
-    made += "the first word of a sentence, NAME a run of capitalised words."
-    return [
-        "The first token of a word carries its tag; those of its other tokens mean nothing.",
-        *([made] if case else ["It knows no tag outside of those that its training data has."]),
-    ]
+class TagTask(Task[TagSettings]):
+    script = "tag_tokens.py"
+    settings_class = TagSettings
+    auto_class = AutoModelForTokenClassification
+    task_type = "token-classification"
+    unit = "windows"
+    collate = DataCollatorForTokenClassification
+    scorer = TagScorer
+    purpose = "A tagger: a class for every word."
+
+    def load(self, settings: TagSettings) -> Source:
+        return Source.of_texts(settings, load_tagged, tag_windows, tag_names)
+
+    def limits(self, settings: TagSettings) -> list[str]:
+        case = settings.examples == "case"
+        made = "It restores the case of English text in lower case and without punctuation at the words' ends: START "
+        made += "is the first word of a sentence, NAME a run of capitalised words."
+        return [
+            "The first token of a word carries its tag; those of its other tokens mean nothing.",
+            *([made] if case else ["It knows no tag outside of those that its training data has."]),
+        ]
 
 
-TASK = Task(
-    script="tag_tokens.py",
-    settings_class=TagSettings,
-    auto_class=AutoModelForTokenClassification,
-    task_type="token-classification",
-    purpose="A tagger: a class for every word.",
-    unit="windows",
-    load=load_tagged,
-    encode=tag_windows,
-    collate=DataCollatorForTokenClassification,
-    scorer=TagScorer,
-    limits=limits,
-    labels=tag_names,
-)
+TASK = TagTask()
 run, evaluate_folder = TASK.run, TASK.evaluate_folder
 
 

@@ -18,26 +18,22 @@ from typing import Any, Literal
 
 import answer
 import choose
+import classify
 import numpy as np
 import tag_tokens
 import torch
-from building import build_config, build_model, load_tokenizer, visible_length
+from building import build_config, visible_length
 from causal import CausalPacker, CausalWindows
-from classify import ClassifySettings
-from documents import encode_documents, load_documents
 from language_models import check_packing
-from metrics import compute_metrics, load_metrics
 from packing import IGNORED, Packer, RowCollator, Rows, packed
 from pretrain_clm import ClmSettings, build_causal_model, load_open_tokenizer
 from pretrain_mlm import MlmSettings, build_masked_model, load_masking_tokenizer
 from settings import InputError, Settings, did_you_mean, merge, parse_override
-from tasks import Features, Task, label_fields
-from texts import load_texts
+from tasks import Features, Task
+from texts import SPLITS, load_texts
 from transformers import (
-    AutoModelForSequenceClassification,
     DataCollatorForLanguageModeling,
     DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
     EvalPrediction,
     HfArgumentParser,
     PreTrainedModel,
@@ -47,9 +43,13 @@ from transformers import (
     set_seed,
 )
 
-TASKS: dict[str, Task] = {"tags": tag_tokens.TASK, "answers": answer.TASK, "choices": choose.TASK}
+TASKS: dict[str, Task] = {
+    "classify": classify.TASK,
+    "tags": tag_tokens.TASK,
+    "answers": answer.TASK,
+    "choices": choose.TASK,
+}
 SETTINGS: dict[str, type[Settings]] = {
-    "classify": ClassifySettings,
     "mlm": MlmSettings,
     "clm": ClmSettings,
     **{name: task.settings_class for name, task in TASKS.items()},
@@ -104,8 +104,6 @@ def settings_of(given: FinetuneArguments, seed: int) -> Settings:
 
 def ready(task: str, settings: Any) -> Ready:
     match task:
-        case "classify":
-            return ready_to_classify(settings)
         case "mlm":
             return ready_to_fill(settings)
         case "clm":
@@ -116,13 +114,9 @@ def ready(task: str, settings: Any) -> Ready:
 
 def ready_for(task: Task, settings: Any) -> Ready:
     """One of the tasks of tasks.py, with its own features, collator and scores."""
-    tokenizer, examples = load_tokenizer(settings), task.load(settings)
-    names = task.labels(examples["train"]) if task.labels else []
-    config = task.build_config(settings, tokenizer, **label_fields(names))
-    model = task.build_model(settings, config, task.auto_class)
-    length = visible_length(settings, config)
-    data = {name: task.encode(split, tokenizer, length, settings, model) for name, split in examples.items()}
-    scorers = {name: task.scorer(features, settings) for name, features in data.items()}
+    made = task.ready(settings)
+    data = {name: made.encode(name) for name in SPLITS}
+    scorers = {name: task.scorer(examples, settings) for name, examples in data.items()}
 
     def scores(split: str, prediction: EvalPrediction) -> dict[str, float]:
         several = isinstance(prediction.predictions, tuple)
@@ -136,23 +130,7 @@ def ready_for(task: Task, settings: Any) -> Ready:
         )
         return scorers[split].scores(found)
 
-    return Ready(model, tokenizer, data, task.collate(tokenizer), scores)
-
-
-def ready_to_classify(settings: ClassifySettings) -> Ready:
-    tokenizer, documents = load_tokenizer(settings), load_documents(settings)
-    config = build_config(settings, tokenizer, **label_fields(documents.labels))
-    model = build_model(settings, config, AutoModelForSequenceClassification)
-    length = visible_length(settings, config, default=settings.window_length)
-    data = encode_documents(documents, tokenizer, length, settings)
-    metrics = load_metrics(settings.extra_metrics)
-
-    def scores(split: str, prediction: EvalPrediction) -> dict[str, float]:
-        return compute_metrics(
-            metrics, np.argmax(prediction.predictions, -1).tolist(), np.asarray(prediction.label_ids).tolist()
-        )
-
-    return Ready(model, tokenizer, data, DataCollatorWithPadding(tokenizer), scores)
+    return Ready(made.model, made.preparation, data, made.collate, scores)
 
 
 def ready_to_fill(settings: MlmSettings) -> Ready:
