@@ -1,4 +1,4 @@
-"""The command line: `efficient-transformers list`, `efficient-transformers convert` and `efficient-transformers plot`."""
+"""The command line `efficient-transformers`: `list`, `convert` and `plot`."""
 
 import argparse
 import json

@@ -24,7 +24,7 @@ from .models.modeling_mlp_mixer import TokenMixer
 from .models.modeling_routing import EtRoutingAttention
 from .models.patterns import AttentionPattern
 
-KINDS = ("nothing", "local", "stride", "global", "random", "full")  # why a query reads a key, by number
+KINDS = ("nothing", "local", "stride", "global", "random")  # why a query reads a key, by number
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ def read_matrices(model: PreTrainedModel, input_ids: Tensor, layer: int | None =
             hidden, sequence = seen[number]
             parts = list(matrices_of(mixers[number], hidden, replace(sequence, output_attentions=True)))
             where = f"layer {number}, " if len(layers) > 1 else ""
-            found += [replace(part, name=where + part.name, values=part.values.detach().double().cpu()) for part in parts]
+            found += [
+                replace(part, name=where + part.name, values=part.values.detach().double().cpu()) for part in parts
+            ]
     finally:
         for hook in hooks:
             hook.remove()
@@ -140,14 +142,17 @@ def matrices_of(mixer: Any, hidden: Tensor, sequence: SequenceInfo) -> Iterator[
 def pattern_matrices(groups: tuple, weights: Tensor) -> Iterator[Matrix]:
     """Where heads read, and by which part of their pattern; heads that read the same are one."""
     for pattern, heads in groups:
+        if pattern.is_full:  # there is no pattern to see, but what the heads make of the input
+            yield from (Matrix(f"head {head}: full", weights[head]) for head in heads)
+            continue
         same: list[list[int]] = []
         for head in heads:
             twin = next((other for other in same if (weights[other[0]] > 0).equal(weights[head] > 0)), None)
             same.append([head]) if twin is None else twin.append(head)
         for some in same:
             name = "all heads" if len(some) == len(weights) else f"head{'s' * (len(some) > 1)} {spans(some)}"
-            kinds = kinds_of(pattern, weights[some[0]] > 0)
-            yield Matrix(f"{name}: {pattern.name}", weights[some[0]], kinds.cpu())
+            kinds = kinds_of(pattern, weights[some[0]] > 0).cpu()
+            yield Matrix(f"{name}: {pattern.name}", weights[some[0]], kinds)
 
 
 def spans(numbers: list[int]) -> str:
@@ -160,7 +165,7 @@ def kinds_of(pattern: AttentionPattern, read: Tensor) -> Tensor:
     """(n, n) int64 numbers in KINDS for the pairs that are `read` (n, n): which part of `pattern` gives them."""
     i = torch.arange(len(read), device=read.device)[:, None]
     j, length = i.T, len(read)
-    window = "full" if pattern.is_full else "stride" if pattern.dilation > 1 else "local"
+    window = "stride" if pattern.dilation > 1 else "local"
     # what neither window nor global tokens give, random blocks have given
     kinds = torch.where(pattern.in_window(i, j), KINDS.index(window), KINDS.index("random"))
     is_global = pattern.is_global(i, length) | pattern.is_global(j, length)

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,15 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# by falling luminance of the printed page: L* of 100, 32, 84, 70, 52 and 91, so that they differ in grey, too
-COLOURS = {
-    "nothing": "#ffffff",
-    "local": "#1f4a99",
-    "stride": "#6fdfee",
-    "global": "#f5972a",
-    "random": "#7c7c7c",
-    "full": "#ece0f8",
-}
+# Their L* on a printed page is 100, 26, 84, 67 and 45: they differ in grey, too.
+COLOURS = {"nothing": "#ffffff", "local": "#173b80", "stride": "#6fe3f2", "global": "#ee8a1d", "random": "#6b6b6b"}
 # Small enough to see single tokens; weights large enough that tokens are told apart.
 SIZES: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
@@ -45,7 +39,7 @@ DRAWN: dict[str, dict[str, Any]] = {
     "big_bird": {"block_size": 4, "num_random_blocks": 2},
     "reformer": {"lsh_chunk_length": 8, "num_hashes": 2, "position_embedding_type": "none"},
     "routing": {"num_clusters": 8, "window_size": 6, "position_embedding_type": "none"},
-    "sinkhorn": {"block_size": 8},
+    "sinkhorn": {"block_size": 8, "temperature": 0.005},
     "linformer": {"projected_length": 16},
     "compressed": {"num_hidden_layers": 2, "compression_factor": 4, "block_size": 16},
     "synthesizer": {"synthesizer_type": "factorized_random", "factor_rank": 4},
@@ -58,11 +52,12 @@ DRAWN: dict[str, dict[str, Any]] = {
     "mlp_mixer": {"token_mixing_size": 32},
 }
 # The first words of the Gettysburg Address (1863): words that come again are what content-based attention finds.
-TEXT = """Four score and seven years ago our fathers brought forth on this continent a new nation , conceived in liberty ,
-and dedicated to the proposition that all men are created equal . Now we are engaged in a great civil war , testing
-whether that nation , or any nation so conceived and so dedicated , can long endure . We are met on a great battlefield
-of that war . We have come to dedicate a portion of that field , as a final resting place for those who here gave their
-lives that that nation might live . It is altogether fitting and proper that we should do this ."""
+TEXT = """Four score and seven years ago our fathers brought forth on this continent a new nation , conceived in
+liberty , and dedicated to the proposition that all men are created equal . Now we are engaged in a great
+civil war , testing whether that nation , or any nation so conceived and so dedicated , can long endure . We
+are met on a great battlefield of that war . We have come to dedicate a portion of that field , as a final
+resting place for those who here gave their lives that that nation might live . It is altogether fitting and
+proper that we should do this ."""
 
 
 def new_figure(**arguments: Any) -> "Figure":
@@ -122,7 +117,7 @@ def pattern_figure(matrices: Sequence[Matrix], title: str, most: int = 4) -> "Fi
     rows = 2 if len(shown) >= 4 else 1
     columns = -(-len(shown) // rows)
     width = 3.4 * max(columns, 1.35)
-    figure = new_figure(figsize=(width, 3.4 * rows + 0.8))
+    figure = new_figure(figsize=(width, 3.1 * rows + 0.7))
     more = f" ({len(shown)} of {len(matrices)} matrices)" if len(shown) < len(matrices) else ""
     figure.suptitle(title + more, fontsize=12)
     for axes, matrix in zip(figure.subplots(rows, columns, squeeze=False).flat, shown, strict=False):
@@ -131,6 +126,7 @@ def pattern_figure(matrices: Sequence[Matrix], title: str, most: int = 4) -> "Fi
         axes.set_xlabel(f"{matrix.columns} →", fontsize=9)
         axes.set_ylabel(f"← {matrix.rows}", fontsize=9)
         axes.tick_params(labelsize=8)
+        axes.locator_params(integer=True)
     found = {KINDS[number] for matrix in shown if matrix.kinds is not None for number in matrix.kinds.unique().tolist()}
     add_legend(figure, [kind for kind in KINDS[1:] if kind in found])
     return figure
@@ -154,23 +150,24 @@ def draw(axes: "Axes", matrix: Matrix, bar: bool = True) -> None:
     from matplotlib.colors import ListedColormap
 
     how: dict[str, Any] = {"interpolation": "nearest", "aspect": "auto"}
+    axes.set_box_aspect(1)
     if matrix.kinds is not None:
         scale = ListedColormap([COLOURS[kind] for kind in KINDS])
-        axes.imshow(matrix.kinds, cmap=scale, vmin=-0.5, vmax=len(KINDS) - 0.5, **how)
+        axes.imshow(matrix.kinds.numpy(), cmap=scale, vmin=-0.5, vmax=len(KINDS) - 0.5, **how)
     elif bool((matrix.values < 0).any()):
         limit = matrix.values.abs().max().item()
-        image = axes.imshow(matrix.values, cmap="cividis", vmin=-limit, vmax=limit, **how)
+        image = axes.imshow(matrix.values.numpy(), cmap="cividis", vmin=-limit, vmax=limit, **how)
         if bar:
-            axes.figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=8)
+            axes.figure.colorbar(image, ax=axes, shrink=0.7).ax.tick_params(labelsize=8)
     else:
         read = matrix.values > 0
         scale = ListedColormap(colormaps["YlGnBu"](torch.linspace(0.12, 1, 256).numpy())).with_extremes(bad="white")
         top = torch.quantile(matrix.values[read], 0.99).item()  # a few large weights would leave the others pale
         values = matrix.values.masked_fill(~read, float("nan"))
-        image = axes.imshow(values, cmap=scale, vmin=0, vmax=top, **how)
+        image = axes.imshow(values.numpy(), cmap=scale, vmin=0, vmax=top, **how)
         if bar:
             extend = "max" if matrix.values.max() > top * 1.001 else "neither"
-            axes.figure.colorbar(image, ax=axes, shrink=0.8, extend=extend).ax.tick_params(labelsize=8)
+            axes.figure.colorbar(image, ax=axes, shrink=0.7, extend=extend).ax.tick_params(labelsize=8)
 
 
 def save(figure: "Figure", stem: Path, suffixes: Sequence[str] = (".png", ".svg"), dpi: int = 110) -> list[Path]:
@@ -208,11 +205,11 @@ def gallery(folder: Path) -> None:
 
 PREFACE = """# Gallery
 
-What each variant reads, as its code computes it on 64 words of a text: rows are queries, columns keys; a pattern is drawn
-where a weight of attention is above zero. Models are small and untrained, their weights drawn from a seed, and their
-settings stand below each picture; everything else is the same for all. `efficient-transformers plot gallery` makes this
-page and its pictures, and `efficient-transformers plot pattern <variant or checkpoint>` one of them, with other settings or
-of a trained model."""
+What each variant reads, as its code computes it on 64 words of a text: rows are queries, columns keys; a pattern is
+drawn where a weight of attention is above zero. Models are small and untrained, their weights drawn from a seed, and
+their settings stand below each picture; everything else is the same for all. `efficient-transformers plot gallery`
+makes this page and its pictures, and `efficient-transformers plot pattern <variant or checkpoint>` one of them, with
+other settings or of a trained model."""
 
 
 def section(variant: Variant) -> str:
@@ -237,11 +234,12 @@ def paper_link(variant: Variant) -> str:
 
 def montage(firsts: Sequence[tuple[Variant, Sequence[Matrix]]]) -> "Figure":
     """A tile for each variant, with its cost; of mixed heads all in one tile."""
-    figure = new_figure(figsize=(11.6, 10.6))
+    figure = new_figure(figsize=(11.6, 11.6))
     for axes, (variant, matrices) in zip(figure.subplots(4, 5).flat, firsts, strict=True):
         draw(axes, united(matrices), bar=False)
-        axes.set_title(variant.title, fontsize=13)
-        axes.set_xlabel(variant.cost.replace("num_", ""), fontsize=10)
+        cost = fill(variant.cost.replace("·", "· "), 29).replace("· ", "·")  # lines end behind a product's dot
+        axes.set_title(fill(variant.title, 22), fontsize=13)
+        axes.set_xlabel(cost, fontsize=10.5)
         axes.set_xticks([])
         axes.set_yticks([])
     add_legend(figure, KINDS[1:], fontsize=13)
