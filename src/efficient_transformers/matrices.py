@@ -78,7 +78,7 @@ def read_matrices(model: PreTrainedModel, input_ids: Tensor, layer: int | None =
     finally:
         for hook in hooks:
             hook.remove()
-        model.to(dtype).train(training)
+        model.to(dtype).train(training)  # type: ignore[reportArgumentType] — typed as if it were a function
     return found
 
 
