@@ -350,7 +350,7 @@ def peak_megabytes(run: Callable[[], None], device: torch.device) -> float | Non
 def interleave(
     runs: dict[Any, Callable[[], Any]], device: torch.device, repeats: int, budget: float
 ) -> dict[Any, list[float]]:
-    """Seconds of all `runs`, one after another in each round: `repeats` rounds, fewer (at least 3) when `budget` is over.
+    """Seconds of all `runs`, one after another in each round: `repeats` rounds, or at least 3 when `budget` is over.
 
     A round before them is not counted: masks are made, memory is touched, on CUDA kernels are compiled.
     """

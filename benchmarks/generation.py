@@ -39,7 +39,8 @@ CONTENDERS = {
 def decoder(slug: str, fields: dict, longest: int) -> PreTrainedModel:
     sizes = {
         "hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY,
-        "intermediate_size": 4 * HIDDEN, "max_position_embeddings": longest, "position_embedding_type": "rotary",
+        "intermediate_size": 4 * HIDDEN, "max_position_embeddings": longest,
+        "position_embedding_type": "rotary" if VARIANTS[slug].attention else "none",
     }  # fmt: skip
     config = VARIANTS[slug].config_class(**sizes, **fields)
     return VARIANTS[slug].model_class("CausalLM")(config).eval()
