@@ -138,6 +138,9 @@ CONTENDERS = OURS | {
     "transformers nystromformer": theirs(TheirNystromformer, lambda length: length),
 }
 
+# Products of e×e that each token takes, where they are not four; those of keys and values of Linformer are in its law.
+PROJECTIONS = {"fnet": 0, "mlp_mixer": 0, "gmlp": 6, "reformer": 3, "linformer": 2, "synthesizer": 2}
+
 
 def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
@@ -280,15 +283,13 @@ def exponent(points: Iterable[tuple[float, float]]) -> float | None:
 
 
 def exponents(rows: list[dict], name: str) -> tuple[float | None, float | None, float | None]:
-    """Of the time, of all multiplications of the layer with its projections, of the mixer's own; of 2k to 16k."""
+    """Of the time, of all multiplications of the layer with its projections, of the mixer's own; between FITTED."""
     fitted = {row["length"]: row["median"] for row in rows if row["layer"] == name and "median" in row}
     fitted = {n: y for n, y in fitted.items() if FITTED[0] <= n <= FITTED[1]}
-    law = CONTENDERS[name].law
-    both: Law = lambda n: law(n) + 4 * 2 * n * HIDDEN**2  # noqa: E731
-    only_mixer = "fnet" in name  # it has no projections, and its law has no constant
+    law, projections = CONTENDERS[name].law, PROJECTIONS.get(name.removeprefix("transformers "), 4)
     return (
         exponent(fitted.items()),
-        exponent((n, law(n) if only_mixer or CONTENDERS[name].slug is None else both(n)) for n in fitted),
+        exponent((n, law(n) + 2 * projections * n * HIDDEN**2) for n in fitted),
         exponent((n, law(n)) for n in fitted),
     )
 
@@ -315,7 +316,7 @@ def groups(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
     return found
 
 
-def report(found: dict, out: Path, pictures: list[Path]) -> str:
+def report(found: dict, pictures: list[Path]) -> str:
     """The page: machines, tables, exponents, what was left out, pictures."""
     parts = ["# All variants, side by side"]
     for device, described in found["machines"].items():
@@ -326,7 +327,7 @@ def report(found: dict, out: Path, pictures: list[Path]) -> str:
         "cache. Projections are linear in N and part of each layer."
     )
     for (device, dtype, mode), rows in groups(found["rows"]).items():
-        parts += [f"## {device}", table(rows, dtype, mode)]
+        parts += [f"## {mode} on {device}", table(rows, dtype, mode)]
         if mode != "generation":
             parts += filter(None, [exponent_table(rows, mode)])
     left = [row for row in found["rows"] if "skipped" in row]
@@ -382,12 +383,13 @@ def draw_bubbles(rows: list[dict], quality: dict[str, float], metric: str, title
     length = max(lengths)
     shown = [row for row in rows if row["layer"] in names and row["length"] == length]
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    largest = max(row["megabytes"] or 1 for row in shown)
     for row in shown:
         speed, memory = 1e3 * length / row["median"], row["megabytes"] or 1
-        axes.scatter(speed, quality[row["layer"]], s=max(20.0, 4 * memory), alpha=0.5, edgecolors="black")
+        axes.scatter(speed, quality[row["layer"]], s=20 + 2500 * memory / largest, alpha=0.5, edgecolors="black")
         axes.annotate(f"{row['layer']} ({memory:,.0f} MB)", (speed, quality[row["layer"]]), fontsize=9)
     axes.set_xscale("log")
-    axes.margins(0.15)
+    axes.margins(0.2)
     axes.set_xlabel(f"tokens a second, training step of a layer at {length:,} tokens")
     axes.set_ylabel(f"test {metric}, mean of the finished runs")
     axes.set_title(title)
@@ -407,7 +409,7 @@ def draw_all(found: dict, out: Path, quality: dict[str, float], metric: str) -> 
     return pictures
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--devices", nargs="+", default=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
@@ -420,14 +422,14 @@ def main() -> None:
     parser.add_argument("--metric", default="accuracy", help="of their test split")
     parser.add_argument("--quick", action="store_true", help="64 and 128 tokens, three rounds")
     parser.add_argument("--out", type=Path, required=True, help="write <out>.json, <out>.md and pictures beside them")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     if arguments.quick:
         arguments.lengths, arguments.repeats = (64, 128), 3
     if YARDSTICK not in arguments.only:
         arguments.only = [YARDSTICK, *arguments.only]
     found = measure_all(arguments)
     pictures = draw_all(found, arguments.out, read_quality(arguments.runs, arguments.metric), arguments.metric)
-    arguments.out.with_suffix(".md").write_text(report(found, arguments.out, pictures))
+    arguments.out.with_suffix(".md").write_text(report(found, pictures))
     print(f"wrote {arguments.out}.json, {arguments.out}.md and {len(pictures)} pictures")
 
 
