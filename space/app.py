@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from efficient_transformers import VARIANTS, costs, plots
 from efficient_transformers.matrices import read_matrices
 
-# The field that the slider sets, with the number that shows best, and what makes of the slider's number a valid one.
+# The field of each config that the slider sets; the others have none.
 KNOBS: dict[str, str] = {
     "local": "window_size", "stride": "stride", "global": "num_global_tokens", "mixed": "head_patterns",
     "longformer": "attention_window", "big_bird": "block_size", "reformer": "lsh_chunk_length",
@@ -80,8 +80,8 @@ def show(
     figure = plots.pattern_figure(read_matrices(model, ids), VARIANTS[slug].title)
     place, head = min(token, len(words) - 1), min(head, heads - 1)
     weights = weights_of(model, ids, place, head).tolist()
-    coloured = [
-        (f"▶{word}◀" if number == place else word, weight or None)
+    coloured = [  # the least weight can still be seen
+        (f"▶{word}◀ " if number == place else f"{word} ", 0.15 + 0.85 * weight if weight else None)
         for number, (word, weight) in enumerate(zip(words, weights, strict=True))
     ]
     count = sum(weight > 0 for weight in weights)
