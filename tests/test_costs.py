@@ -62,6 +62,12 @@ def test_the_table_has_what_the_functions_count(variant, settings):
     assert not cfg.is_decoder
 
 
+def test_full_attention_beside_it_has_the_same_sizes():
+    sizes = {"hidden_size": 36, "num_attention_heads": 3, "is_decoder": True}
+    cells = costs.costs_table(config(VARIANTS["linear"], {}, **sizes), [100]).splitlines()[-1].strip("| ").split(" | ")
+    assert cells[3] == f"{costs.attention_flops(config(VARIANTS['full'], {}, **sizes), 100) / 2e6:,.1f}"
+
+
 def test_who_has_no_state_and_who_has_no_room():
     assert costs.as_decoder(config(VARIANTS["fnet"], {})) is None
     assert costs.as_decoder(config(VARIANTS["sinkhorn"], {"block_size": 5, "sortcut_blocks": 3})) is None

@@ -286,8 +286,9 @@ def costs_table(config: EtConfig, lengths: Sequence[int]) -> str:
     decoder = as_decoder(config)
     heads = "length", "multiplications, M", "of the mixers, M", "of full attention, M", "decoder's state, KB"
     rows: list[Iterable[str]] = [heads, ["---"] * len(heads)]
+    same = "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "is_decoder"
+    full = EtFullConfig(**{name: getattr(config, name) for name in same})
     for length in lengths:
-        full = EtFullConfig(**{name: getattr(config, name) for name in ("hidden_size", "num_hidden_layers")})
         counts = forward_flops(model, length), attention_flops(config, length), attention_flops(full, length)
         state = "-" if decoder is None else f"{4 * state_size(decoder, length) / 1024:,.1f}"
         rows.append([f"{length:,}", *(f"{count / 2e6:,.1f}" for count in counts), state])
