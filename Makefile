@@ -3,7 +3,7 @@ PYTHON ?= python3
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: train test test-all lint format
+.PHONY: train test test-all test-space lint format
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
@@ -17,10 +17,15 @@ train: .venv/installed
 		training/classify.py --config configs/era/local.yaml resume=true
 
 test: .venv/installed
-	.venv/bin/python -m pytest -m "not slow" -n auto --dist loadgroup
+	.venv/bin/python -m pytest -m "not slow and not space" -n auto --dist loadgroup
 
 test-all: .venv/installed
-	.venv/bin/python -m pytest -n auto --dist loadgroup
+	.venv/bin/python -m pytest -m "not space" -n auto --dist loadgroup
+
+# The demo in a headless browser, which is Debian's: apt-get install chromium chromium-driver
+test-space: .venv/installed
+	.venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,space]'
+	.venv/bin/python -m pytest -m space
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -26,9 +26,19 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import BigBirdConfig, BigBirdModel, LongformerConfig, LongformerModel, ReformerConfig
+from transformers import (
+    BigBirdConfig,
+    BigBirdModel,
+    FNetConfig,
+    LongformerConfig,
+    LongformerModel,
+    NystromformerConfig,
+    ReformerConfig,
+)
 from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention
+from transformers.models.fnet.modeling_fnet import FNetBasicFourierTransform
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from efficient_transformers import VARIANTS
@@ -95,11 +105,11 @@ class Projections(nn.Module):
 
 
 class Ours(nn.Module):
-    def __init__(self, slug: str, fields: dict, length: int):
+    def __init__(self, slug: str, fields: dict, length: int, implementation: str = "sdpa"):
         super().__init__()
         sizes = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "max_position_embeddings": length}
         config = VARIANTS[slug].config_class(**sizes, **fields)
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = implementation
         self.layer = VARIANTS[slug].model_class().mixer_class(config, 0)  # type: ignore[attr-defined]
         for module in self.layer.modules():
             if isinstance(module, OwnValues):
@@ -167,6 +177,29 @@ class TheirBigBird(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         masks = (self.band, self.rows, self.columns, self.blocked, self.blocked)
         return self.out(self.layer(hidden, *masks)[0])
+
+
+class TheirFnet(nn.Module):
+    """transformers' Fourier transform, which is the whole mixer."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.layer = FNetBasicFourierTransform(FNetConfig(hidden_size=HIDDEN, use_tpu_fourier_optimizations=False))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.layer(hidden)[0]
+
+
+class TheirNystromformer(nn.Module):
+    """transformers' Nyström layer with 64 landmarks, and an output projection as the others have."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        config = NystromformerConfig(**THEIR_SIZES, num_landmarks=64, segment_means_seq_len=length)
+        self.layer, self.out = NystromformerSelfAttention(config), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.out(self.layer(hidden)[0])
 
 
 class Model(nn.Module):
@@ -314,27 +347,52 @@ def peak_megabytes(run: Callable[[], None], device: torch.device) -> float | Non
     return max(0, kilobytes("VmHWM") - before) / 2**10
 
 
-def measure(
-    suite: str, length: int, dtype: torch.dtype, device: torch.device, repeats: int, budget: float
-) -> list[dict]:
-    """Times of all contenders at one length: `repeats` rounds, fewer (at least 3) when `budget` seconds are over."""
-    torch.manual_seed(0)
-    hidden = torch.randn(1, length, HIDDEN, dtype=dtype, device=device)
-    layers = {name: layer.to(device, dtype) for name, layer in SUITES[suite](length).items()}
-    runs = {
-        (name, mode): (lambda layer=layer, run=run: run(layer, hidden))
-        for name, layer in layers.items()
-        for mode, run in (("forward", run_forward), ("training", run_training))
-    }
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+def interleave(
+    runs: dict[Any, Callable[[], Any]], device: torch.device, repeats: int, budget: float
+) -> dict[Any, list[float]]:
+    """Seconds of all `runs`, one after another in each round: `repeats` rounds, or at least 3 when `budget` is over.
+
+    A round before them is not counted: masks are made, memory is touched, on CUDA kernels are compiled.
+    """
+    times: dict[Any, list[float]] = {key: [] for key in runs}
     for run in runs.values():
-        run()  # masks are made, memory is touched, on CUDA kernels are compiled
+        run()
     start = time.perf_counter()
     for number in range(repeats):
         for key, run in runs.items():
             times[key].append(seconds(run, device))
         if number >= 2 and time.perf_counter() - start > budget:
             break
+    return times
+
+
+def layer_runs(layers: dict[str, nn.Module], hidden: Tensor) -> dict[tuple[str, str], Callable[[], None]]:
+    """Forward and training step of each layer, by (name, mode)."""
+    return {
+        (name, mode): (lambda layer=layer, run=run: run(layer, hidden))
+        for name, layer in layers.items()
+        for mode, run in (("forward", run_forward), ("training", run_training))
+    }
+
+
+def measure(
+    suite: str, length: int, dtype: torch.dtype, device: torch.device, repeats: int, budget: float
+) -> list[dict]:
+    """Times of all contenders of a suite at one length."""
+    torch.manual_seed(0)
+    hidden = torch.randn(1, length, HIDDEN, dtype=dtype, device=device)
+    runs = layer_runs({name: layer.to(device, dtype) for name, layer in SUITES[suite](length).items()}, hidden)
+    return as_rows(runs, interleave(runs, device, repeats, budget), length, dtype, device)
+
+
+def as_rows(
+    runs: dict[tuple[str, str], Callable[[], None]],
+    times: dict[tuple[str, str], list[float]],
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[dict]:
+    """What is kept of each (name, mode): all times, their median, that relative to full attention, and the memory."""
     rows = []
     for (name, mode), values in times.items():
         rows.append({

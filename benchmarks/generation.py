@@ -39,7 +39,8 @@ CONTENDERS = {
 def decoder(slug: str, fields: dict, longest: int) -> PreTrainedModel:
     sizes = {
         "hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY,
-        "intermediate_size": 4 * HIDDEN, "max_position_embeddings": longest, "position_embedding_type": "rotary",
+        "intermediate_size": 4 * HIDDEN, "max_position_embeddings": longest,
+        "position_embedding_type": "rotary" if VARIANTS[slug].attention else "none",
     }  # fmt: skip
     config = VARIANTS[slug].config_class(**sizes, **fields)
     return VARIANTS[slug].model_class("CausalLM")(config).eval()
@@ -67,12 +68,13 @@ def filled_cache(model: PreTrainedModel, context: int) -> Cache:
 def megabytes(cache: Cache) -> float:
     """All that the cache holds, the room to grow into included."""
     storages: dict[int, int] = {}
-    layers: list[Any] = cache.layers
-    for layer in layers:
-        held = getattr(layer, "state", None) or [layer.keys, layer.values, layer.positions]
-        for x in held:
-            if isinstance(x, Tensor):
-                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    waiting: list[Any] = [vars(layer) for layer in cache.layers]
+    while waiting:
+        held = waiting.pop()
+        if isinstance(held, Tensor):
+            storages[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+        elif isinstance(held, dict | list | tuple):
+            waiting.extend(held.values() if isinstance(held, dict) else held)
     return sum(storages.values()) / 2**20
 
 

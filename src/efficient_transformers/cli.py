@@ -1,9 +1,10 @@
-"""The command line: `efficient-transformers list` and `efficient-transformers convert`."""
+"""The command line `efficient-transformers`: `list`, `convert` and `plot`."""
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.fields = dict(map(assignment, [*getattr(options, "fields", ()), *rest]))
         options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
     return 0
@@ -52,7 +53,29 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of weights the source does not have")
     command.add_argument("fields", nargs="*", metavar="field=value", help="of the variant's config")
     command.set_defaults(run=run_convert)
+
+    add_plot(commands)
     return top
+
+
+def add_plot(commands: Any) -> None:
+    plot = commands.add_parser("plot", help="draw what tokens read", description="Draw what tokens read.")
+    kinds = plot.add_subparsers(required=True, metavar="what")
+
+    command = kinds.add_parser("pattern", help="the matrix of one model, as PNG and SVG")
+    command.add_argument("source", help="a variant, or the folder of a checkpoint")
+    command.add_argument("--length", type=int, metavar="N", help="tokens; 64, of a checkpoint 256")
+    command.add_argument("--text", help="what the model reads; a paragraph of 1863 if not given")
+    command.add_argument("--layer", type=int, metavar="L", help="from 0; the first one, and others that differ")
+    command.add_argument("--heads", type=int, default=4, metavar="H", help="most panels")
+    command.add_argument("--seed", type=int, default=0, help="of the weights of a variant")
+    command.add_argument("--out", type=Path, metavar="STEM", help="STEM.png and STEM.svg; the name if not given")
+    command.add_argument("fields", nargs="*", metavar="field=value", help="of the variant's config")
+    command.set_defaults(run=run_plot_pattern)
+
+    command = kinds.add_parser("gallery", help="gallery.md and the pictures of all variants")
+    command.add_argument("--out", type=Path, default=Path("docs"), metavar="DIR", help="folder to write; docs")
+    command.set_defaults(run=run_plot_gallery)
 
 
 def assignment(text: str) -> tuple[str, Any]:
@@ -89,6 +112,24 @@ def run_convert(options: argparse.Namespace) -> None:
     conversion.save(options.out)
     print(conversion.report)
     print(f"saved in {options.out}")
+
+
+def run_plot_pattern(options: argparse.Namespace) -> None:
+    from . import plots
+
+    model, ids = plots.load_model(options.source, options.length, options.text, options.seed, options.fields)
+    title = VARIANTS[model.config.model_type.removeprefix("et_")].title
+    matrices = plots.read_matrices(model, ids, options.layer)
+    name = Path(options.source).resolve().name if options.source not in VARIANTS else options.source
+    for path in plots.save(plots.pattern_figure(matrices, title, options.heads), options.out or Path(name)):
+        print(f"wrote {path}")
+
+
+def run_plot_gallery(options: argparse.Namespace) -> None:
+    from . import plots
+
+    plots.gallery(options.out)
+    print(f"wrote {options.out / 'gallery.md'} and its pictures")
 
 
 if __name__ == "__main__":

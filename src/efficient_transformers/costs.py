@@ -1,21 +1,27 @@
-"""What a config costs at a length, by arithmetic: pairs of its pattern, and FLOPs of its matrix products.
+"""What a config costs at a length, by arithmetic: pairs of its pattern, FLOPs of its matrix products, its memory.
 
 A multiplication and an addition are two FLOPs, as everywhere. Only matrix products count, as in torch's own counter:
 softmax, norms and the elementwise product of a token with itself are a few percent, and fast Fourier transforms count
-nothing at all. The tests compare both numbers.
+nothing at all. The tests compare both numbers, and the state of a decoder with what its cache holds.
 """
 
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+
 import torch
-from transformers import PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModel, PreTrainedModel
 
 from .models import sparse_attention as engine
 from .models.attention import group_heads
+from .models.caching import cache_layer
 from .models.configuration import EtConfig
 from .models.hashing import bucket_factors
 from .models.kernel_attention import KernelConfig
 from .models.linear_attention import CHUNK, segment_tokens
 from .models.modeling_compressed import EtCompressedConfig
 from .models.modeling_fnet import EtFnetConfig
+from .models.modeling_full import EtFullConfig
 from .models.modeling_gmlp import EtGmlpConfig
 from .models.modeling_linformer import EtLinformerConfig
 from .models.modeling_mlp_mixer import EtMlpMixerConfig
@@ -209,3 +215,82 @@ def forward_flops(model: PreTrainedModel, length: int) -> int:
             rows = 1 if once else inner if ".layers." in f".{name}" else length
             total += 2 * rows * module.in_features * module.out_features
     return total
+
+
+def state_size(config: EtConfig, length: int) -> int:
+    """Numbers that a decoder's cache must hold behind `length` tokens, to read them for the next one; batch 1.
+
+    Positions, buckets and the room that a cache keeps to grow into are not counted. Where the span of a pattern is
+    finite, a cache forgets in steps, and holds up to a span more between them. Raises ValueError for an encoder.
+    """
+    if not config.is_decoder:
+        raise ValueError(f"is_decoder ({config.is_decoder}) must be True: an encoder keeps nothing between tokens.")
+    return sum(layer_state_size(config, layer, length) for layer in range(config.num_hidden_layers))
+
+
+def layer_state_size(config: EtConfig, layer: int, length: int) -> int:
+    size = config.hidden_size
+    match config:
+        case KernelConfig():
+            sums = (
+                config.num_attention_heads * config.features_per_head * (config.head_dim + 1 + config.features.in_logs)
+            )
+            gates = config.num_attention_heads if getattr(config, "gated", False) else 1
+            return sums + gates * bool(config.features.floor)
+        case EtGmlpConfig():
+            return length * (config.intermediate_size // 2 + 2 * (config.tiny_attention_size or 0))
+        case EtReformerConfig() | EtRoutingConfig():
+            return 2 * length * size
+        case EtSynthesizerConfig():
+            return length * size * (2 if "vanilla" in config.kinds else 1)
+        case EtSinkhornConfig():
+            return -(-length // config.block_size) * 2 * size * (config.block_size + 1)
+        case EtCompressedConfig() if config.kind(layer) == "compressed":
+            factor, reach = config.compression_factor, -(-config.kernel // config.compression_factor)
+            return 2 * size * (length // factor + reach * factor)
+        case _:
+            kept = cache_layer(config.attention_patterns(layer))  # type: ignore[attr-defined]
+            rows = length if kept.span is None else min(length, kept.num_prefix + kept.span)
+            return 2 * rows * size
+
+
+def as_decoder(config: EtConfig) -> EtConfig | None:
+    """The config as a decoder's, or None where there is none."""
+    if "CausalLM" not in config.heads:
+        return None
+    config = deepcopy(config)
+    try:
+        config.is_decoder = True
+        config.validate()
+    except (ValueError, StrictDataclassError):
+        return None
+    return config
+
+
+def costs_table(config: EtConfig, lengths: Sequence[int]) -> str:
+    """Markdown: a row for each length with the multiplications of a forward pass and the state of a decoder.
+
+    A multiplication with its addition counts as one. Beside those of the whole bare model and of its mixers stand
+    those of full attention in a model of the same sizes. Bytes are of float32. Raises ValueError for a length that
+    `max_position_embeddings` has no room for.
+    """
+    for length in lengths:
+        if not 1 <= length <= config.max_position_embeddings:
+            raise ValueError(
+                f"length ({length}) must lie between 1 and max_position_embeddings "
+                f"({config.max_position_embeddings}): set the latter."
+            )
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    decoder = as_decoder(config)
+    heads = "length", "multiplications, M", "of the mixers, M", "of full attention, M", "decoder's state, KB"
+    rows: list[Iterable[str]] = [heads, ["---"] * len(heads)]
+    same = "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "is_decoder"
+    full = EtFullConfig(**{name: getattr(config, name) for name in same})
+    for length in lengths:
+        counts = forward_flops(model, length), attention_flops(config, length), attention_flops(full, length)
+        state = "-" if decoder is None else f"{4 * state_size(decoder, length) / 1024:,.1f}"
+        rows.append([f"{length:,}", *(f"{count / 2e6:,.1f}" for count in counts), state])
+    lines = [f"{parameters:,} parameters, {4 * parameters / 2**20:,.1f} MB", ""]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])

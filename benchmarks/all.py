@@ -1,0 +1,437 @@
+"""All variants beside full attention and the layers of transformers: time and memory against length, in one command.
+
+    python benchmarks/all.py --out docs/benchmarks [--lengths 512 … 32768] [--devices cpu cuda] [--runs runs/era]
+
+Layers with their projections (hidden size 256, 4 heads, batch 1, no padding), forward and training step; and a
+generated token of decoders of 2 layers behind `length` others. Contenders take turns within a round, and rounds are
+repeated, so that a slow moment of the machine meets all of them (benchmarks/attention.py).
+
+<out>.json holds every single time and grows with each length: the same command goes on where the last one stopped, and
+measures what is missing beside full attention. What would not fit into memory is noted and left out. <out>.md has the
+tables and the exponents of time in the length, fitted between 2,048 and 16,384 tokens, beside those of the arithmetic;
+<out>_<device>_<mode>.png the curves; and <out>_<device>_bubbles.png quality against speed, the quality read from the
+`metrics.json` of finished runs below `--runs`. `--quick` measures two short lengths only, to try it.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import log, log2
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from attention import (
+    BIG_BIRD,
+    HEADS,
+    HIDDEN,
+    YARDSTICK,
+    Ours,
+    TheirBigBird,
+    TheirFnet,
+    TheirLongformer,
+    TheirNystromformer,
+    TheirReformer,
+    as_rows,
+    interleave,
+    layer_runs,
+    machine,
+    table,
+)
+from generation import VOCABULARY, decoder, megabytes
+from torch import nn
+
+from efficient_transformers import VARIANTS, costs
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+FITTED = (2048, 16384)
+MODES = ("forward", "training", "generation")
+Law = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the tables.
+
+    make: a layer for a length.
+    law: multiplications of the mixer at a length, up to a constant.
+    family: the panel of the plots.
+    slug, fields: of a variant, which has a decoder if it can.
+    squares: matrices of n² numbers that a training step holds at least; what would not fit is not tried.
+    shortest: tokens below which it cannot be called.
+    """
+
+    make: Callable[[int], nn.Module]
+    law: Law
+    family: str
+    slug: str | None = None
+    fields: dict[str, Any] | None = None
+    squares: int = 0
+    shortest: int = 1
+
+    @property
+    def generates(self) -> bool:
+        return self.slug is not None and VARIANTS[self.slug].causal
+
+    def least_bytes(self, length: int, itemsize: int, mode: str) -> int:
+        """What a run holds at least, of its own and of the matrices written out."""
+        parameters = {"gmlp": 3}.get(self.slug or "", 0)  # W, its gradient and what it is made of
+        squares = self.squares * (mode != "generation") + parameters
+        return squares * length**2 * itemsize
+
+
+def ours(slug: str, family: str, fields: dict | None = None, squares: int = 0, eager: bool = False) -> Contender:
+    fields = fields or {}
+
+    def law(length: int) -> float:
+        if slug == "fnet":  # fast transforms are no products of matrices
+            return length * log2(length)
+        sizes = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_hidden_layers": 1}
+        return costs.attention_flops(
+            VARIANTS[slug].config_class(**sizes, **fields, max_position_embeddings=length), length
+        )
+
+    implementation = "eager" if eager else "sdpa"
+    make: Callable[[int], nn.Module] = lambda length: Ours(slug, fields, length, implementation)  # noqa: E731
+    return Contender(make, law, family, None if eager else slug, fields, squares)
+
+
+def theirs(make: Callable[[int], nn.Module], law: Law, shortest: int = 1) -> Contender:
+    return Contender(make, law, "transformers", shortest=shortest)
+
+
+# Kinds of compressed attention take turns in a model; a layer alone is the compressed one.
+OURS = {
+    YARDSTICK: ours("full", "patterns"),
+    "full, eager": ours("full", "patterns", squares=4 * HEADS, eager=True),
+    "local": ours("local", "patterns", {"window_size": 128}),
+    "stride": ours("stride", "patterns", {"stride": 64, "hops": 2}),
+    "global": ours("global", "patterns", {"num_global_tokens": 2}),
+    "mixed": ours("mixed", "patterns", {"head_patterns": ["local:128", "stride:64:2", "global:2", "random:3"]}),
+    "longformer": ours("longformer", "patterns", {"attention_window": 256, "num_global_tokens": 1}),
+    "big_bird": ours("big_bird", "patterns", BIG_BIRD),
+    "reformer": ours("reformer", "by the data"),
+    "routing": ours("routing", "by the data"),
+    "sinkhorn": ours("sinkhorn", "by the data"),
+    "linformer": ours("linformer", "fewer keys"),
+    "compressed": ours("compressed", "fewer keys", {"attention_layers": ["compressed"]}),
+    "efficient": ours("efficient", "feature maps"),
+    "linear": ours("linear", "feature maps"),
+    "rfa": ours("rfa", "feature maps", {"num_random_features": 128}),
+    "performer": ours("performer", "feature maps", {"num_random_features": 256}),
+    "synthesizer": ours("synthesizer", "parameters, or no attention"),
+    "fnet": ours("fnet", "parameters, or no attention"),
+    "gmlp": ours("gmlp", "parameters, or no attention"),
+    "mlp_mixer": ours("mlp_mixer", "parameters, or no attention"),
+}
+CONTENDERS = OURS | {
+    "transformers longformer": theirs(lambda n: TheirLongformer(n, 256), lambda n: n, shortest=256),
+    "transformers big_bird": theirs(TheirBigBird, lambda length: length, shortest=1024),
+    "transformers reformer": theirs(TheirReformer, lambda length: length),
+    "transformers fnet": theirs(TheirFnet, lambda length: length * log2(length)),
+    "transformers nystromformer": theirs(TheirNystromformer, lambda length: length),
+}
+
+# Products of e×e that each token takes, where they are not four; those of keys and values of Linformer are in its law.
+PROJECTIONS = {"fnet": 0, "mlp_mixer": 0, "gmlp": 6, "reformer": 3, "linformer": 2, "synthesizer": 2}
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def able(names: Iterable[str], length: int, mode: str) -> list[str]:
+    """Those that can be run at all."""
+    generating = mode == "generation"
+    return [n for n in names if CONTENDERS[n].shortest <= length and (CONTENDERS[n].generates or not generating)]
+
+
+def missing(rows: Iterable[dict], wanted: Iterable[str], where: dict[str, Any]) -> list[str]:
+    """Contenders without a row at `where`; the yardstick in front, if there are any."""
+    there = {row["layer"] for row in rows if where.items() <= row.items()}
+    names = [name for name in wanted if name not in there]
+    return [YARDSTICK, *(name for name in names if name != YARDSTICK)] if names else []
+
+
+def skipped(name: str, where: dict[str, Any], reason: str) -> dict:
+    return {"layer": name, **where, "skipped": reason}
+
+
+def tried(name: str, build: Callable[[], Any], where: dict[str, Any], device: torch.device) -> tuple[Any, dict | None]:
+    """What `build` makes, or a row that says that there was no memory for it."""
+    dtype = getattr(torch, where["dtype"])
+    needed, free = CONTENDERS[name].least_bytes(where["length"], dtype.itemsize, where["mode"]), free_bytes(device)
+    if needed > 0.7 * free:
+        return None, skipped(name, where, f"needs {needed / 2**30:.0f} GB and more, {free / 2**30:.0f} are free")
+    try:
+        return build(), None
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None, skipped(name, where, "out of memory")
+
+
+def measure_layers(names: list[str], where: dict[str, Any], device: torch.device, repeats: int, budget: float):
+    """Rows of forward or training, by `where["mode"]`."""
+    torch.manual_seed(0)
+    length, dtype, mode = where["length"], getattr(torch, where["dtype"]), where["mode"]
+    hidden = torch.randn(1, length, HIDDEN, dtype=dtype, device=device)
+    runs, rows = {}, []
+    for name in names:
+
+        def build(name: str = name) -> Callable[[], None]:
+            run = layer_runs({name: CONTENDERS[name].make(length).to(device, dtype)}, hidden)[name, mode]
+            run()
+            return run
+
+        run, failed = tried(name, build, where, device)
+        if failed is None:
+            runs[name, mode] = run
+        else:
+            rows.append(failed)
+    found = as_rows(runs, interleave(runs, device, repeats, budget), length, dtype, device)
+    return [row | where for row in found] + rows
+
+
+@torch.no_grad()
+def measure_generation(names: list[str], where: dict[str, Any], device: torch.device, repeats: int, budget: float):
+    """Rows of a token behind `length` others, which a forward pass over random tokens has put into the cache."""
+    torch.manual_seed(0)
+    length, dtype = where["length"], getattr(torch, where["dtype"])
+    ids, token = torch.randint(VOCABULARY, (1, length), device=device), torch.tensor([[7]], device=device)
+    runs, caches, rows = {}, {}, []
+    for name in names:
+
+        def build(name: str = name) -> tuple[Callable[[], None], Any]:
+            contender = CONTENDERS[name]
+            model: Any = decoder(contender.slug, contender.fields, length + repeats + 8).to(device, dtype)  # type: ignore[arg-type]
+            cache = model(ids, logits_to_keep=1).past_key_values
+            return lambda: model(token, past_key_values=cache), cache
+
+        built, failed = tried(name, build, where, device)
+        if failed is None:
+            runs[name], caches[name] = built
+        else:
+            rows.append(failed)
+    times = interleave(runs, device, repeats, budget)
+    for name, values in times.items():
+        rows.append({
+            "layer": name, **where, "milliseconds": [round(1e3 * value, 4) for value in values],
+            "median": 1e3 * statistics.median(values),
+            "of_full": statistics.median(x / full for x, full in zip(values, times[YARDSTICK], strict=True)),
+            "megabytes": megabytes(caches[name]),
+        })  # fmt: skip
+    return rows
+
+
+def write_json(path: Path, found: dict) -> None:
+    """Whole or not at all: a run that is killed leaves what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".json.part")
+    part.write_text(json.dumps(found, indent=1) + "\n")
+    part.replace(path)
+
+
+def read_json(path: Path, machines: dict[str, dict]) -> dict:
+    """What was measured before, on the same machines only. Raises SystemExit for others: times would not compare."""
+    if not path.exists():
+        return {"machines": {}, "rows": []}
+    found = json.loads(path.read_text())
+    for device, described in machines.items():
+        if found["machines"].get(device, described) != described:
+            raise SystemExit(
+                f"{path} holds times of {found['machines'][device]}, and this is {described}: give another --out, or "
+                "remove the file."
+            )
+    return found
+
+
+def measure_all(arguments: argparse.Namespace) -> dict:
+    machines = {device: machine(torch.device(device)) for device in arguments.devices}
+    path = arguments.out.with_suffix(".json")
+    found = read_json(path, machines)
+    found["machines"] |= machines
+    for device in arguments.devices:
+        for length in arguments.lengths:
+            for mode in arguments.modes:
+                for dtype in arguments.dtypes:
+                    where = {"device": device, "dtype": dtype, "length": length, "mode": mode}
+                    names = missing(found["rows"], able(arguments.only, length, mode), where)
+                    if not names:
+                        continue
+                    measure = measure_generation if mode == "generation" else measure_layers
+                    rows = measure(names, where, torch.device(device), arguments.repeats, arguments.budget)
+                    known = {row["layer"] for row in found["rows"] if where.items() <= row.items()}
+                    found["rows"] += [row for row in rows if row["layer"] not in known]
+                    write_json(path, found)
+                    print(f"{device}, {mode}, {dtype}, {length:,} tokens: {len(rows)} contenders", flush=True)
+    return found
+
+
+def exponent(points: Iterable[tuple[float, float]]) -> float | None:
+    """b of y = a·n^b through (n, y), by least squares of logarithms; None for less than two."""
+    logs = [(log(n), log(y)) for n, y in points]
+    return statistics.linear_regression(*zip(*logs, strict=True)).slope if len(logs) > 1 else None
+
+
+def exponents(rows: list[dict], name: str) -> tuple[float | None, float | None, float | None]:
+    """Of the time, of all multiplications of the layer with its projections, of the mixer's own; between FITTED."""
+    fitted = {row["length"]: row["median"] for row in rows if row["layer"] == name and "median" in row}
+    fitted = {n: y for n, y in fitted.items() if FITTED[0] <= n <= FITTED[1]}
+    law, projections = CONTENDERS[name].law, PROJECTIONS.get(name.removeprefix("transformers "), 4)
+    return (
+        exponent(fitted.items()),
+        exponent((n, law(n) + 2 * projections * n * HIDDEN**2) for n in fitted),
+        exponent((n, law(n)) for n in fitted),
+    )
+
+
+def exponent_table(rows: list[dict], mode: str) -> str:
+    lines = [
+        f"### {mode}: exponents in the length, {FITTED[0]:,} to {FITTED[1]:,} tokens\n",
+        "| layer | time | multiplications of the layer | of the mixer |",
+        "|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["layer"] for row in rows):
+        values = exponents(rows, name)
+        if values[0] is not None:
+            lines.append(f"| {name} | " + " | ".join("-" if x is None else f"{x:.2f}" for x in values) + " |")
+    return "\n".join(lines) if len(lines) > 3 else ""
+
+
+def groups(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
+    """Rows that were measured, by device, dtype and mode, lengths ascending."""
+    found: dict[tuple[str, str, str], list[dict]] = {}
+    for row in sorted(rows, key=lambda row: row["length"]):
+        if "median" in row:
+            found.setdefault((row["device"], row["dtype"], row["mode"]), []).append(row)
+    return found
+
+
+def report(found: dict, pictures: list[Path]) -> str:
+    """The page: machines, tables, exponents, what was left out, pictures."""
+    parts = ["# All variants, side by side"]
+    for device, described in found["machines"].items():
+        parts.append(f"{device}: " + ", ".join(f"{key} {value}" for key, value in described.items()))
+    parts.append(
+        "By `python benchmarks/all.py`: milliseconds ± half the distance of the quartiles, in brackets the share of "
+        "full attention (SDPA) in the same run, MB over the input; of generation, for a token behind N others, the "
+        "cache. Projections are linear in N and part of each layer."
+    )
+    for (device, dtype, mode), rows in groups(found["rows"]).items():
+        parts += [f"## {mode} on {device}", table(rows, dtype, mode)]
+        if mode != "generation":
+            parts += filter(None, [exponent_table(rows, mode)])
+    left = [row for row in found["rows"] if "skipped" in row]
+    if left:
+        keys = ("device", "mode", "dtype", "length", "layer", "skipped")
+        parts.append("## Left out\n\n" + "\n".join("- " + ", ".join(str(row[key]) for key in keys) for row in left))
+    parts += [f"![{picture.stem}]({picture.name})" for picture in pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw_curves(rows: list[dict], title: str, path: Path) -> None:
+    """A panel a family, full attention in each; the legend gives fitted exponents, in brackets those of the layer."""
+    families = list(dict.fromkeys(contender.family for contender in CONTENDERS.values()))
+    figure, panels = plt.subplots(2, 3, figsize=(15, 9), layout="constrained", sharex=True, sharey=True)
+    for axes, family in zip(panels.flat, families, strict=True):
+        names = [name for name in CONTENDERS if CONTENDERS[name].family == family and not name.startswith("full")]
+        for number, name in enumerate([YARDSTICK, "full, eager", *names]):
+            points = [(row["length"], row["median"]) for row in rows if row["layer"] == name]
+            if not points:
+                continue
+            time, law, _ = exponents(rows, name)
+            label = name.removeprefix("transformers ") + ("" if time is None else f" {time:.2f} ({law:.2f})")
+            style = {"color": "black", "linestyle": ("-", ":")[number]} if number < 2 else {}
+            axes.plot(*zip(*points, strict=True), marker="so^vDPX*"[number % 8], markersize=5, label=label, **style)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title(family)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=9)
+    for axes in panels[1]:
+        axes.set_xlabel("tokens")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("milliseconds")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def read_quality(folder: Path | None, metric: str) -> dict[str, float]:
+    """Mean of a test metric over the finished runs of each variant below `folder`, by slug."""
+    scores: dict[str, list[float]] = {}
+    for path in sorted(folder.rglob("metrics.json")) if folder else ():
+        run = json.loads(path.read_text())
+        if metric in run["test"]:
+            scores.setdefault(run["model"]["model_type"].removeprefix("et_"), []).append(run["test"][metric])
+    return {slug: statistics.mean(values) for slug, values in scores.items()}
+
+
+def draw_bubbles(rows: list[dict], quality: dict[str, float], metric: str, title: str, path: Path) -> None:
+    """Quality against tokens a second of a training step at the longest common length; areas are memory."""
+    names = {row["layer"] for row in rows} & quality.keys()
+    lengths = set.intersection(*({row["length"] for row in rows if row["layer"] == name} for name in names))
+    length = max(lengths)
+    shown = [row for row in rows if row["layer"] in names and row["length"] == length]
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    largest = max(row["megabytes"] or 1 for row in shown)
+    for row in shown:
+        speed, memory = 1e3 * length / row["median"], row["megabytes"] or 1
+        axes.scatter(speed, quality[row["layer"]], s=20 + 2500 * memory / largest, alpha=0.5, edgecolors="black")
+        axes.annotate(f"{row['layer']} ({memory:,.0f} MB)", (speed, quality[row["layer"]]), fontsize=9)
+    axes.set_xscale("log")
+    axes.margins(0.2)
+    axes.set_xlabel(f"tokens a second, training step of a layer at {length:,} tokens")
+    axes.set_ylabel(f"test {metric}, mean of the finished runs")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def draw_all(found: dict, out: Path, quality: dict[str, float], metric: str) -> list[Path]:
+    pictures = []
+    for (device, dtype, mode), rows in groups(found["rows"]).items():
+        pictures.append(out.with_name(f"{out.name}_{device}_{dtype}_{mode}.png"))
+        draw_curves(rows, f"{mode}, {device}, {dtype}: measured exponents, of the arithmetic in brackets", pictures[-1])
+        if mode == "training" and quality.keys() & {row["layer"] for row in rows}:
+            pictures.append(out.with_name(f"{out.name}_{device}_{dtype}_bubbles.png"))
+            draw_bubbles(rows, quality, metric, f"Areas are memory: {device}, {dtype}", pictures[-1])
+    return pictures
+
+
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--devices", nargs="+", default=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, metavar="NAME")
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--budget", type=float, default=60, help="seconds a length may take beyond its three rounds")
+    parser.add_argument("--runs", type=Path, help="folder of finished runs of one task, for the plot of quality")
+    parser.add_argument("--metric", default="accuracy", help="of their test split")
+    parser.add_argument("--quick", action="store_true", help="64 and 128 tokens, three rounds")
+    parser.add_argument("--out", type=Path, required=True, help="write <out>.json, <out>.md and pictures beside them")
+    arguments = parser.parse_args(given)
+    if arguments.quick:
+        arguments.lengths, arguments.repeats = (64, 128), 3
+    if YARDSTICK not in arguments.only:
+        arguments.only = [YARDSTICK, *arguments.only]
+    found = measure_all(arguments)
+    pictures = draw_all(found, arguments.out, read_quality(arguments.runs, arguments.metric), arguments.metric)
+    arguments.out.with_suffix(".md").write_text(report(found, pictures))
+    print(f"wrote {arguments.out}.json, {arguments.out}.md and {len(pictures)} pictures")
+
+
+if __name__ == "__main__":
+    main()

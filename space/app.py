@@ -1,0 +1,163 @@
+"""A page that shows what a token reads in each variant, what it costs and how long it takes.
+
+    pip install -e '.[space]' && python space/app.py
+
+Everything comes from the package: matrices are read from small untrained models, times are measured when asked for.
+"""
+
+import statistics
+import time
+from typing import Any
+
+import gradio as gr
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from efficient_transformers import VARIANTS, costs, plots
+from efficient_transformers.matrices import read_matrices
+
+# The field of each config that the slider sets; the others have none.
+KNOBS: dict[str, str] = {
+    "local": "window_size", "stride": "stride", "global": "num_global_tokens", "mixed": "head_patterns",
+    "longformer": "attention_window", "big_bird": "block_size", "reformer": "lsh_chunk_length",
+    "routing": "window_size", "sinkhorn": "block_size", "linformer": "projected_length", "compressed": "block_size",
+    "synthesizer": "factor_rank", "rfa": "num_random_features", "performer": "num_random_features",
+    "mlp_mixer": "token_mixing_size",
+}  # fmt: skip
+HEAD_SIZE, SPEED_SIZE, ROUNDS = 16, 256, 5
+
+
+def fields(slug: str, knob: int, heads: int, causal: bool) -> dict[str, Any]:
+    """The config's fields that the page sets. Raises gr.Error for a decoder of an encoder."""
+    if causal and not VARIANTS[slug].causal:
+        raise gr.Error(f"{VARIANTS[slug].title} cannot be causal.")
+    found: dict[str, Any] = {"num_attention_heads": heads, "is_decoder": causal}
+    name = KNOBS.get(slug)
+    if name == "attention_window":
+        found[name] = 2 * knob  # both sides together
+    elif name == "head_patterns":
+        found[name] = [f"local:{knob}", f"stride:{knob}:3", "global:3", f"random:2:{knob}"]
+    elif name is not None:
+        found[name] = knob
+    return found
+
+
+def read_text(text: str, length: int) -> list[str]:
+    """The first words of `text`, at most `length`."""
+    words = text.split()[:length]
+    if len(words) < 2:
+        raise gr.Error("The text must have at least two words.")
+    return words
+
+
+def small_model(slug: str, words: list[str], changes: dict[str, Any]) -> tuple[PreTrainedModel, Tensor]:
+    hidden = HEAD_SIZE * changes["num_attention_heads"]
+    model = plots.drawn_model(slug, max(2, len(words)), **{**changes, "hidden_size": hidden})
+    return model, plots.word_ids(" ".join(words), len(words), model.config.vocab_size)
+
+
+def weights_of(model: PreTrainedModel, ids: Tensor, token: int, head: int) -> Tensor:
+    """(n,) how strongly one token reads each, from 0 to 1: of weights of attention, or else of positions."""
+    variant = VARIANTS[model.config.model_type.removeprefix("et_")]
+    if variant.attention:
+        with torch.no_grad():
+            row = model(ids, output_attentions=True, use_cache=False).attentions[-1][0, head, token]
+    else:
+        matrix = read_matrices(model, ids)[0].values
+        # a hidden layer between the positions, which reads them all
+        row = matrix[token] if len(matrix) == matrix.shape[1] == ids.shape[1] else torch.ones(ids.shape[1])
+    return row.abs() / row.abs().max().clamp(min=1e-12)
+
+
+def show(
+    slug: str, length: int, knob: int, heads: int, causal: bool, text: str, token: int, head: int, tokens: int
+) -> tuple[Figure, str, list[tuple[str, float | None]], str]:
+    """The picture, the cost, the text coloured by what the chosen token reads, and a sentence about it."""
+    words, changes = read_text(text, length), fields(slug, knob, heads, causal)
+    model, ids = small_model(slug, words, changes)
+    figure = plots.pattern_figure(read_matrices(model, ids), VARIANTS[slug].title)
+    place, head = min(token, len(words) - 1), min(head, heads - 1)
+    weights = weights_of(model, ids, place, head).tolist()
+    coloured = [  # the least weight can still be seen
+        (f"▶{word}◀ " if number == place else f"{word} ", 0.15 + 0.85 * weight if weight else None)
+        for number, (word, weight) in enumerate(zip(words, weights, strict=True))
+    ]
+    count = sum(weight > 0 for weight in weights)
+    said = f"Token {place}, “{words[place]}”, reads {count} of {len(words)} tokens in head {head}."
+    return figure, cost(slug, changes, heads, tokens), coloured, said
+
+
+def large_config(slug: str, changes: dict[str, Any], heads: int, tokens: int) -> Any:
+    """The same at a hidden size of 256 or, if the heads do not divide it, the next that they do."""
+    hidden = -(-SPEED_SIZE // (2 * heads)) * 2 * heads
+    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": 1}
+    return VARIANTS[slug].config_class(**sizes, max_position_embeddings=tokens, **changes)
+
+
+def cost(slug: str, changes: dict[str, Any], heads: int, tokens: int) -> str:
+    knob = KNOBS.get(slug)
+    setting = f" With `{knob}={changes[knob]}`:" if knob else ""
+    table = costs.costs_table(large_config(slug, changes, heads, tokens), [tokens // 4, tokens // 2, tokens])
+    return f"**{VARIANTS[slug].cost}** in time and memory ({plots.paper_link(VARIANTS[slug])}).{setting}\n\n{table}"
+
+
+def speed(slug: str, knob: int, heads: int, causal: bool, tokens: int) -> str:
+    """Median milliseconds of a layer's forward pass, and of full attention's, measured in turns."""
+    changes = fields(slug, knob, heads, causal)
+    own = large_config(slug, changes, heads, tokens)
+    full = large_config("full", {"num_attention_heads": heads, "is_decoder": causal}, heads, tokens)
+    ids = torch.randint(1, 1000, (1, tokens))
+    models = [VARIANTS[name].model_class()(config).eval() for name, config in ((slug, own), ("full", full))]
+    times: list[list[float]] = [[], []]
+    with torch.no_grad():
+        for _ in range(ROUNDS + 1):
+            for model, found in zip(models, times, strict=True):
+                start = time.perf_counter()
+                model(ids, use_cache=False)
+                found.append(1e3 * (time.perf_counter() - start))
+    mine, theirs = (statistics.median(found[1:]) for found in times)  # the first round makes masks
+    return (
+        f"**{mine:.1f} ms** for {tokens:,} tokens in a model of one layer, full attention {theirs:.1f} ms "
+        f"({theirs / mine:.1f} times as long), median of {ROUNDS} on {torch.get_num_threads()} threads."
+    )
+
+
+def page() -> gr.Blocks:
+    choices = [(variant.title, slug) for slug, variant in VARIANTS.items()]
+    with gr.Blocks(title="efficient_transformers") as blocks:
+        gr.Markdown(
+            "# What does a token read?\nTwenty ways of self-attention on long documents, as their code computes."
+        )
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                slug = gr.Dropdown(choices, value="longformer", label="Variant", elem_id="variant")
+                knob = gr.Slider(1, 64, value=4, step=1, label="Window, block, features, …", elem_id="window")
+                heads = gr.Slider(1, 8, value=2, step=1, label="Heads")
+                length = gr.Slider(8, 256, value=64, step=1, label="Tokens in the picture")
+                causal = gr.Checkbox(label="Causal (a decoder)")
+                tokens = gr.Dropdown([512, 1024, 2048, 4096, 8192], value=4096, label="Tokens for cost and speed")
+                measure = gr.Button("Measure the speed", elem_id="measure")
+                said_speed = gr.Markdown(elem_id="speed")
+            with gr.Column(scale=2):
+                picture = gr.Plot(label="Who reads whom", elem_id="picture")
+                price = gr.Markdown(elem_id="cost")
+        text = gr.Textbox(plots.TEXT.replace("\n", " "), lines=3, label="Your document", elem_id="document")
+        with gr.Row():
+            token = gr.Slider(0, 255, value=30, step=1, label="Token that reads", elem_id="token")
+            head = gr.Slider(0, 7, value=0, step=1, label="Head that reads")
+        said = gr.Markdown(elem_id="said")
+        reads = gr.HighlightedText(label="What it reads: the darker, the more", elem_id="reads", combine_adjacent=False)
+        given: list[Any] = [slug, length, knob, heads, causal, text, token, head, tokens]
+        results: list[Any] = [picture, price, reads, said]
+        blocks.load(show, given, results)
+        for part in given:
+            event = part.release if isinstance(part, gr.Slider) else part.submit if part is text else part.change
+            event(show, given, results)
+        measure.click(speed, [slug, knob, heads, causal, tokens], said_speed)
+    return blocks
+
+
+if __name__ == "__main__":
+    page().launch()

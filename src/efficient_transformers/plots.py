@@ -1,0 +1,258 @@
+"""Pictures of the matrices by which models mix positions, and the gallery of all variants.
+
+Needs matplotlib: `pip install 'efficient-transformers[plots]'`. It is imported when something is drawn.
+"""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+
+from .matrices import KINDS, Matrix, read_matrices
+from .registry import VARIANTS, Variant
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Their L* on a printed page is 100, 26, 84, 67 and 45: they differ in grey, too.
+COLOURS = {"nothing": "#ffffff", "local": "#173b80", "stride": "#6fe3f2", "global": "#ee8a1d", "random": "#6b6b6b"}
+# Small enough to see single tokens; weights large enough that tokens are told apart.
+SIZES: dict[str, Any] = {
+    "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+    "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "initializer_range": 0.2,
+}  # fmt: skip
+# What the pictures of the variants are drawn of; reversible or norm_first make no difference to them.
+DRAWN: dict[str, dict[str, Any]] = {
+    "full": {},
+    "local": {"window_size": 6},
+    "stride": {"stride": 8, "hops": 3},
+    "global": {"num_global_tokens": 3},
+    "mixed": {"num_attention_heads": 4, "head_patterns": ["local:6", "stride:8:3", "global:3", "random:2:4"]},
+    "longformer": {"attention_window": 12, "num_global_tokens": 3},
+    "big_bird": {"block_size": 4, "num_random_blocks": 2},
+    "reformer": {"lsh_chunk_length": 8, "num_hashes": 2, "position_embedding_type": "none"},
+    "routing": {"num_clusters": 8, "window_size": 6, "position_embedding_type": "none"},
+    "sinkhorn": {"block_size": 8, "temperature": 0.005},
+    "linformer": {"projected_length": 16},
+    "compressed": {"num_hidden_layers": 2, "compression_factor": 4, "block_size": 16},
+    "synthesizer": {"synthesizer_type": "factorized_random", "factor_rank": 4},
+    "efficient": {},
+    "linear": {},
+    "rfa": {"num_random_features": 64},
+    "performer": {"num_random_features": 64},
+    "fnet": {},
+    "gmlp": {},
+    "mlp_mixer": {"token_mixing_size": 32},
+}
+# The first words of the Gettysburg Address (1863): words that come again are what content-based attention finds.
+TEXT = """Four score and seven years ago our fathers brought forth on this continent a new nation , conceived in
+liberty , and dedicated to the proposition that all men are created equal . Now we are engaged in a great
+civil war , testing whether that nation , or any nation so conceived and so dedicated , can long endure . We
+are met on a great battlefield of that war . We have come to dedicate a portion of that field , as a final
+resting place for those who here gave their lives that that nation might live . It is altogether fitting and
+proper that we should do this ."""
+
+
+def new_figure(**arguments: Any) -> "Figure":
+    """An empty figure, independent of the windows and backends of pyplot. Raises ImportError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "pictures need matplotlib, which is not installed: pip install 'efficient-transformers[plots]'."
+        ) from error
+    return Figure(layout="constrained", **arguments)
+
+
+def word_ids(text: str, length: int, vocab_size: int) -> Tensor:
+    """(1, length) int64: each word of `text` by a number of its own, in the order they come; repeated when it ends."""
+    words = text.split()
+    if not words:
+        raise ValueError("text ('') must hold a word: its words are the tokens of the picture.")
+    number = {word: count for count, word in enumerate(dict.fromkeys(words), 1)}
+    ids = [number[words[place % len(words)]] % vocab_size for place in range(length)]
+    return torch.tensor([ids])
+
+
+def drawn_model(slug: str, length: int = 64, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A small bare model of a variant, weights drawn from `seed`, for pictures of `length` tokens."""
+    if slug not in VARIANTS:
+        raise ValueError(f"variant ({slug!r}) must be one of {', '.join(VARIANTS)}, or the folder of a checkpoint.")
+    variant = VARIANTS[slug]
+    settings = {**SIZES, "max_position_embeddings": length, **DRAWN[slug], **changes}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return variant.model_class()(variant.config_class(**settings)).eval()
+
+
+def load_model(
+    source: str, length: int | None, text: str | None, seed: int = 0, changes: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedModel, Tensor]:
+    """The bare model to draw and its input (1, n): of a variant, or of a checkpoint with its own tokenizer."""
+    if source in VARIANTS or not Path(source).exists():
+        model = drawn_model(source, length or 64, seed, **(changes or {}))
+        return model, word_ids(text or TEXT, length or 64, model.config.vocab_size)
+    if changes:
+        raise ValueError(f"{', '.join(changes)} cannot be changed: {source} is a checkpoint. Name a variant instead.")
+    model = AutoModel.from_pretrained(source).eval()
+    if getattr(model.config, "model_type", "").removeprefix("et_") not in VARIANTS:
+        raise ValueError(f"{source} holds {model.config.model_type!r}, which is no variant of this zoo: convert it.")
+    limit = min(length or 256, model.config.max_position_embeddings)
+    if getattr(model.config, "image_size", None) is not None:
+        raise ValueError(f"{source} reads images, of which no text can be drawn: name its variant instead.")
+    ids = AutoTokenizer.from_pretrained(source)(text or TEXT, return_tensors="pt")["input_ids"]
+    return model, ids.repeat(1, -(-limit // ids.shape[1]))[:, :limit]
+
+
+def pattern_figure(matrices: Sequence[Matrix], title: str, most: int = 4) -> "Figure":
+    """One panel a matrix, the first `most` of them, with a legend of what is drawn."""
+    shown = list(matrices)[:most]
+    rows = 2 if len(shown) >= 4 else 1
+    columns = -(-len(shown) // rows)
+    width = 3.4 * max(columns, 1.35)
+    figure = new_figure(figsize=(width, 3.1 * rows + 0.7))
+    more = f" ({len(shown)} of {len(matrices)} matrices)" if len(shown) < len(matrices) else ""
+    figure.suptitle(title + more, fontsize=12)
+    for axes, matrix in zip(figure.subplots(rows, columns, squeeze=False).flat, shown, strict=False):
+        draw(axes, matrix)
+        axes.set_title(matrix.name, fontsize=10)
+        axes.set_xlabel(f"{matrix.columns} →", fontsize=9)
+        axes.set_ylabel(f"← {matrix.rows}", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.locator_params(integer=True)
+    found = {KINDS[number] for matrix in shown if matrix.kinds is not None for number in matrix.kinds.unique().tolist()}
+    add_legend(figure, [kind for kind in KINDS[1:] if kind in found])
+    return figure
+
+
+def add_legend(figure: "Figure", kinds: Sequence[str], fontsize: float = 9) -> None:
+    from matplotlib.patches import Patch
+
+    if kinds:
+        patches = [Patch(facecolor=COLOURS[kind], edgecolor="black", linewidth=0.5, label=kind) for kind in kinds]
+        figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=fontsize, frameon=False)
+
+
+def draw(axes: "Axes", matrix: Matrix, bar: bool = True) -> None:
+    """One matrix: the kinds of a pattern, weights from white to dark, or signed values around the middle grey.
+
+    Weights that are exactly zero, which nobody reads, stay white. Both scales rise in luminance all the way, so that
+    they can be read in grey; a colour bar says what stands for what.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    how: dict[str, Any] = {"interpolation": "nearest", "aspect": "auto"}
+    axes.set_box_aspect(1)
+    if matrix.kinds is not None:
+        scale = ListedColormap([COLOURS[kind] for kind in KINDS])
+        axes.imshow(matrix.kinds.numpy(), cmap=scale, vmin=-0.5, vmax=len(KINDS) - 0.5, **how)
+    elif bool((matrix.values < 0).any()):
+        limit = matrix.values.abs().max().item()
+        image = axes.imshow(matrix.values.numpy(), cmap="cividis", vmin=-limit, vmax=limit, **how)
+        if bar:
+            axes.figure.colorbar(image, ax=axes, shrink=0.7).ax.tick_params(labelsize=8)
+    else:
+        read = matrix.values > 0
+        scale = ListedColormap(colormaps["YlGnBu"](torch.linspace(0.12, 1, 256).numpy())).with_extremes(bad="white")
+        top = torch.quantile(matrix.values[read], 0.99).item()  # a few large weights would leave the others pale
+        values = matrix.values.masked_fill(~read, float("nan"))
+        image = axes.imshow(values.numpy(), cmap=scale, vmin=0, vmax=top, **how)
+        if bar:
+            extend = "max" if matrix.values.max() > top * 1.001 else "neither"
+            axes.figure.colorbar(image, ax=axes, shrink=0.7, extend=extend).ax.tick_params(labelsize=8)
+
+
+def save(figure: "Figure", stem: Path, suffixes: Sequence[str] = (".png", ".svg"), dpi: int = 110) -> list[Path]:
+    """Write the figure to `stem` with each suffix; the same figure gives the same bytes."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(stem.name + suffix) for suffix in suffixes]
+    for path in paths:
+        date = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+        figure.savefig(path, dpi=dpi, metadata=date)
+    return paths
+
+
+def about(variant: Variant) -> tuple[str, str, str]:
+    """Headline, formula in TeX and what follows it, from the docstring of the variant's module."""
+    head, *parts = inspect.cleandoc(variant.module.__doc__ or "").split("\n\n")
+    formula = next((part for part in parts if part.startswith(".. math::")), "")
+    words = [part for part in parts if part != formula]
+    tex = " ".join(formula.removeprefix(".. math::").split())
+    return tuple(re.sub(r":math:`([^`]*)`", r"$`\1`$", " ".join(text.split())) for text in (head, tex, words[0]))  # type: ignore[return-value]
+
+
+def gallery(folder: Path) -> None:
+    """Write `gallery/<variant>.png`, `gallery.md` with all of them and the montage `gallery.png` into `folder`."""
+    sections, firsts = [], []
+    for slug, variant in VARIANTS.items():
+        model = drawn_model(slug)
+        matrices = read_matrices(model, word_ids(TEXT, 64, SIZES["vocab_size"]))
+        save(pattern_figure(matrices, variant.title), folder / "gallery" / slug, (".png",))
+        sections.append(section(variant))
+        small = drawn_model(slug, 32)
+        firsts.append((variant, read_matrices(small, word_ids(TEXT, 32, SIZES["vocab_size"]))))
+    save(montage(firsts), folder / "gallery", (".png",), dpi=140)
+    (folder / "gallery.md").write_text("\n\n".join([PREFACE, *sections]) + "\n", encoding="utf-8")
+
+
+PREFACE = """# Gallery
+
+What each variant reads, as its code computes it on 64 words of a text: rows are queries, columns keys; a pattern is
+drawn where a weight of attention is above zero. Models are small and untrained, their weights drawn from a seed, and
+their settings stand below each picture; everything else is the same for all. `efficient-transformers plot gallery`
+makes this page and its pictures, and `efficient-transformers plot pattern <variant or checkpoint>` one of them, with
+other settings or of a trained model."""
+
+
+def section(variant: Variant) -> str:
+    headline, formula, words = about(variant)
+    settings = ", ".join(f"{name}={value}" for name, value in DRAWN[variant.slug].items()) or "defaults"
+    lines = [
+        f"## {variant.title}",
+        f"![the matrix of {variant.title}](gallery/{variant.slug}.png)",
+        headline,
+        *([f"```math\n{formula}\n```"] if formula else []),
+        words,
+        f"Cost: {variant.cost}. Causal: {'yes' if variant.causal else 'no'}. Paper: {paper_link(variant)}. "
+        f"Model type: `{variant.model_type}`. Drawn with `{settings}`.",
+    ]
+    return "\n\n".join(lines)
+
+
+def paper_link(variant: Variant) -> str:
+    number = variant.paper.removeprefix("arXiv:")
+    return f"[{variant.paper}](https://arxiv.org/abs/{number})"
+
+
+def montage(firsts: Sequence[tuple[Variant, Sequence[Matrix]]]) -> "Figure":
+    """A tile for each variant, with its cost; of mixed heads all in one tile."""
+    figure = new_figure(figsize=(11.6, 11.6))
+    for axes, (variant, matrices) in zip(figure.subplots(4, 5).flat, firsts, strict=True):
+        draw(axes, united(matrices), bar=False)
+        cost = fill(variant.cost.replace("·", "· "), 29).replace("· ", "·")  # lines end behind a product's dot
+        axes.set_title(fill(variant.title, 22), fontsize=13)
+        axes.set_xlabel(cost, fontsize=10.5)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    add_legend(figure, KINDS[1:], fontsize=13)
+    return figure
+
+
+def united(matrices: Sequence[Matrix]) -> Matrix:
+    """The one that tells most: weights before patterns and parameters; four patterns side by side."""
+    weights = [matrix for matrix in matrices if matrix.kinds is None and matrix.rows == "query"]
+    kinds = [matrix.kinds for matrix in matrices if matrix.kinds is not None]
+    if weights or len(kinds) != 4:
+        return [*weights, *matrices][0]
+    gap = 1, 1, 1, 1
+    framed = [torch.nn.functional.pad(x, gap) for x in kinds]
+    square = torch.cat([torch.cat(framed[:2], 1), torch.cat(framed[2:], 1)])
+    return Matrix("four heads", square.double(), square)
