@@ -1,4 +1,4 @@
-"""The command line: `efficient-transformers list` and `efficient-transformers convert`."""
+"""The command line: `efficient-transformers list`, `convert` and `push`."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from .conversion import SOURCES, convert
+from .publishing import files_to_push, missing_for_push, push
 from .registry import VARIANTS
 
 
@@ -52,6 +53,21 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of weights the source does not have")
     command.add_argument("fields", nargs="*", metavar="field=value", help="of the variant's config")
     command.set_defaults(run=run_convert)
+
+    command = commands.add_parser(
+        "push",
+        help="upload a saved model to the Hub",
+        description="Upload a saved model to the Hub, private unless told otherwise. Given again, the command uploads "
+        "what is missing. The token is that of `hf auth login` or HF_TOKEN.",
+    )
+    command.add_argument("folder", help="of a training run, or written by save_pretrained, with a model card")
+    command.add_argument("repo_id", metavar="repo-id", help="user/name, or a name of your own")
+    command.add_argument("--dry-run", action="store_true", help="only list what would go, and what is missing")
+    command.add_argument("--public", action="store_true", help="let everybody see a new repository")
+    command.add_argument("--revision", metavar="BRANCH", help="branch to upload to, made if it is not there")
+    command.add_argument("--tag", help="of the commit, e.g. v1.0")
+    command.add_argument("--collection", help="title, or slug of one that is there, to add the model to")
+    command.set_defaults(run=run_push)
     return top
 
 
@@ -89,6 +105,19 @@ def run_convert(options: argparse.Namespace) -> None:
     conversion.save(options.out)
     print(conversion.report)
     print(f"saved in {options.out}")
+
+
+def run_push(options: argparse.Namespace) -> None:
+    files = files_to_push(options.folder)
+    if options.dry_run:
+        for file in files:
+            print(f"{file.size:>13,}  {'LFS' if file.is_large else '   '}  {file.path}")
+        print(f"{sum(file.size for file in files):>13,}  bytes in {len(files)} files to {options.repo_id}")
+        if missing := missing_for_push(options.folder):
+            raise ValueError(f"it would not be pushed: {'; '.join(missing)}.")
+        return
+    chosen = {name: getattr(options, name) for name in ("public", "revision", "tag", "collection")}
+    print(push(options.folder, options.repo_id, **chosen))
 
 
 if __name__ == "__main__":
