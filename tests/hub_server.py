@@ -179,7 +179,9 @@ class Hub:
             raise Refused(404, "Entry not found", "EntryNotFound", **headers)
         if file.lfs:
             linked = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
-            return RedirectResponse(f"{self.address}/objects/{file.sha256}", 302, {**headers, **linked})
+            # to another host: redirects within one are followed by the client, which then misses these headers
+            storage = self.address.replace("127.0.0.1", "localhost")
+            return RedirectResponse(f"{storage}/objects/{file.sha256}", 302, {**headers, **linked})
         return FileResponse(self.store / file.sha256, headers={**headers, "ETag": f'"{file.oid}"'})
 
     # --- writing
@@ -200,12 +202,13 @@ class Hub:
         if user != USER:
             raise Refused(403, f"You don't have the rights to create a {kind} under the namespace {user!r}")
         name = f"{user}/{asked['name']}"
+        url = f"{self.address}/{'datasets/' if kind == 'dataset' else ''}{name}"
         if (key := f"{kind}s/{name}") in self.repos:
-            raise Refused(409, "You already created this repo")
+            return JSONResponse({"error": "You already created this repo", "url": url}, 409)
         private = asked.get("visibility") == "private" or asked.get("private", False)
         self.repos[key] = Repo(name, kind, private)
         self.repos[key].commit("main", "initial commit", {})
-        return JSONResponse({"url": f"{self.address}/{'datasets/' if kind == 'dataset' else ''}{name}", "name": name})
+        return JSONResponse({"url": url, "name": name})
 
     async def preupload(self, request: Request) -> Response:
         repo = self.repo(request, write=True)

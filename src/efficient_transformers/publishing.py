@@ -1,6 +1,6 @@
 """A folder with a saved model goes to the Hub: looked over first, private unless told otherwise, in one resumable step.
 
-The token is that of `hf auth login` or HF_TOKEN; it is handed to `huggingface_hub` by that library itself, and here only
+The token is that of `hf auth login` or HF_TOKEN; `huggingface_hub` itself hands it on, and here it is only
 compared with what is in the folder.
 """
 
@@ -114,14 +114,17 @@ def push(
         raise ValueError(f"{repo_id} is public already: give --public to add to it, or another name.")
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        commit_message=message,
-        ignore_patterns=list(LEFT_OUT),
-        delete_patterns=list(REPLACED),
-    )
+    try:
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message,
+            ignore_patterns=list(LEFT_OUT),
+            delete_patterns=list(REPLACED),
+        )
+    except RuntimeError as error:  # what huggingface_hub makes of a large file that did not get through
+        raise OSError(f"{error} What has arrived stays there: push again to upload the rest.") from error
     if tag is not None:
         tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
         if tags.get(tag, commit.oid) != commit.oid:
