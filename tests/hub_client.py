@@ -216,6 +216,8 @@ def broken_off_and_pushed_again() -> str:
     assert code == 0, out
     info = api.model_info("tester/era-linear", revision="v1")
     assert info.private
+    card = Path(hf_hub_download("tester/era-linear", "README.md")).read_text(encoding="utf-8")
+    assert card.count('from_pretrained("tester/era-linear"') == 2  # on the Hub it opens what is there
     assert {"model.safetensors", "README.md", "modeling_local.py"} <= {*api.list_repo_files("tester/era-linear")}
     assert "checkpoints/optimizer.bin" not in api.list_repo_files("tester/era-linear")
     # and a third one changes nothing

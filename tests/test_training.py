@@ -222,7 +222,7 @@ def test_there_are_configs_to_test():
     assert {path.parent.name for path in CONFIGS} == {
         "accelerate", "case", "clm", "copy", "era", "facts", "image", "image_small", "induction", "listops",
         "listops_short", "mlm", "mqar", "needle", "next", "patches", "pathfinder", "pathfinder_small", "pixels",
-        "president", "text",
+        "president", "text", "zoo_clm", "zoo_era", "zoo_mlm",
     }  # fmt: skip
 
 

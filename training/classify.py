@@ -20,11 +20,13 @@ from huggingface_hub import ModelCard
 from loop import train
 from metrics import OWN_METRICS, compute_metrics, load_metrics
 from outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
-from reporting import about, make_card, report
+from reporting import make_card, report
 from self_pretraining import SelfPretrainingSettings, card_row, self_pretrain
 from settings import InputError, Settings
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+
+from efficient_transformers.cards import description_of
 
 AUTO_CLASS = "AutoModelForSequenceClassification"
 
@@ -96,7 +98,7 @@ def run(settings: ClassifySettings, command: str = "") -> dict[str, Any]:
     metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores, command)
     if learnt is not None:
         metrics["self_pretraining"] = learnt
-    text = card(settings, metrics, about(model), documents.labels, command)
+    text = card(settings, metrics, description_of(model), documents.labels, command)
     finish_folder(accelerator, settings, trained, tokenizer, text, metrics)
     report(accelerator, settings, metrics, AUTO_CLASS, shown(metrics))
     return metrics

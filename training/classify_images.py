@@ -18,11 +18,12 @@ from loop import train
 from metrics import OWN_METRICS
 from outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
 from pictures import PictureCollator, PictureSettings, load_pictures
-from reporting import about, make_card, report
+from reporting import make_card, report
 from settings import InputError
 from transformers import AutoModelForImageClassification, PreTrainedConfig
 
 from efficient_transformers import EtImageProcessor
+from efficient_transformers.cards import description_of
 from efficient_transformers.models.configuration import EtConfig
 
 AUTO_CLASS = "AutoModelForImageClassification"
@@ -68,7 +69,7 @@ def run(settings: ClassifyImagesSettings, command: str = "") -> dict[str, Any]:
         "validation": {**progress.best_scores, "n": validate.size},
     }
     metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores, command)
-    text = card(settings, metrics, about(model), names, command)
+    text = card(settings, metrics, description_of(model), names, command)
     finish_folder(accelerator, settings, trained, processor, text, metrics)
     report(accelerator, settings, metrics, AUTO_CLASS, shown(metrics))
     return metrics

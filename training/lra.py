@@ -27,12 +27,14 @@ from loop import train
 from metrics import OWN_METRICS
 from outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
 from pathfinder import Pathfinder
-from reporting import about, make_card, report
+from reporting import make_card, report
 from self_pretraining import card_row, self_pretrain
 from settings import InputError
 from texts import SPLITS
 from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from efficient_transformers.cards import description_of
 
 AUTO_CLASS = "AutoModelForSequenceClassification"
 TASKS = {
@@ -159,7 +161,7 @@ def run(settings: LraSettings, command: str = "") -> dict[str, Any]:
     metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores, command)
     if learnt is not None:
         metrics["self_pretraining"] = learnt
-    text = card(settings, metrics, about(model), command)
+    text = card(settings, metrics, description_of(model), command)
     finish_folder(accelerator, settings, trained, source.tokenizer, text, metrics)
     report(accelerator, settings, metrics, AUTO_CLASS, shown(metrics))
     return metrics

@@ -25,7 +25,7 @@ from language_models import window_sums
 from loop import train
 from outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
 from recall_tasks import Copy, Induction, Mqar, Needle
-from reporting import about, make_card, report
+from reporting import make_card, report
 from settings import InputError, did_you_mean
 from texts import SPLITS, TextSettings, load_texts
 from transformers import (
@@ -33,6 +33,8 @@ from transformers import (
     DataCollatorForTokenClassification,
     PreTrainedTokenizerBase,
 )
+
+from efficient_transformers.cards import description_of
 
 AUTO_CLASS = "AutoModelForTokenClassification"
 GENERATED = {
@@ -161,7 +163,12 @@ def run(settings: RecallSettings, command: str = "") -> dict[str, Any]:
     }
     metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores, command)
     finish_folder(
-        accelerator, settings, trained, tokenizer, card(settings, metrics, about(model), len(answers), command), metrics
+        accelerator,
+        settings,
+        trained,
+        tokenizer,
+        card(settings, metrics, description_of(model), len(answers), command),
+        metrics,
     )
     report(accelerator, settings, metrics, AUTO_CLASS, shown(metrics))
     return metrics

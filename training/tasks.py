@@ -19,12 +19,14 @@ from command_line import finished_settings
 from huggingface_hub import ModelCard
 from loop import train
 from outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
-from reporting import about, make_card, report
+from reporting import make_card, report
 from settings import InputError
 from texts import TextSettings
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from efficient_transformers.cards import description_of
 
 
 class Features(Dataset):
@@ -152,7 +154,7 @@ class Task(Generic[S]):
             "validation": {**progress.best_scores, "n": len(data["validation"])},
         }
         metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores, command)
-        card = self.card(settings, metrics, about(model), names, command)
+        card = self.card(settings, metrics, description_of(model), names, command)
         finish_folder(accelerator, settings, trained, tokenizer, card, metrics)
         report(accelerator, settings, metrics, self.auto_class.__name__, self.shown(metrics))
         return metrics

@@ -5,6 +5,7 @@ compared with what is in the folder.
 """
 
 import json
+import tempfile
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -115,14 +116,15 @@ def push(
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     try:
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=message,
-            ignore_patterns=list(LEFT_OUT),
-            delete_patterns=list(REPLACED),
-        )
+        with tempfile.TemporaryDirectory() as staged:
+            stage(Path(folder), Path(staged), repo_id)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=staged,
+                revision=revision,
+                commit_message=message,
+                delete_patterns=list(REPLACED),
+            )
     except RuntimeError as error:  # what huggingface_hub makes of a large file that did not get through
         raise OSError(f"{error} What has arrived stays there: push again to upload the rest.") from error
     if tag is not None:
@@ -138,3 +140,15 @@ def push(
             slug = api.create_collection(collection, namespace=owner, private=not public, exists_ok=True).slug
         api.add_collection_item(slug, item_id=repo_id, item_type="model", exists_ok=True)
     return f"{api.endpoint}/{repo_id}"
+
+
+def stage(folder: Path, staged: Path, repo_id: str) -> None:
+    """Links to the files that go to the Hub, and the card, whose code is to open the model by its name there."""
+    for file in files_to_push(folder):
+        link = staged / file.path
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to((folder / file.path).resolve())
+    card = (folder / README).read_text(encoding="utf-8")
+    name = ModelCard(card).data.model_name or folder.name  # type: ignore[attr-defined]
+    (staged / README).unlink()
+    (staged / README).write_text(card.replace(f'from_pretrained("{name}"', f'from_pretrained("{repo_id}"'), "utf-8")
