@@ -21,5 +21,5 @@ def seeded():
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     """Modules that share something dear, as a finished training run, keep their tests in one process."""
     for item in items:
-        if item.path.stem.startswith(("test_training", "test_data")):
+        if item.path.stem.startswith(("test_training", "test_data", "test_hub")):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))

@@ -486,13 +486,6 @@ def test_command_line_says_errors_in_one_line(bert_folder, tmp_path, capsys):
         main([*arguments, "--to", "local", "--colour", "red"])
 
 
-def test_command_line_lists_the_variants(capsys):
-    assert main(["list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["variant", "what", "it", "is", "cost", "causal", "paper"]
-    assert any(line.startswith("local ") and "arXiv:2004.05150" in line for line in lines)
-
-
 def test_a_source_without_a_tokenizer_gives_none(tmp_path):
     make("Bert", dtype=torch.float32).save_pretrained(tmp_path)
     conversion = convert(tmp_path, "full")

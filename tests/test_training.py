@@ -224,6 +224,7 @@ def test_there_are_configs_to_test():
         "accelerate", "arxiv", "case", "clm", "copy", "era", "facts", "govreport", "image", "image_small", "imdb",
         "induction", "listops", "listops_short", "mlm", "mqar", "needle", "next", "patches", "pathfinder",
         "pathfinder_small", "pg19", "pixels", "president", "pubmed", "text",
+        "zoo_clm", "zoo_era", "zoo_mlm",
     }  # fmt: skip
 
 

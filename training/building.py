@@ -17,7 +17,7 @@ from settings import InputError, Settings, did_you_mean, find_path
 from sharding import allow_sharding_on_cpus, settle_sharding
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-import efficient_transformers  # noqa: F401 - registers the variants with the Auto classes
+from efficient_transformers.cards import costs_of  # the package registers the variants with the Auto classes
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
@@ -155,4 +155,5 @@ def build_model(settings: Settings, config: PreTrainedConfig, auto_class: Any) -
 def model_facts(model: PreTrainedModel, max_length: int) -> dict[str, Any]:
     """Taken in front of training, which may divide the parameters among processes."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"model_type": model.config.model_type, "parameters": parameters, "max_length": max_length}
+    costs = costs_of(model.config, max_length)
+    return {"model_type": model.config.model_type, "parameters": parameters, "max_length": max_length, "costs": costs}

@@ -22,7 +22,7 @@ from huggingface_hub import ModelCard
 from loop import train
 from outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
 from packing import IGNORED, Packing, RowCollator, Windows
-from reporting import METRIC_NAMES, about, make_card, report
+from reporting import METRIC_NAMES, make_card, report
 from settings import InputError
 from streaming import Stream
 from texts import TextSettings, load_texts, stream_texts
@@ -35,6 +35,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from efficient_transformers.cards import description_of
 
 
 @dataclass
@@ -206,7 +208,7 @@ class Task(Generic[S]):
         }
         seen = len(lengths) or progress.step * settings.step_size(accelerator.num_processes)
         metrics = metrics_of(accelerator, settings, progress, seen, facts, scores, command)
-        card = self.card(settings, metrics, about(model), command)
+        card = self.card(settings, metrics, description_of(model), command)
         finish_folder(accelerator, settings, trained, tokenizer, card, metrics)
         report(accelerator, settings, metrics, self.auto_class.__name__, shown(metrics))
         return metrics

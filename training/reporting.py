@@ -1,6 +1,5 @@
 """What is told of a run, whichever its task: the model card and the last lines on the screen."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ from huggingface_hub import EvalResult, ModelCard
 from loop import format_scores
 from settings import Settings, find_path
 from texts import BUNDLED
-from transformers import PreTrainedModel
 
-from efficient_transformers.cards import loading_code, model_card
+from efficient_transformers.cards import PICTURE, loading_code, model_card
 
 METRIC_NAMES = {
     "accuracy": "Accuracy",
@@ -27,12 +25,6 @@ METRIC_NAMES = {
     "bits_per_byte": "Bits per byte",
 }
 METRIC_TYPES = {"macro_f1": "f1", "loss": "cross-entropy"}  # on the Hub, where they differ
-
-
-def about(model: PreTrainedModel) -> str:
-    """What the model's file says of it in its first paragraph."""
-    module = inspect.getmodule(type(model))
-    return (inspect.getdoc(module) or "").partition("\n\n")[0]
 
 
 def make_card(
@@ -102,6 +94,8 @@ def make_card(
         notes=settings.card_notes or "",
         datasets=[settings.data] if on_hub else [],
         base_model=base_model,
+        costs={int(length): tuple(flops) for length, flops in model.get("costs", {}).items()},
+        picture=PICTURE if (settings.folder / PICTURE).exists() else None,
         tags=["long-documents", model["model_type"]] if reads_text else [model["model_type"]],
     )
 

@@ -20,13 +20,15 @@ from huggingface_hub import ModelCard
 from loop import train
 from metrics import OWN_METRICS, compute_metrics, load_metrics
 from outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
-from reporting import about, make_card, report
+from reporting import make_card, report
 from settings import InputError, Settings
 from texts import SPLITS, TextSettings
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from efficient_transformers.cards import description_of
 
 
 class Features(Dataset):
@@ -268,7 +270,7 @@ class Task(Generic[S]):
             "validation": {**progress.best_scores, "n": validate.size},
         }
         metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores, command) | learnt
-        card = self.card(settings, metrics, about(ready.model), ready.labels, command)
+        card = self.card(settings, metrics, description_of(ready.model), ready.labels, command)
         finish_folder(accelerator, settings, trained, ready.preparation, card, metrics)
         report(accelerator, settings, metrics, self.auto_class.__name__, shown(metrics))
         return metrics

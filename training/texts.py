@@ -1,10 +1,11 @@
 """Documents from a bundled corpus, a local file or the Hub, one list a split; labels are documents.py's business."""
 
 import csv
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ class TextSettings(Settings):
     """How documents are read."""
 
     text_column: str = "text"
+    more_data: list[str] = field(default_factory=list)  # files whose documents are trained on, too
     cache_tokens: bool = True  # keep what texts are cut into for next time: see token_cache.py
     num_workers: int | None = None  # processes that tokenise; default: the tokenizer's own threads
 
@@ -62,7 +64,7 @@ def stream_texts(settings: TextSettings) -> tuple[Callable[[], Iterator[str]], d
         if not tables[split][1]:
             raise InputError(f"The {split} data ({tables[split][0]}) is empty: it needs at least one document.")
     held = {split: [text_of(row, settings) for row in tables[split][1]] for split in SPLITS[1:]}
-    return lambda: (text_of(row, settings) for row in rows()), held
+    return lambda: (text_of(row, settings) for row in itertools.chain(rows(), _more_rows(settings))), held
 
 
 def load_splits(
@@ -77,6 +79,7 @@ def load_splits(
     Hub's are taken by name, and a split of which they are withheld is not used.
     """
     tables = _read_tables(settings, label_column)
+    tables["train"][1].extend(_more_rows(settings))
     splits = {name: [example(row) for row in rows] for name, (_, rows) in tables.items()}
     for name, examples in splits.items():
         if not examples:
@@ -129,6 +132,13 @@ def _read_tables(settings: TextSettings, label_column: str | None) -> Tables:
 
 def _read_files(files: dict[str, tuple[str, Path]]) -> Tables:
     return {split: (name, list(_read_file(path))) for split, (name, path) in files.items()}
+
+
+def _more_rows(settings: TextSettings) -> Iterator[Row]:
+    for name in settings.more_data:
+        if (path := find_path(name)) is None:
+            raise InputError(f"There is no file {name}: correct the setting more_data.")
+        yield from _read_file(path)
 
 
 def _find_files(settings: TextSettings) -> dict[str, tuple[str, Path]]:

@@ -3,10 +3,22 @@
 The metadata block is `huggingface_hub`'s own, so that results appear on the Hub as a `model-index`.
 """
 
+import inspect
+import json
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .costs import attention_flops
+from .models.configuration import EtConfig
+from .models.modeling_full import EtFullConfig
+
+PICTURE = "pattern.png"  # shown by the card of a folder that holds it
 
 PIPELINE_TAGS = {
     "AutoModelForMaskedLM": "fill-mask",
@@ -72,12 +84,37 @@ def loading_code(folder: str, auto_class: str, max_length: int | None = None) ->
     }.get(auto_class, ["logits = model(**inputs).logits", "print(logits.shape)"])
     lines = [
         f"from transformers import AutoTokenizer, {auto_class}",
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)',
         f'model = {auto_class}.from_pretrained("{folder}", trust_remote_code=True).eval()',
         f'inputs = tokenizer({text}, return_tensors="pt"{cut})',
         *use,
     ]
     return "\n".join(lines)
+
+
+def description_of(model: PreTrainedModel) -> str:
+    """What the model's file says of its paper, formula and cost, as Markdown; one paragraph if it is not a variant."""
+    text = inspect.getdoc(inspect.getmodule(type(model))) or ""
+    if not isinstance(model.config, EtConfig):
+        return text.partition("\n\n")[0]
+    formula = re.compile(r"^\.\. math::[ \n](.*?)(?=\n\n\S|\Z)", re.S | re.M)
+    text = formula.sub(lambda found: f"$$\n{dedent(' ' * 10 + found[1]).strip()}\n$$", text)
+    text = re.sub(r":math:`(.*?)`", r"$\1$", text, flags=re.S)
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+
+
+def costs_of(config: PreTrainedConfig, max_length: int) -> dict[int, tuple[int, int]]:
+    """Length in tokens → FLOPs of mixing tokens in all layers, here and with full attention of the same size.
+
+    For powers of two from 512 and `max_length`, a sequence each; see costs.py. Nothing if it is not a variant.
+    """
+    if not isinstance(config, EtConfig):
+        return {}
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "is_decoder")
+    full = EtFullConfig(**{name: getattr(config, name) for name in names})
+    powers = (2**power for power in range(9, max_length.bit_length()))
+    lengths = sorted({*(length for length in powers if length < max_length), max_length})
+    return {length: (attention_flops(config, length), attention_flops(full, length)) for length in lengths}
 
 
 def model_card(
@@ -96,12 +133,15 @@ def model_card(
     datasets: Sequence[str] = (),
     base_model: str | None = None,
     tags: Sequence[str] = (),
+    costs: Mapping[int, tuple[int, int]] | None = None,
+    picture: str | None = None,
 ) -> ModelCard:
     """The card of the model called `name`, whose class is opened by `auto_class`.
 
     `training` is shown as a table, in its order. `results` become the measured results and the `model-index`;
     `command` is the one that gives them. `datasets` and `base_model` are Hub ids. `description`, `limits`
-    and `notes`, which stand behind the results, are Markdown.
+    and `notes`, which stand behind the results, are Markdown. `costs` are as from `costs_of`; `picture` is the file
+    with the model's pattern.
     """
     data = ModelCardData(
         model_name=name,
@@ -118,6 +158,7 @@ def model_card(
     sections = [
         f"# {name}",
         description.strip(),
+        *([f"![Which tokens a token reads]({picture})"] if picture else []),
         "## Use",
         f"```python\n{loading_code(name, auto_class, max_length)}\n```",
         "The model's code is in this repository: beside `transformers`, only `trust_remote_code=True` is needed.",
@@ -131,12 +172,42 @@ def model_card(
         ),
         f"Measured by\n\n```bash\n{command}\n```",
         *([notes.strip()] if notes else []),
+        *(["## Cost against length", _cost_table(costs)] if costs else []),
         "## Training",
         _table(("setting", "value"), [(key, _number(value)) for key, value in training.items()]),
         "## Limits",
         "\n".join(f"- {limit}" for limit in limits),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def measured(folder: Path) -> dict[str, float]:
+    """What the metrics beside a card of the zoo say, by the names that `list` shows; nothing where there are none.
+
+    `nats/byte` is that of the variant's causal language model, on the test split.
+    """
+    if not (folder / "metrics.json").exists():
+        return {}
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    language = metrics.get("also", {}).get("pretrain_clm.py", metrics)
+    found = {
+        "parameters": metrics["model"].get("parameters"),
+        "era accuracy": metrics["test"].get("accuracy") if metrics["settings"].get("label_column") == "era" else None,
+        "nats/byte": language["test"].get("nats_per_byte"),
+        "tokens/s": metrics["training"].get("tokens_per_second"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _cost_table(costs: Mapping[int, tuple[int, int]]) -> str:
+    rows = [
+        (f"{length:,}", f"{flops / 1e9:.3g}", f"{full / 1e9:.3g}", f"{flops / full:.2g}")
+        for length, (flops, full) in costs.items()
+    ]
+    head = ("tokens", "GFLOP of mixing tokens", "full attention of this size", "share")
+    return (
+        f"{_table(head, rows)}\n\nOf one forward pass over one sequence, by arithmetic; projections and MLPs are apart."
+    )
 
 
 def _number(value: Any) -> str:

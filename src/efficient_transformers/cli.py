@@ -1,4 +1,4 @@
-"""The command line `efficient-transformers`: `list`, `convert` and `plot`."""
+"""The command line `efficient-transformers`: `list`, `describe`, `convert`, `push` and `plot`."""
 
 import argparse
 import json
@@ -10,8 +10,14 @@ from typing import Any
 import torch
 import transformers
 
+from .cards import costs_of, description_of, measured
 from .conversion import SOURCES, convert
+from .models.configuration import EtConfig
+from .publishing import files_to_push, missing_for_push, push
 from .registry import VARIANTS
+
+# columns of `list`, from cards.measured, and how their numbers are written
+MEASURED = {"parameters": ",", "era accuracy": ".3f", "nats/byte": ".3f", "tokens/s": ",.0f"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,8 +42,21 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="command")
 
-    command = commands.add_parser("list", help="show the variants", description="Show the variants.")
+    cards = Path("model_cards") if Path("model_cards").is_dir() else Path(__file__).parents[2] / "model_cards"
+    command = commands.add_parser(
+        "list",
+        help="show the variants",
+        description="Show the variants, with what was measured of those trained for the zoo.",
+    )
+    command.add_argument("--cards", type=Path, default=cards, metavar="DIR", help="folders that publish.py has written")
     command.set_defaults(run=run_list)
+
+    command = commands.add_parser("describe", help="explain a variant and what it costs at a length")
+    command.add_argument("variant", choices=VARIANTS, metavar="variant", help=", ".join(VARIANTS))
+    command.add_argument("--length", type=int, default=4096, metavar="N", help="longest input in tokens (4096)")
+    command.add_argument("--cards", type=Path, default=cards, metavar="DIR", help="folders that publish.py has written")
+    command.add_argument("fields", nargs="*", metavar="field=value", help="of the config, e.g. hidden_size=768")
+    command.set_defaults(run=run_describe)
 
     command = commands.add_parser(
         "convert",
@@ -54,6 +73,20 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("fields", nargs="*", metavar="field=value", help="of the variant's config")
     command.set_defaults(run=run_convert)
 
+    command = commands.add_parser(
+        "push",
+        help="upload a saved model to the Hub",
+        description="Upload a saved model to the Hub, private unless told otherwise. Given again, the command uploads "
+        "what is missing. The token is that of `hf auth login` or HF_TOKEN.",
+    )
+    command.add_argument("folder", help="of a training run, or written by save_pretrained, with a model card")
+    command.add_argument("repo_id", metavar="repo-id", help="user/name, or a name of your own")
+    command.add_argument("--dry-run", action="store_true", help="only list what would go, and what is missing")
+    command.add_argument("--public", action="store_true", help="let everybody see a new repository")
+    command.add_argument("--revision", metavar="BRANCH", help="branch to upload to, made if it is not there")
+    command.add_argument("--tag", help="of the commit, e.g. v1.0")
+    command.add_argument("--collection", help="title, or slug of one that is there, to add the model to")
+    command.set_defaults(run=run_push)
     add_plot(commands)
     return top
 
@@ -90,11 +123,45 @@ def assignment(text: str) -> tuple[str, Any]:
 
 
 def run_list(options: argparse.Namespace) -> None:
-    rows = [("variant", "what it is", "cost", "causal", "paper")]
-    rows += [(v.slug, v.title, v.cost, "yes" if v.causal else "no", v.paper) for v in VARIANTS.values()]
+    rows = [("variant", "what it is", "paper", "cost", "causal", *MEASURED)]
+    for v in VARIANTS.values():
+        found = measured(options.cards / v.slug)
+        shown = [format(found[name], how) if name in found else "-" for name, how in MEASURED.items()]
+        rows.append((v.slug, v.title, v.paper, v.cost, "yes" if v.causal else "no", *shown))
+    print_columns(rows)
+
+
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def run_describe(options: argparse.Namespace) -> None:
+    variant, folder = VARIANTS[options.variant], options.cards / options.variant
+    if options.length < 1:
+        raise ValueError(f"--length ({options.length}) must be at least 1 token.")
+    fields = {"max_position_embeddings": options.length, **options.fields}
+    if (folder / "config.json").exists():  # that of the zoo, made longer or shorter
+        config: EtConfig = variant.config_class.from_pretrained(folder, **fields)  # type: ignore[assignment]
+    else:
+        config = variant.config_class(**fields)
+    with torch.device("meta"):
+        model = variant.model_class()(config)
+    print(description_of(model))
+    print(f"\nModel type {variant.model_type}; heads: {', '.join(variant.heads)}.")
+    if not variant.any_length:
+        print("Some of its parameters belong to positions: max_position_embeddings changes their number.")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    sizes = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads"
+    print(f"\nWith {sizes} and {config.max_position_embeddings:,} positions: {parameters:,} parameters without a head.")
+    print("GFLOP in products of matrices of one forward pass, without projections and MLPs:\n")
+    rows = [("tokens", "GFLOP", "full attention", "share")]
+    for length, (flops, full) in costs_of(config, options.length).items():
+        rows.append((f"{length:,}", f"{flops / 1e9:.3g}", f"{full / 1e9:.3g}", f"{flops / full:.2g}"))
+    print_columns(rows)
+    if found := measured(folder):
+        print(f"\nMeasured ({folder}): " + ", ".join(f"{name} {found[name]:{MEASURED[name]}}" for name in found) + ".")
 
 
 def run_convert(options: argparse.Namespace) -> None:
@@ -130,6 +197,19 @@ def run_plot_gallery(options: argparse.Namespace) -> None:
 
     plots.gallery(options.out)
     print(f"wrote {options.out / 'gallery.md'} and its pictures")
+
+
+def run_push(options: argparse.Namespace) -> None:
+    files = files_to_push(options.folder)
+    if options.dry_run:
+        for file in files:
+            print(f"{file.size:>13,}  {'LFS' if file.is_large else '   '}  {file.path}")
+        print(f"{sum(file.size for file in files):>13,}  bytes in {len(files)} files to {options.repo_id}")
+        if missing := missing_for_push(options.folder):
+            raise ValueError(f"it would not be pushed: {'; '.join(missing)}.")
+        return
+    chosen = {name: getattr(options, name) for name in ("public", "revision", "tag", "collection")}
+    print(push(options.folder, options.repo_id, **chosen))
 
 
 if __name__ == "__main__":

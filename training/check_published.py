@@ -1,0 +1,96 @@
+"""Opens published folders as somebody who downloads them would, and compares them with what their cards say.
+
+    python training/check_published.py model_cards/local [model_cards/linear …]
+
+The package cannot be imported in this process. The logits that a card records must come out again, and a classifier
+is evaluated on its test data, one window at a time: its accuracy must be that of the card, to the last digit.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.modules["efficient_transformers"] = None  # type: ignore[assignment] # an editable install must not hide a leak
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # nor the code of another folder
+
+import torch
+import transformers
+import yaml
+from documents import DocumentSettings, encode_documents, load_documents
+from huggingface_hub import ModelCard
+
+TEXT = "We the people of the United States, in order to form a more perfect union, establish justice."
+FIRST_LOGITS = 8  # of a language model, whose vocabulary is too long to record
+CLASSIFIER = "AutoModelForSequenceClassification"
+TOLERANCE = 1e-3  # another processor adds up in another order
+
+
+def logits_of(folder: Path, auto_class: str) -> list[float]:
+    """Of the fixed text, in float32: of the classes, or the first of a language model's last token."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    with torch.inference_mode():
+        logits = model.eval()(**tokenizer(TEXT, return_tensors="pt")).logits[0]
+    return (logits if auto_class == CLASSIFIER else logits[-1, :FIRST_LOGITS]).tolist()
+
+
+def accuracy_of(folder: Path) -> float:
+    """Share of the test windows whose class is predicted, each window alone, in float32."""
+    values = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
+    known = {field.name for field in fields(DocumentSettings)}  # what says how documents are read and cut
+    settings = DocumentSettings.from_dict({name: value for name, value in values.items() if name in known})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.float32
+    ).eval()
+    positions = model.config.max_position_embeddings
+    length = min(settings.max_length or settings.window_length or positions, positions)
+    test = encode_documents(load_documents(settings), "test", tokenizer, length, settings)
+    with torch.inference_mode():
+        classes = [model(torch.tensor([ids])).logits.argmax().item() for ids in test["input_ids"]]
+    return sum(map(int.__eq__, classes, test["labels"])) / len(classes)
+
+
+def check(folder: Path) -> list[str]:
+    """What in a published folder is not as its card says."""
+    card = ModelCard.load(folder / "README.md")
+    found = re.search(r"```json\n(.*?)\n```", card.text, re.S)
+    if found is None:
+        return ["its card records no logits"]
+    recorded, wrong = json.loads(found[1]), []
+    logits = torch.tensor(logits_of(folder, recorded["auto_class"]))
+    difference = (logits - torch.tensor(recorded["logits"])).abs().max().item()
+    if not difference < TOLERANCE:
+        wrong.append(f"its logits differ by {difference:.2g} from those of its card")
+    if recorded["auto_class"] == CLASSIFIER:
+        results = card.data.eval_results or []  # type: ignore[attr-defined]
+        (stated,) = (result.metric_value for result in results if result.metric_type == "accuracy")
+        if (accuracy := accuracy_of(folder)) != stated:
+            wrong.append(f"its test accuracy is {accuracy} and not {stated}, as its card says")
+    return wrong
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+")
+    given = parser.parse_args(arguments)
+    transformers.logging.disable_progress_bar()
+    failed = False
+    for folder in given.folders:
+        try:
+            wrong = check(folder)
+        except (OSError, ValueError, ImportError) as error:
+            wrong = [f"it cannot be opened: {' '.join(str(error).split())}"]
+        failed = failed or bool(wrong)
+        print(f"{folder}: {'; '.join(wrong) or 'as its card says'}", flush=True)
+    sys.exit(int(failed))
+
+
+if __name__ == "__main__":
+    main()
