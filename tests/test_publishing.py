@@ -214,7 +214,7 @@ def test_describe_gives_costs_at_a_length(published, capsys, tmp_path):
     assert main(["describe", "local", "--length", "2048", "--cards", str(published.parent)]) == 0
     said = capsys.readouterr().out
     assert "1 layers, hidden size 16, 2 heads and 2,048 positions" in said  # the zoo's config, made longer
-    assert re.search(r"^2,048 +\S+ +\S+ +0\.\d+$", said, re.M)
+    assert re.search(r"^\| 2,048 \|( [\d.,]+ \|){4}$", said, re.M)
     assert "era accuracy" in said
     assert main(["describe", "linear", "hidden_size=8", "num_attention_heads=2", "--cards", str(tmp_path)]) == 0
     assert "hidden size 8, 2 heads and 4,096 positions" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import transformers
 
 from .cards import costs_of, description_of, measured
 from .conversion import SOURCES, convert
+from .costs import costs_table
 from .models.configuration import EtConfig
 from .publishing import files_to_push, missing_for_push, push
 from .registry import VARIANTS
@@ -152,14 +153,9 @@ def run_describe(options: argparse.Namespace) -> None:
     print(f"\nModel type {variant.model_type}; heads: {', '.join(variant.heads)}.")
     if not variant.any_length:
         print("Some of its parameters belong to positions: max_position_embeddings changes their number.")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads"
-    print(f"\nWith {sizes} and {config.max_position_embeddings:,} positions: {parameters:,} parameters without a head.")
-    print("GFLOP in products of matrices of one forward pass, without projections and MLPs:\n")
-    rows = [("tokens", "GFLOP", "full attention", "share")]
-    for length, (flops, full) in costs_of(config, options.length).items():
-        rows.append((f"{length:,}", f"{flops / 1e9:.3g}", f"{full / 1e9:.3g}", f"{flops / full:.2g}"))
-    print_columns(rows)
+    print(f"\nWith {sizes} and {config.max_position_embeddings:,} positions, without a head:\n")
+    print(costs_table(config, list(costs_of(config, options.length))))
     if found := measured(folder):
         print(f"\nMeasured ({folder}): " + ", ".join(f"{name} {found[name]:{MEASURED[name]}}" for name in found) + ".")
 
