@@ -1,5 +1,6 @@
 """One run in several processes: the same losses as in one, weights divided among them, and accelerate's configs."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,6 +29,7 @@ sys.path.insert(0, str(ROOT / "training"))
 
 import pretrain_clm  # noqa: E402
 from batches import Batch, EpochSampler, Steps, shares  # noqa: E402
+from building import make_accelerator  # noqa: E402
 from masking import Masker, RemaskedWindows  # noqa: E402
 from packing import Window  # noqa: E402
 from pretrain_clm import ClmSettings  # noqa: E402
@@ -255,7 +258,17 @@ def test_accelerate_takes_its_configs(path):
     kinds = {"multi_gpu": parsed.multi_gpu, "fsdp": parsed.use_fsdp, "deepspeed": parsed.use_deepspeed}
     wanted = {"several_cpu": "multi_gpu", "several_gpu": "multi_gpu", "fsdp2": "fsdp", "deepspeed_zero3": "deepspeed"}
     assert {kind for kind, used in kinds.items() if used} == {wanted.get(path.stem)} - {None}
+    if path.stem == "deepspeed_zero3":
+        known = {field.name for field in dataclasses.fields(DeepSpeedPlugin)}
+        assert set(yaml.safe_load(path.read_text())["deepspeed_config"]) <= known
     if path.stem == "fsdp2":
         environment = prepare_multi_gpu_env(parsed)
         assert environment["FSDP_VERSION"] == "2"
         assert environment["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+
+
+def test_deepspeed_is_not_left_out_without_a_word(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"DeepSpeed cannot be used here: there is no GPU"):
+        make_accelerator(ClmSettings.from_dict({"data": "era", **TINY}))

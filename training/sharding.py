@@ -23,6 +23,15 @@ def allow_sharding_on_cpus() -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
+def refuse_deepspeed_on_cpus() -> None:
+    """There accelerate leaves it out without a word, and every process holds all weights."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in SHARDS and not torch.accelerator.is_available():
+        raise InputError(
+            "DeepSpeed cannot be used here: there is no GPU, and accelerate would train without it. Take "
+            "configs/accelerate/fsdp2.yaml to divide the weights among processes on CPUs, or several_cpu.yaml."
+        )
+
+
 def settle_sharding(accelerator: Accelerator, settings: Settings) -> None:
     """Refuses FSDP1, and tells DeepSpeed, which accumulates by itself, what accelerate would learn from a loader."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
