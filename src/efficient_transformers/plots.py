@@ -234,7 +234,7 @@ def paper_link(variant: Variant) -> str:
 
 def montage(firsts: Sequence[tuple[Variant, Sequence[Matrix]]]) -> "Figure":
     """A tile for each variant, with its cost; of mixed heads all in one tile."""
-    figure = new_figure(figsize=(11.6, 11.6))
+    figure = new_figure(figsize=(11.6, 12.6))
     for axes, (variant, matrices) in zip(figure.subplots(4, 5).flat, firsts, strict=True):
         draw(axes, united(matrices), bar=False)
         cost = fill(variant.cost.replace("·", "· "), 29).replace("· ", "·")  # lines end behind a product's dot
