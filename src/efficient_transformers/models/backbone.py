@@ -561,6 +561,7 @@ class Encoder:
         output_hidden_states: bool,
         output_attentions: bool,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """All of `forward` behind the inputs, for packed rows."""
         hidden, sequence, packing = self.join(documents, embeds, token_types, position_ids, marked)
         return self.run(hidden, sequence, packing, output_hidden_states, output_attentions)
 
