@@ -1,4 +1,5 @@
 import os
+import sys
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the Hub cannot be reached from a test; every failing call would cost seconds
@@ -16,6 +17,14 @@ torch.set_num_threads(1)  # two threads wait for each other longer than models o
 def seeded():
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """No test of training finds the accelerator of the one before it."""
+    yield
+    if "training_runs" in sys.modules:
+        sys.modules["training_runs"].reset_accelerate()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]):

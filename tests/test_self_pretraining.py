@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import training_runs
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from training_runs import PowerCut, assert_same_run, bpe, read_metrics, reset_accelerate, write_config, write_rows
+from training_runs import PowerCut, assert_same_run, bpe, read_metrics, reset_accelerate, write_config, write_labelled
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "training"))
@@ -23,44 +24,16 @@ from self_pretraining import NextTokens, denoising, inputs_of  # noqa: E402
 from settings import InputError  # noqa: E402
 
 TINY = {
-    "tokenizer": "data/tokenizer",
-    "model": {
-        "model_type": "et_local",
-        "window_size": 5,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "max_position_embeddings": 64,
-        "hidden_dropout_prob": 0.2,
-    },
-    "max_length": 24,
+    **training_runs.TINY,
     "epochs": 2,
-    "batch_size": 4,
-    "gradient_accumulation": 2,
-    "learning_rate": 0.03,
-    "eval_steps": 5,
-    "checkpoint_steps": 3,
-    "keep_checkpoints_at_end": True,
-    "tracker": "none",
     "self_pretrain_steps": 12,
     "self_pretrain_learning_rate": 0.01,
-}  # 42 training documents: 6 steps an epoch, 12 in all
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    reset_accelerate()
+}  # 12 steps of each
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    rows = [
-        {"text": "we are at " + ("war " if i % 2 else "peace ") * (1 + i % 7), "label": "war" if i % 2 else "peace"}
-        for i in range(60)
-    ]
-    return write_rows(tmp_path_factory.mktemp("corpus") / "documents.jsonl", rows)
+    return write_labelled(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 from training_runs import (
+    MODEL,
     assert_same_run,
     kill_and_continue,
     reset_accelerate,
@@ -30,16 +31,7 @@ from texts import stream_texts  # noqa: E402
 
 TINY = {
     "tokenizer": "data/tokenizer",
-    "model": {
-        "model_type": "et_local",
-        "window_size": 5,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "max_position_embeddings": 64,
-        "hidden_dropout_prob": 0.1,
-    },
+    "model": {**MODEL, "hidden_dropout_prob": 0.1},
     "max_length": 24,
     "streaming": True,
     "stream_buffer": 7,
@@ -55,12 +47,6 @@ SCRIPTS = {
     "masked": (pretrain_mlm, MlmSettings, "best_fit"),
     "causal": (pretrain_clm, ClmSettings, "documents"),
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture

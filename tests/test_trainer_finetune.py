@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from test_training_tasks import ROWS
-from training_runs import reset_accelerate, write_rows, write_sentences
+from training_runs import write_rows, write_sentences
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -37,15 +37,6 @@ SIZES = [
     "hidden_size=32", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=32", "window_size=5",
     "max_position_embeddings=64", "position_embedding_type=rotary", "initializer_range=0.1", "hidden_dropout_prob=0",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    reset_accelerate()
 
 
 def arguments(task, data, out, *more):

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import training_runs
 import yaml
 from accelerate.state import AcceleratorState
 from huggingface_hub import EvalResult, ModelCard
 from safetensors.torch import load_file
-from training_runs import assert_same_run, reset_accelerate
+from training_runs import TINY, assert_same_run, reset_accelerate, write_labelled
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,54 +40,10 @@ from efficient_transformers.cards import loading_code, model_card  # noqa: E402
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 VARIANTS = [path for path in CONFIGS if path.parent.name in ("era", "arxiv", "imdb") and path.stem != "base"]
 
-TINY = {
-    "tokenizer": "data/tokenizer",
-    "model": {
-        "model_type": "et_local",
-        "window_size": 5,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "max_position_embeddings": 64,
-        "hidden_dropout_prob": 0.2,
-    },
-    "max_length": 24,
-    "epochs": 4,
-    "batch_size": 4,
-    "gradient_accumulation": 2,
-    "learning_rate": 0.03,
-    "eval_steps": 5,
-    "checkpoint_steps": 3,
-    "keep_checkpoints_at_end": True,
-    "tracker": "none",
-}  # 42 training documents: 6 steps an epoch, 24 in all
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    reset_accelerate()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads wait for each other longer than these models compute, above all where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
-    rows = [
-        {"text": "we are at " + ("war " if i % 2 else "peace ") * (1 + i % 7), "label": "war" if i % 2 else "peace"}
-        for i in range(60)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_labelled(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture
@@ -96,9 +53,7 @@ def config(tmp_path, corpus):
 
 
 def write_config(folder, corpus, **values):
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "data": str(corpus), "out": str(folder / "out"), **values}))
-    return path
+    return training_runs.write_config(folder, TINY, corpus, **values)
 
 
 def run(config, *overrides):

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from training_runs import (
     SPECIAL,
     TEXT,
+    TINY_LANGUAGE,
     assert_same_run,
     bpe,
     kill_and_continue,
@@ -58,39 +59,9 @@ FOLDERS = ("clm", "pg19")
 CONFIGS = [path for name in FOLDERS for path in sorted((ROOT / "configs" / name).glob("*.yaml")) if path.stem != "base"]
 SCORES = ("loss", "perplexity", "accuracy", "nats_per_byte", "bits_per_byte")
 
-TINY = {
-    "tokenizer": "data/tokenizer",
-    "model": {
-        "model_type": "et_local",
-        "window_size": 8,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 64,
-        "position_embedding_type": "rotary",
-        "initializer_range": 0.1,
-        "hidden_dropout_prob": 0.1,
-    },
-    "max_length": 24,
-    "epochs": 4,
-    "batch_size": 4,
-    "gradient_accumulation": 2,
-    "learning_rate": 0.02,
-    "eval_first": True,
-    "eval_steps": 5,
-    "checkpoint_steps": 3,
-    "keep_checkpoints_at_end": True,
-    "tracker": "none",
-}
+TINY = {**TINY_LANGUAGE, "model": {**TINY_LANGUAGE["model"], "window_size": 8}}
 TOTAL = 28
 LAST = f"step-{TOTAL:09d}"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    reset_accelerate()
 
 
 def byte_level(*merges, normalizer=None, add_prefix_space=False, trim_offsets=False):

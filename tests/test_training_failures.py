@@ -15,12 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_runs import (
+    TINY,
     PowerCut,
     assert_same_run,
     bpe,
     kill_and_continue,
     reset_accelerate,
     write_config,
+    write_labelled,
     write_rows,
 )
 
@@ -37,43 +39,10 @@ from settings import InputError  # noqa: E402
 
 from efficient_transformers import EtLocalForSequenceClassification  # noqa: E402
 
-TINY = {
-    "tokenizer": "data/tokenizer",
-    "model": {
-        "model_type": "et_local",
-        "window_size": 5,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "max_position_embeddings": 64,
-        "hidden_dropout_prob": 0.2,
-    },
-    "max_length": 24,
-    "epochs": 4,
-    "batch_size": 4,
-    "gradient_accumulation": 2,
-    "learning_rate": 0.03,
-    "eval_steps": 5,
-    "checkpoint_steps": 3,
-    "keep_checkpoints_at_end": True,
-    "tracker": "none",
-}  # 42 training documents: 6 steps an epoch, 24 in all
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    reset_accelerate()
-
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    rows = [
-        {"text": "we are at " + ("war " if i % 2 else "peace ") * (1 + i % 7), "label": "war" if i % 2 else "peace"}
-        for i in range(60)
-    ]
-    return write_rows(tmp_path_factory.mktemp("corpus") / "documents.jsonl", rows)
+    return write_labelled(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

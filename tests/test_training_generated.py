@@ -53,12 +53,6 @@ CONFIGS = {
 BOOKS = [f"It was the {i} of times, and nobody had ever been so wise in the age of {i} fools." * 20 for i in range(6)]
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    reset_accelerate()
-
-
 @pytest.fixture(scope="module")
 def bpe():
     return AutoTokenizer.from_pretrained(ROOT / "data/tokenizer")

@@ -22,11 +22,6 @@ CONFIGS = [path for folder in ("pixels", "patches") for path in sorted((ROOT / "
 COLOURS = {"blue": (30, 40, 220), "red": (220, 50, 30), "yellow": (220, 210, 40)}
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    reset_accelerate()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Pictures of noisy colours, a folder of each; 30 for training and 6 for the test."""

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, processors
 from training_runs import (
     SPECIAL,
     TEXT,
+    TINY_LANGUAGE,
     assert_same_run,
     bpe,
     kill_and_continue,
@@ -58,40 +59,9 @@ FOLDERS = ("mlm", "pubmed", "govreport")
 CONFIGS = [path for name in FOLDERS for path in sorted((ROOT / "configs" / name).glob("*.yaml")) if path.stem != "base"]
 SCORES = ("loss", "perplexity", "accuracy")
 
-TINY = {
-    "tokenizer": "data/tokenizer",
-    "model": {
-        "model_type": "et_local",
-        "window_size": 5,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 64,
-        "position_embedding_type": "rotary",
-        "initializer_range": 0.1,
-        "hidden_dropout_prob": 0.1,
-    },
-    "max_length": 24,
-    "whole_word": True,
-    "epochs": 4,
-    "batch_size": 4,
-    "gradient_accumulation": 2,
-    "learning_rate": 0.02,
-    "eval_first": True,
-    "eval_steps": 5,
-    "checkpoint_steps": 3,
-    "keep_checkpoints_at_end": True,
-    "tracker": "none",
-}  # 52 windows: 13 batches and 7 steps an epoch
+TINY = {**TINY_LANGUAGE, "whole_word": True}  # 52 windows: 13 batches and 7 steps an epoch
 TOTAL = 28
 LAST = f"step-{TOTAL:09d}"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    reset_accelerate()
 
 
 TOKENIZERS = {"bpe": bpe, "wordpiece": wordpiece}

@@ -21,7 +21,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import default_collate
-from training_runs import write_config, write_rows, write_sentences
+from training_runs import MODEL, write_config, write_labelled, write_sentences
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,16 +39,7 @@ LAUNCHERS = ROOT / "configs/accelerate"
 
 TINY = {
     "tokenizer": "data/tokenizer",
-    "model": {
-        "model_type": "et_local",
-        "window_size": 5,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "max_position_embeddings": 64,
-        "hidden_dropout_prob": 0.0,
-    },
+    "model": {**MODEL, "num_hidden_layers": 2, "hidden_dropout_prob": 0.0},
     "max_length": 24,
     "epochs": 3,
     "batch_size": 4,
@@ -82,11 +73,7 @@ def documents(tmp_path):
 
 @pytest.fixture
 def labelled(tmp_path):
-    rows = [
-        {"text": "we are at " + ("war " if i % 2 else "peace ") * (1 + i % 7), "label": "war" if i % 2 else "peace"}
-        for i in range(59)
-    ]
-    return write_rows(tmp_path / "labelled.jsonl", rows)  # 41 for training: one alone in the last step of an epoch
+    return write_labelled(tmp_path, 59)  # 41 for training: one alone in the last step of an epoch
 
 
 SCRIPTS = {"classify.py": "labelled", "pretrain_clm.py": "documents"}

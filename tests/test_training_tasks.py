@@ -11,8 +11,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import training_runs
 from huggingface_hub import ModelCard
 from training_runs import (
+    WIDER,
     assert_same_run,
     bpe,
     launch_two,
@@ -61,41 +63,10 @@ SCRIPTS = {"case": tag_tokens, "facts": answer, "next": choose, "president": mat
 CONFIGS = [path for task in SCRIPTS for path in sorted((ROOT / "configs" / task).glob("*.yaml")) if path.stem != "base"]
 
 TINY = {
-    "tokenizer": "data/tokenizer",
-    "model": {
-        "model_type": "et_local",
-        "window_size": 5,
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.1,
-        "hidden_dropout_prob": 0.1,
-    },
-    "epochs": 4,
-    "batch_size": 4,
-    "gradient_accumulation": 2,
+    **training_runs.TINY,
+    "model": WIDER,
     "learning_rate": 0.02,
-    "eval_steps": 5,
-    "checkpoint_steps": 3,
-    "keep_checkpoints_at_end": True,
-    "tracker": "none",
 }  # of 60 rows 42 train: 6 steps an epoch, 24 in all, where each row is one example
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    reset_accelerate()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def settings(settings_class, **values):

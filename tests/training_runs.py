@@ -25,6 +25,38 @@ SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "se
 TEXT = "Antidisestablishmentarianism frightens nobody but philosophers and unsuspecting parliamentarians "
 
 
+MODEL = {
+    "model_type": "et_local",
+    "window_size": 5,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.2,
+}
+TINY = {
+    "tokenizer": "data/tokenizer",
+    "model": MODEL,
+    "max_length": 24,
+    "epochs": 4,
+    "batch_size": 4,
+    "gradient_accumulation": 2,
+    "learning_rate": 0.03,
+    "eval_steps": 5,
+    "checkpoint_steps": 3,
+    "keep_checkpoints_at_end": True,
+    "tracker": "none",
+}  # with the 42 of `write_labelled`'s documents that train: 6 steps an epoch, 24 in all
+WIDER = {**MODEL, "hidden_size": 32, "intermediate_size": 32, "initializer_range": 0.1, "hidden_dropout_prob": 0.1}
+TINY_LANGUAGE = {
+    **TINY,
+    "model": {**WIDER, "num_hidden_layers": 2, "position_embedding_type": "rotary"},
+    "learning_rate": 0.02,
+    "eval_first": True,
+}
+
+
 def reset_accelerate():
     """The next run in this process begins as it would in a process of its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -53,6 +85,13 @@ def assert_same_run(folder, other, last="step-000000024"):
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def write_labelled(folder, count=60):
+    """Documents of war and of peace."""
+    names = ["peace", "war"]
+    rows = [{"text": "we are at " + f"{names[i % 2]} " * (1 + i % 7), "label": names[i % 2]} for i in range(count)]
+    return write_rows(folder / "documents.jsonl", rows)
 
 
 def write_sentences(folder):
