@@ -14,7 +14,7 @@ from accelerate.utils import ProjectConfiguration
 from huggingface_hub.errors import StrictDataclassError
 from outputs import LOGS
 from settings import InputError, Settings, did_you_mean, find_path
-from sharding import allow_sharding_on_cpus, refuse_deepspeed_on_cpus, settle_sharding
+from sharding import on_cpus, settle_sharding
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from efficient_transformers.cards import costs_of  # the package registers the variants with the Auto classes
@@ -23,11 +23,8 @@ from efficient_transformers.cards import costs_of  # the package registers the v
 def make_accelerator(settings: Settings) -> Accelerator:
     torch.set_float32_matmul_precision(settings.matmul_precision)
     folder = str(settings.folder)
-    refuse_deepspeed_on_cpus()
-    allow_sharding_on_cpus()
     accelerator = Accelerator(
-        # else accelerate takes several processes without a GPU for as many runs of one
-        cpu=not torch.accelerator.is_available(),
+        cpu=on_cpus(),
         mixed_precision=settings.mixed_precision,
         log_with=None if settings.tracker == "none" else settings.tracker,
         project_config=ProjectConfiguration(project_dir=folder, logging_dir=str(settings.folder / LOGS)),

@@ -12,24 +12,26 @@ from settings import InputError, Settings
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel
+from transformers.integrations import unset_hf_deepspeed_config
 
 SHARDS = ("true", "1")
 
 
-def allow_sharding_on_cpus() -> None:
-    """accelerate divides weights where there is an accelerator; torch does so over gloo as well, which tests need."""
+def on_cpus() -> bool:
+    """Whether accelerate is to be told so, which else takes several processes without a GPU for as many runs of one.
+
+    accelerate divides weights where there is an accelerator; torch and DeepSpeed do so over gloo as well, which tests
+    need. Told of CPUs, accelerate leaves DeepSpeed out without a word, and every process holds all weights.
+    """
+    if torch.accelerator.is_available():
+        return False
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in SHARDS:
+        PartialState(backend="gloo")
+        return False
     asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in SHARDS
-    if asked and PartialState(cpu=not torch.accelerator.is_available()).distributed_type == DistributedType.MULTI_CPU:
+    if asked and PartialState(cpu=True).distributed_type == DistributedType.MULTI_CPU:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-
-def refuse_deepspeed_on_cpus() -> None:
-    """There accelerate leaves it out without a word, and every process holds all weights."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in SHARDS and not torch.accelerator.is_available():
-        raise InputError(
-            "DeepSpeed cannot be used here: there is no GPU, and accelerate would train without it. Take "
-            "configs/accelerate/fsdp2.yaml to divide the weights among processes on CPUs, or several_cpu.yaml."
-        )
+    return True
 
 
 def settle_sharding(accelerator: Accelerator, settings: Settings) -> None:
@@ -41,6 +43,10 @@ def settle_sharding(accelerator: Accelerator, settings: Settings) -> None:
             "train_micro_batch_size_per_gpu": settings.batch_size,
             "gradient_accumulation_steps": math.ceil(of_process / settings.batch_size),
         }
+        # transformers would divide a model while it is made, whatever zero3_init_flag says: nothing could be counted in
+        # it, and no checkpoint be read into it, until it is prepared
+        plugin.dschf = None
+        unset_hf_deepspeed_config()
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise InputError(
             "fsdp_version (1) cannot be trained here, its checkpoints hold other names: set fsdp_version: 2 in the "
