@@ -38,7 +38,8 @@ def fields(slug: str, knob: int, heads: int, causal: bool) -> dict[str, Any]:
     if name == "attention_window":
         found[name] = 2 * knob  # both sides together
     elif name == "head_patterns":
-        found[name] = [f"local:{knob}", f"stride:{knob}:3", "global:3", f"random:2:{knob}"]
+        kinds = f"local:{knob}", f"stride:{knob}:3", "global:3", f"random:2:{knob}"
+        found[name] = [kinds[head % 4] for head in range(heads)]
     elif name is not None:
         found[name] = knob
     return found

@@ -464,7 +464,7 @@ def test_a_run_with_nothing_saved_yet_begins_anew(finished, config, tmp_path):
 
 
 def test_a_finished_run_is_not_repeated(monkeypatch, finished):
-    monkeypatch.setattr(classify, "train", lambda *arguments: pytest.fail("trained again"))
+    monkeypatch.setattr(tasks, "train", lambda *arguments: pytest.fail("trained again"))
     folder, _ = finished
     assert run(folder.parent / "tiny.yaml", "resume=true") == json.loads((folder / "metrics.json").read_text())
 
@@ -549,7 +549,7 @@ BAD_RUNS = {
 
 @pytest.mark.parametrize(("overrides", "message"), BAD_RUNS.values(), ids=BAD_RUNS)
 def test_bad_runs_are_refused_before_training(monkeypatch, config, tmp_path, overrides, message):
-    monkeypatch.setattr(classify, "train", lambda *arguments: pytest.fail("training began"))
+    monkeypatch.setattr(tasks, "train", lambda *arguments: pytest.fail("training began"))
     with pytest.raises(InputError, match=message):
         run(config, *overrides)
     assert not list((tmp_path / "out").iterdir())

@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT / "training"))
 
 import classify  # noqa: E402
 import loop  # noqa: E402
+import tasks  # noqa: E402
 from batches import EpochSampler  # noqa: E402
 from checkpoints import Checkpoints, fault_of  # noqa: E402
 from classify import ClassifySettings  # noqa: E402
@@ -190,13 +191,13 @@ def test_a_checkpoint_that_cannot_be_written_is_told_of(monkeypatch, finished, c
 
 def test_a_model_that_cannot_be_written_is_told_of(monkeypatch, finished, config, tmp_path):
     with monkeypatch.context() as patch:
-        original = classify.finish_folder
+        original = tasks.finish_folder
 
         def finish(*arguments):
             with largest_file(200_000):
                 original(*arguments)
 
-        patch.setattr(classify, "finish_folder", finish)
+        patch.setattr(tasks, "finish_folder", finish)
         with pytest.raises(InputError, match=r"The trained model could not be written .*go on with resume=true"):
             run(config)
     assert not (tmp_path / "out/metrics.json").exists()

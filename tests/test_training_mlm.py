@@ -567,7 +567,7 @@ def test_whole_words_need_a_tokenizer_that_knows_them():
 def test_joining_needs_a_separator():
     tokenizer = bpe()
     tokenizer.sep_token = tokenizer.eos_token = None
-    with pytest.raises(InputError, match=r"neither a separator nor an end token .* set packing to padding"):
+    with pytest.raises(InputError, match=r"neither a separator nor an end token .* set packing to best_fit or padding"):
         Packer(tokenizer, 16)
     assert len(Packer(tokenizer, 16, "padding")([" a", " b"])) == 2
 

@@ -441,7 +441,7 @@ def test_questions_are_marked_where_a_variant_takes_marks():
     assert config.sep_token_id is None
     sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 8}
     longformer = settings(AnswerSettings, model={"model_type": "et_longformer", **sizes})
-    config = answer.answering_config(longformer, tokenizer)
+    config = answer.TASK.build_config(longformer, tokenizer)
     model = build_model(longformer, config, AutoModelForQuestionAnswering)
     ids = torch.from_numpy(row["input_ids"].astype(np.int64))[None]
     assert ids[model.mark(ids, None)].tolist() == marked[:-1]
