@@ -264,5 +264,5 @@ def test_the_zoo_s_models_are_of_one_size(task):
 def test_a_classifier_goes_on_from_the_masked_model_of_its_variant():
     for path in ZOO["zoo_era"]:
         if path.stem != "base":
-            assert read_yaml(path)["model"]["checkpoint"] == f"runs/zoo_mlm-{path.stem}"
+            assert read_yaml(path)["model"]["checkpoint"] == f"model_cards/{path.stem}-mlm"
     assert Path(ROOT / "data" / "books.parquet").stat().st_size < 4_000_000

@@ -35,6 +35,8 @@ class EtConfig(PreTrainedConfig):
         classifier_dropout: in front of a classifier; None takes hidden_dropout_prob.
         classifier_pooling: what a sequence is judged by: the mean of its tokens, its first (`cls`) or its last one.
         pooler_act: activation behind the pooler's dense layer, a name that transformers knows.
+        sparse_prediction: in training, `…ForMaskedLM` gives logits for the tokens that have a label alone, (labels,
+            vocab_size): the same loss and gradients for the share of the vocabulary's products that they are.
         image_size: pixels of a side, or [height, width], makes a model of images, whose tokens are patches in the place
             of words: `max_position_embeddings` is their number, and there are no token types. None reads text.
         patch_size, num_channels: of an image; patches are squares, and 1 makes a token of every pixel.
@@ -64,6 +66,7 @@ class EtConfig(PreTrainedConfig):
     classifier_dropout: float | int | None = None
     classifier_pooling: Literal["mean", "cls", "last"] = "mean"
     pooler_act: str = "tanh"
+    sparse_prediction: bool = False
     initializer_range: float | int = 0.02
     tie_word_embeddings: bool = True
     image_size: int | list[int] | None = None

@@ -23,6 +23,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration import EtConfig
 
+IGNORED = -100  # a label of nothing, as in transformers
+
 
 class Head:
     """Mixin: a body under the name `model`, and what all heads do with it."""
@@ -79,7 +81,10 @@ class MaskedLMHead(nn.Module):
 
 
 class ForMaskedLM(Head):
-    """Predicts masked tokens from both sides. Labels (b, n), -100 where nothing is to be predicted."""
+    """Predicts masked tokens from both sides. Labels (b, n), -100 where nothing is to be predicted.
+
+    Logits (b, n, vocab_size); in training with `sparse_prediction` those of labelled tokens, (labels, vocab_size).
+    """
 
     _tied_weights_keys = {"lm_head.decoder.weight": "model.embeddings.word_embeddings.weight"}
 
@@ -111,7 +116,11 @@ class ForMaskedLM(Head):
     ) -> MaskedLMOutput:
         inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
         outputs = self.model(*inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), **kwargs)
-        logits = self.lm_head(outputs.last_hidden_state)
+        hidden = outputs.last_hidden_state
+        if self.config.sparse_prediction and self.training and labels is not None:  # type: ignore[attr-defined]
+            predicted = labels != IGNORED
+            hidden, labels = hidden[predicted], labels[predicted]
+        logits = self.lm_head(hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)  # type: ignore[attr-defined]
