@@ -16,17 +16,19 @@ train: .venv/installed
 		--num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN) \
 		training/classify.py --config configs/era/local.yaml resume=true
 
-# Every variant of configs/zoo_mlm: masked language model, classifier of it, causal model if it has one, and
-# model_cards/<variant> of these. Given again it goes on where it was; what is in model_cards is not made again.
+# Of every variant a masked language model, a classifier that goes on from it, and a causal model if it has one, each
+# trained and published. Given again it goes on where it was; what is in model_cards is not made again.
 zoo: .venv/installed
-	@set -e; for config in configs/zoo_mlm/*.yaml; do \
+	@set -e; publish() { \
+		test ! -e $$2/README.md || return 0; \
+		.venv/bin/python training/train_all.py --configs $$1; \
+		.venv/bin/python training/publish.py runs/$$(basename $$(dirname $$1))-$$(basename $$1 .yaml) $$2; \
+	}; for config in configs/zoo_mlm/*.yaml; do \
 		variant=$$(basename $$config .yaml); \
 		test $$variant != base || continue; \
-		test ! -e model_cards/$$variant/README.md || continue; \
-		causal=$$(ls configs/zoo_clm/$$variant.yaml 2>/dev/null || true); \
-		.venv/bin/python training/train_all.py --configs $$config configs/zoo_era/$$variant.yaml $$causal; \
-		.venv/bin/python training/publish.py runs/zoo_era-$$variant model_cards/$$variant \
-			--also runs/zoo_mlm-$$variant $${causal:+runs/zoo_clm-$$variant}; \
+		publish $$config model_cards/$$variant-mlm; \
+		publish configs/zoo_era/$$variant.yaml model_cards/$$variant; \
+		test ! -e configs/zoo_clm/$$variant.yaml || publish configs/zoo_clm/$$variant.yaml model_cards/$$variant-clm; \
 	done
 
 # Opens every folder of model_cards without the package, and compares it with what its card says.

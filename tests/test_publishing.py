@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import ROOT, reset_accelerate, write_rows
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.cards import costs_of, description_of, loading_code
+from efficient_transformers.cards import costs_of, description_of, loading_code, measured
 from efficient_transformers.cli import main
 from efficient_transformers.publishing import files_to_push, missing_for_push
 
@@ -67,15 +67,14 @@ def train(task, script, folder, **values):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A tiny classifier, published together with the scores of a masked language model."""
+    """A tiny masked language model and the classifier that goes on from it, published."""
     folder = tmp_path_factory.mktemp("zoo")
     rows = [{"text": f"we are at {('peace ', 'war ')[i % 2] * (1 + i % 7)}", "era": "ab"[i % 2]} for i in range(60)]
     data = str(write_rows(folder / "documents.jsonl", rows))
-    language = train("zoo_mlm", pretrain_mlm, folder, data=data, more_data=[data])
-    run = train("zoo_era", classify, folder, data=data, label_column="era")
-    (run / "pattern.png").write_bytes(b"a picture")
-    (folder / "model_cards").mkdir()
-    publish.publish(run, folder / "model_cards" / "local", [language])
+    zoo = folder / "model_cards"
+    publish.publish(train("zoo_mlm", pretrain_mlm, folder, data=data, more_data=[data]), zoo / "local-mlm")
+    model = {"checkpoint": str(zoo / "local-mlm")}
+    publish.publish(train("zoo_era", classify, folder, data=data, label_column="era", model=model), zoo / "local")
     reset_accelerate()
     return folder / "model_cards" / "local"
 
@@ -94,7 +93,8 @@ def test_weights_are_bfloat16_and_the_rest_is_there(published):
     assert {tensor.dtype for tensor in load_file(published / "model.safetensors").values()} == {torch.bfloat16}
     names = {path.name for path in published.iterdir()}
     assert {"README.md", "config.json", "tokenizer.json", "modeling_local.py", "metrics.json", "pattern.png"} <= names
-    assert missing_for_push(published) == []
+    assert missing_for_push(published) == missing_for_push(published.with_name("local-mlm")) == []
+    assert (published / "pattern.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_card_says_what_was_measured(published):
@@ -104,13 +104,13 @@ def test_the_card_says_what_was_measured(published):
     assert accuracy == metrics["test"]["accuracy"] == check_published.accuracy_of(published)
     assert card.data.license == "apache-2.0"
     for text in (
-        "https://arxiv.org/abs/2004.05150",  # paper, formula, picture, cost, training, command, other runs
+        "https://arxiv.org/abs/2004.05150",  # paper, formula, picture, cost, training, command, beginning
         "S(i) = \\{j : |i-j| \\le w\\}",
         "(pattern.png)",
         "| 24 | ",
         "| seed | 0 |",
         "training/classify.py --config",
-        "training/pretrain_mlm.py --config",
+        "| goes on from | local-mlm |",
     ):
         assert text in card.text
 
@@ -154,12 +154,12 @@ def test_the_card_s_code_runs_as_it_stands(published, tmp_path):
 
 def test_only_finished_runs_of_known_scripts_are_published(published, tmp_path):
     with pytest.raises(InputError, match="holds no finished run"):
-        publish.publish(tmp_path, tmp_path / "out", [])
+        publish.publish(tmp_path, tmp_path / "out")
     metrics = json.loads((published / "metrics.json").read_text())
     metrics["settings"]["config"] = "mqar/local"
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     with pytest.raises(InputError, match=r"was trained by recall.py; what can be published"):
-        publish.publish(tmp_path, tmp_path / "out", [])
+        publish.publish(tmp_path, tmp_path / "out")
 
 
 # --- cards and costs
@@ -206,6 +206,9 @@ def test_list_shows_the_zoo(published, capsys, tmp_path):
     assert rows["local"][-3] == f"{metrics['test']['accuracy']:.3f}"
     assert rows["local"][-2] == "-"  # no causal one was trained
     assert rows["linear"][-4:] == ["-"] * 4
+    (tmp_path / "local-clm").mkdir()
+    (tmp_path / "local-clm" / "metrics.json").write_text('{"test": {"nats_per_byte": 1.25}}')
+    assert measured(tmp_path / "local") == {"nats/byte": 1.25}
     assert main(["list", "--cards", str(tmp_path / "nowhere")]) == 0
     assert "local " in capsys.readouterr().out
 

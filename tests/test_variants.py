@@ -619,6 +619,23 @@ def test_embeddings_are_resized_and_tied(head, tied):
         assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
 
 
+def test_sparse_prediction_is_the_same_training_for_fewer_logits():
+    """Loss and gradients of all logits; in evaluation, and without labels, all of them are given."""
+    model = build(VARIANTS["local"], {}, "MaskedLM").train()
+    ids = inputs(2, 11)
+    labels = ids.where(torch.arange(11) % 3 == 0, -100)
+    gradients = {}
+    for sparse in (False, True):
+        model.config.sparse_prediction = sparse
+        model.zero_grad()
+        output = model(ids, labels=labels)
+        output.loss.backward()
+        assert output.logits.shape == ((8, 99) if sparse else (2, 11, 99))
+        gradients[sparse] = [output.loss.detach(), *(p.grad.clone() for p in model.parameters())]
+    torch.testing.assert_close(gradients[True], gradients[False])
+    assert model(ids).logits.shape == model.eval()(ids, labels=labels).logits.shape == (2, 11, 99)
+
+
 @pytest.mark.parametrize("problem", ["regression", "single_label_classification", "multi_label_classification"])
 def test_sequence_classification_honours_the_problem_type(problem):
     labels = {

@@ -1,10 +1,11 @@
 """Makes a folder for the Hub of a finished run.
 
-    python training/publish.py runs/zoo_era-local model_cards/local [--also runs/zoo_mlm-local runs/zoo_clm-local]
+    python training/publish.py runs/zoo_era-local model_cards/local
     python training/publish.py --check model_cards/local [model_cards/linear …]
 
 The weights are rounded to bfloat16, in files of at most 3 MB, and the test scores of the card are those of the rounded
-weights. The card records the logits of a fixed text. `--check` is training/check_published.py in a process of its own.
+weights. The card shows what the model reads, and records the logits of a fixed text. `--check` is
+training/check_published.py in a process of its own.
 """
 
 import argparse
@@ -32,9 +33,12 @@ from settings import InputError, Settings
 from train_all import SCRIPTS
 from transformers import PreTrainedModel
 
+from efficient_transformers import VARIANTS, plots
 from efficient_transformers.cards import PICTURE, description_of
+from efficient_transformers.matrices import read_matrices
 
 MOST_BYTES = 3_000_000
+DRAWN_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,12 @@ KINDS = {
 }
 
 
-def publish(run: Path, out: Path, also: list[Path]) -> dict[str, Any]:
-    """Writes the folder `out` and returns its metrics. The card names the scores of `also`, other runs of the variant.
+def publish(run: Path, out: Path) -> dict[str, Any]:
+    """Writes the folder `out` and returns its metrics.
 
-    Raises InputError if a run is not finished, or the first one of another kind, or a file gets too large.
+    Raises InputError if the run is not finished, or of a script without a `Kind`, or a file gets too large.
     """
-    metrics, others = read_metrics(run), [read_metrics(folder) for folder in also]
+    metrics = read_metrics(run)
     script = script_of(metrics)
     if (kind := KINDS.get(script)) is None:
         raise InputError(f"{run} was trained by {script}; what can be published is trained by {', '.join(KINDS)}.")
@@ -85,18 +89,13 @@ def publish(run: Path, out: Path, also: list[Path]) -> dict[str, Any]:
         old.unlink()
     auto_class.from_pretrained(run, dtype=torch.bfloat16).save_pretrained(out, max_shard_size=MOST_BYTES)
     load_tokenizer(settings).save_pretrained(out)
-    for name in (SETTINGS, PICTURE):
-        if (run / name).exists():
-            shutil.copy(run / name, out / name)
+    shutil.copy(run / SETTINGS, out / SETTINGS)
+    draw_pattern(out, metrics["model"]["model_type"])
     write_json(out / METRICS, metrics)  # only a folder that has it is that of a finished run
 
     scores = kind.evaluate_folder(out, ["matmul_precision=highest"])
     metrics["test_before_rounding"], metrics["test"] = metrics["test"], {**metrics["test"], **scores}
-    metrics["also"] = {
-        script_of(other): {name: other[name] for name in ("test", "training", "command") if name in other}
-        for other in others
-    }
-    sections = [settings.card_notes or "", other_runs(metrics["also"]), recorded_logits(out, kind.auto_class)]
+    sections = [settings.card_notes or "", recorded_logits(out, kind.auto_class)]
     settings.card_notes = "\n\n".join(section.strip() for section in sections if section)
     settings.out = str(out)  # whose name the card has
     card = kind.card(settings, metrics, auto_class.from_pretrained(out))
@@ -117,16 +116,11 @@ def script_of(metrics: dict[str, Any]) -> str:
     return SCRIPTS.get(str(metrics["settings"]["config"]).partition("/")[0], "a script that is not known")
 
 
-def other_runs(also: dict[str, dict[str, Any]]) -> str:
-    """A section of the card: how the variant does at other tasks."""
-    if not also:
-        return ""
-    lines = ["## Other runs of this variant", "", "| run | test scores | tokens/s in training |", "| --- | --- | --- |"]
-    for script, other in also.items():
-        scores = ", ".join(f"{name} {value:.4g}" for name, value in other["test"].items() if isinstance(value, float))
-        speed = other["training"]["tokens_per_second"]
-        lines.append(f"| `{other.get('command', script)}` | {scores} | {speed:,} |")
-    return "\n".join(lines)
+def draw_pattern(folder: Path, model_type: str) -> None:
+    """The picture of the card: what the tokens of a text read in the first layer, and in others that differ."""
+    if (variant := VARIANTS.get(model_type.removeprefix("et_"))) is not None:
+        figure = plots.pattern_figure(read_matrices(*plots.load_model(str(folder), DRAWN_TOKENS, None)), variant.title)
+        plots.save(figure, folder / Path(PICTURE).stem, (Path(PICTURE).suffix,))
 
 
 def recorded_logits(folder: Path, auto_class: str) -> str:
@@ -144,7 +138,6 @@ def recorded_logits(folder: Path, auto_class: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", help="RUN and OUT, or with --check those to be checked")
-    parser.add_argument("--also", type=Path, nargs="+", default=[], metavar="RUN", help="for the card's table")
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args(arguments)
     if given.check:
@@ -153,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("a run and the folder to write are needed")
     run, out = given.folders
     try:
-        metrics = publish(run, out, given.also)
+        metrics = publish(run, out)
     except InputError as error:
         sys.exit(f"error: {error}")
     scores = ", ".join(f"{name} {value:.4g}" for name, value in metrics["test"].items())

@@ -184,17 +184,18 @@ def model_card(
 def measured(folder: Path) -> dict[str, float]:
     """What the metrics beside a card of the zoo say, by the names that `list` shows; nothing where there are none.
 
-    `nats/byte` is that of the variant's causal language model, on the test split.
+    `folder` is that of the classifier of eras; `nats/byte` is that of the causal language model in `<folder>-clm`, on
+    the test split.
     """
-    if not (folder / "metrics.json").exists():
-        return {}
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    language = metrics.get("also", {}).get("pretrain_clm.py", metrics)
+    classifier, language = (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for path in (folder / "metrics.json", folder.with_name(f"{folder.name}-clm") / "metrics.json")
+    )
     found = {
-        "parameters": metrics["model"].get("parameters"),
-        "era accuracy": metrics["test"].get("accuracy") if metrics["settings"].get("label_column") == "era" else None,
-        "nats/byte": language["test"].get("nats_per_byte"),
-        "tokens/s": metrics["training"].get("tokens_per_second"),
+        "parameters": classifier.get("model", {}).get("parameters"),
+        "era accuracy": classifier.get("test", {}).get("accuracy"),
+        "nats/byte": language.get("test", {}).get("nats_per_byte"),
+        "tokens/s": classifier.get("training", {}).get("tokens_per_second"),
     }
     return {name: value for name, value in found.items() if value is not None}
 
