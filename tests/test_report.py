@@ -1,6 +1,8 @@
 """Tables and pictures of finished runs, from metrics that are made up here."""
 
 import json
+import os
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -150,10 +152,12 @@ def test_what_cannot_be_reported_is_told(runs, tmp_path, monkeypatch):
     for arguments, message in {
         ("missing",): "error: There is no folder missing",
         (str(runs), "--only", "lra"): "error: There are no runs of 'lra'; there are some of clm, era",
+        (str(runs), "--beside", "lenght"): "error: No runs of clm, era differ in 'lenght', which --beside names",
+        (str(runs), "--out", "page.json"): r"error: --out \(page.json\) must be a page, as page.md",
         (str(runs), "--picture", "era"): r"error: --picture \('era'\) must have the form GROUP=FILE.png",
     }.items():
         with pytest.raises(SystemExit, match=message):
-            report.main([*arguments, "--out", "results.md"])
+            report.main(["--out", "results.md", *arguments])
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"error: No finished run \(no metrics.json\) is below empty"):
         report.main(["empty"])
@@ -164,7 +168,7 @@ def test_what_cannot_be_reported_is_told(runs, tmp_path, monkeypatch):
         (tmp_path / "empty/metrics.json").write_text(content)
         with pytest.raises(SystemExit, match=message):
             report.main(["empty"])
-    assert not Path("results.md").exists()
+    assert not list(Path().glob("*.md")) + list(Path().glob("*.json"))
 
 
 def test_runs_that_differ_in_a_setting_stand_side_by_side(tmp_path):
@@ -178,9 +182,146 @@ def test_runs_that_differ_in_a_setting_stand_side_by_side(tmp_path):
         "variant",
         "accuracy",
         "accuracy, self_pretrain_steps=200",
+        "seeds",
         "parameters",
         "tokens/s",
         "peak memory, MB",
     ]
-    assert full == ["full", "0.500", f"0.800 ± {statistics.stdev([0.7, 0.9]):.3f}", "801,234", "1,000", "100"]
-    assert local == ["local", "0.600", "", "801,234", "1,000", "100"]
+    deviation = statistics.stdev([0.7, 0.9])
+    assert full == ["full", "0.500", f"0.800 ± {deviation:.3f}", "0 / 0, 1", "801,234", "1,000", "100"]
+    assert local == ["local", "0.600", "", "0 / -", "801,234", "1,000", "100"]
+
+
+@pytest.mark.parametrize(
+    ("taken", "heads"),
+    [
+        ({"full": 4096, "local": 4096}, ["accuracy, 4,096 tokens", "accuracy, 512 tokens"]),
+        ({"full": 4096, "local": 2048}, ["accuracy, full length", "accuracy, 512 tokens"]),
+        ({"full": 512, "local": 512}, ["accuracy, full length", "accuracy, 512 tokens"]),
+    ],
+)
+def test_lengths_stand_side_by_side(tmp_path, taken, heads):
+    for name, accuracy in (("full", 0.5), ("local", 0.8)):
+        for length in (None, 512):
+            for seed in (0, 1, 2):
+                folder = tmp_path / f"{name}-{length}-{seed}"
+                found = accuracy + seed / (10 if length is None else 100)
+                # a difference beside that of the length, whose name comes behind it
+                settings = {"max_length": length, "weight_decay": 0.0 if name == "full" else 0.1}
+                write_run(folder, config=f"era/{name}", seed=seed, accuracy=found, settings=settings)
+                metrics = json.loads((folder / "metrics.json").read_text())
+                metrics["model"]["max_length"] = length or taken[name]
+                (folder / "metrics.json").write_text(json.dumps(metrics))
+    out = tmp_path / "results.md"
+    report.main([str(tmp_path), "--out", str(out), "--beside", "max_length"])
+    first, _, local, full = cells(out.read_text())
+    assert first[1:3] == heads
+    assert local[:4] == ["local", "0.900 ± 0.100", "0.810 ± 0.010", "0, 1, 2"]
+    assert full[:4] == ["full", "0.600 ± 0.100", "0.510 ± 0.010", "0, 1, 2"]
+    assert "n = 100; mean ± sample standard deviation over the seeds. Speed and memory are" in out.read_text()
+    write_run(tmp_path / "decayed", config="era/local", settings={"max_length": 512, "weight_decay": 0.5})
+    report.main([str(tmp_path), "--out", str(out)])
+    names = [row[0] for row in cells(out.read_text())[2:]]
+    assert names == ["local, weight_decay=0.1", "full", "local, weight_decay=0.5"]
+
+
+def test_tables_are_made_again_without_the_folders(runs, tmp_path, monkeypatch):
+    for steps in (None, 200):
+        for name in "ba":  # one score: their order must not be that of the folders
+            settings = {"self_pretrain_steps": steps}
+            write_run(runs / f"lists-{steps}/{name}{name < 'b'}", config=f"lists/{name}", settings=settings)
+    monkeypatch.chdir(tmp_path)
+    out, file = Path("docs/results.md"), Path("docs/results.json")
+    report.main(["--beside", "self_pretrain_steps"])
+    page, kept = out.read_text(), file.read_bytes()
+    assert "| a | 0.500 | 0.500 |" in page
+    assert "| local | 0.600 ± 0.100 |" in page  # no runs of this group differ in the setting
+    shutil.rmtree("runs")
+    Path("runs").mkdir()  # as good as none
+    out.unlink()
+    report.main([])
+    assert (out.read_text(), file.read_bytes()) == (page, kept)
+    Path("runs").rmdir()
+    report.main(["--only", "lists", "--beside", "none"])
+    assert "| a, self_pretrain_steps=200 | 0.500 |" in out.read_text()
+    again = out.read_text()
+    report.main([])
+    assert out.read_text() == again
+    with pytest.raises(SystemExit, match="error: There is no folder runs"):
+        report.main(["runs"])
+    write_run(tmp_path / "new/local", seed=3, accuracy=0.8)
+    report.main(["new"])
+    assert f"| local | {0.65:.3f} ± {statistics.stdev([0.5, 0.6, 0.7, 0.8]):.3f} |" in out.read_text()
+    assert len(file.read_text().splitlines()) == len(kept.splitlines()) + 1
+
+
+def test_the_newest_run_of_settings_and_seed_counts(tmp_path):
+    out = tmp_path / "results.md"
+    for name, accuracy, time in (("a", 0.5, 300), ("b", 0.6, 100), ("c", 0.7, 200)):
+        write_run(tmp_path / name, accuracy=accuracy)
+        os.utime(tmp_path / name / "metrics.json", (time, time))
+    report.main([str(tmp_path), "--out", str(out)])
+    assert cells(out.read_text())[2][:4] == ["local", "0.500", "1.000", "0"]
+    report.main([str(tmp_path / "b"), "--out", str(out)])  # is given, so it takes the place of what is kept
+    assert cells(out.read_text())[2][:4] == ["local", "0.600", "1.000", "0"]
+    assert [run["test"]["accuracy"] for run in json.loads((tmp_path / "results.json").read_text())["runs"]] == [0.6]
+
+
+def test_a_setting_newer_than_a_run_had_its_default(tmp_path):
+    for seed, settings in enumerate(({}, {"self_pretrain_mask_share": 0.15}, {"self_pretrain_mask_share": 0.5})):
+        command = "accelerate launch training/classify.py --config configs/era/local.yaml"
+        write_run(tmp_path / str(seed), seed=seed, command=command, settings=settings)
+    rows = rows_of(read_runs([tmp_path]))["era"]
+    assert {row.name: row.seeds for row in rows} == {
+        "local, self_pretrain_mask_share=0.15": "0, 1",
+        "local, self_pretrain_mask_share=0.5": "2",
+    }
+
+
+def test_only_what_is_written_is_kept(runs, tmp_path):
+    out, file = tmp_path / "results.md", tmp_path / "results.json"
+    report.main([str(runs), "--out", str(out), "--only", "clm"])
+    (clm,) = json.loads(file.read_text())["runs"]
+    assert clm["settings"]["config"] == "clm/full"
+    report.main([str(runs), "--out", str(out), "--only", "era"])
+    kept = json.loads(file.read_text())["runs"]
+    assert [(run["settings"]["config"], run["settings"]["seed"]) for run in kept] == [
+        ("clm/full", 0), ("era/full", 0), ("era/local", 0), ("era/local", 1), ("era/local", 2),
+    ]  # fmt: skip
+    assert kept[0] == clm
+
+
+def test_nothing_bulky_and_no_path_of_the_machine_is_kept(tmp_path):
+    command = "/opt/env/bin/python /home/me/zoo/training/classify.py --config /home/me/zoo/configs/era/local.yaml"
+    settings = {
+        "config": "/home/me/zoo/configs/era/local", "data": "/home/me/texts/reviews.csv", "tokenizer": "data/tokenizer",
+        "model": {"checkpoint": "/home/me/zoo/model_cards/local-mlm"}, "test_data": "~/texts/test.csv",
+        "more_data": ["/home/me/more.csv"], "card_notes": "Much.",
+    }  # fmt: skip
+    write_run(tmp_path / "a", command=f"{command} data=/home/me/texts/reviews.csv lr=1/2", settings=settings)
+    metrics = json.loads((tmp_path / "a/metrics.json").read_text())
+    metrics["model"]["costs"] = {"64": [1, 2]}
+    metrics["versions"] = {"torch": "2.13"}
+    (tmp_path / "a/metrics.json").write_text(json.dumps(metrics | {"history": [{"step": 1, "loss": 1.0}]}))
+    report.main([str(tmp_path), "--out", str(tmp_path / "results.md")])
+    text = (tmp_path / "results.json").read_text() + (tmp_path / "results.md").read_text()
+    assert not any(path in text for path in ("/home", "me/", "~", "/opt", str(tmp_path)))
+    (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert run["command"] == "python training/classify.py --config configs/era/local.yaml data=reviews.csv lr=1/2"
+    assert run["settings"] == {
+        "config": "era/local", "data": "reviews.csv", "tokenizer": "data/tokenizer", "seed": 0, "max_length": 64,
+        "model": {"checkpoint": "model_cards/local-mlm"}, "test_data": "test.csv", "more_data": ["more.csv"],
+        "best_metric": "accuracy",
+    }  # fmt: skip
+    assert run.keys() == {"test", "training", "model", "command", "settings", "versions"}
+    assert run["model"] == {"model_type": "et_local", "parameters": 801_234}
+    assert (run["test"], run["training"]) == (metrics["test"], metrics["training"])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "a package"}', '{"runs": [{"test": {}}]}', '{"runs": [1]}'])
+def test_a_file_that_keeps_no_runs_is_not_written_over(runs, tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(SystemExit, match=r"error: .*results.json cannot be read as kept runs"):
+        report.main([str(runs), "--out", str(tmp_path / "results.md")])
+    assert (tmp_path / "results.json").read_text() == content
+    assert not (tmp_path / "results.md").exists()
