@@ -383,6 +383,12 @@ def test_the_loss_falls(finished):
     assert found["test"]["masked_tokens"] > 2 * found["test"]["n"]
 
 
+def test_a_new_model_may_begin_at_the_frequencies(config):
+    """Of its training text: 2.8, where equal chances of 4,096 tokens have a loss of 8.3."""
+    found = run(config, "frequency_bias=true", "max_steps=1", "model.initializer_range=0.001")
+    assert found["before"]["loss"] == pytest.approx(2.8, abs=0.2)
+
+
 def test_a_tiny_corpus_is_learnt_by_heart(config):
     """The frequencies of the words alone have a loss of 2.8."""
     found = run(config, "epochs=18", "gradient_accumulation=1", "learning_rate=0.005", "model.hidden_dropout_prob=0.0",
@@ -527,6 +533,10 @@ BAD_RUNS = {
     "label": (["label_column=label"], "There is no setting 'label_column'"),
     "length": (["max_length=2"], r"max_length \(2\) leaves no room for text beside the special tokens .* \(2\)"),
     "column": (["text_column=body"], "no column 'body'; there are: text. Set text_column"),
+    "frequencies": (
+        ["frequency_bias=true", "streaming=true", "max_steps=1"],
+        "frequency_bias sets the output bias of a new model",
+    ),
     "causal": (["model.is_decoder=true"], "The model section cannot be used: EtLocalForMaskedLM reads both sides"),
 }
 

@@ -151,6 +151,7 @@ class Task(Generic[S]):
     build_model: the model to be trained; it may add to the tokenizer what the model needs.
     make_windows: from the split's name, its texts, the tokenizer, the longest window and the settings.
     describe: rows of the card's table, and limits that it names; from the settings and the metrics.
+    start: changes a model by the windows that it is going to be trained on, which are not a stream's.
     """
 
     script: str
@@ -163,6 +164,7 @@ class Task(Generic[S]):
     make_windows: Callable[[str, list[str], PreTrainedTokenizerBase, int, S], Windows]
     describe: Callable[[S, dict[str, Any]], tuple[dict[str, str], list[str]]]
     evaluator: type[Evaluator] = Evaluator
+    start: Callable[[S, PreTrainedModel, Windows], None] | None = None
 
     def run(self, settings: S, command: str = "") -> dict[str, Any]:
         """Trains, evaluates and saves; returns what `metrics.json` holds. Raises Stopped after SIGTERM."""
@@ -189,6 +191,8 @@ class Task(Generic[S]):
                 settings.stream_buffer,
                 settings.seed,
             )
+        elif self.start is not None:
+            self.start(settings, model, data["train"])
         facts = model_facts(model, max_length)
         collate = RowCollator(DataCollatorForTokenClassification(tokenizer), tokenizer.padding_side)
         validate = self.evaluator(accelerator, data["validation"], collate, settings)

@@ -7,11 +7,13 @@ python training/pretrain_mlm.py --evaluate runs/mlm-local [max_length=512]
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from building import build_model, load_tokenizer
 from command_line import command_line
 from language_models import LanguageModelSettings, Task, cut
 from masking import MaskedWindows, Masker, RemaskedWindows
-from packing import Packer, Window, Windows, packed
+from packing import IGNORED, Packer, Window, Windows, packed
 from settings import InputError
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,9 +25,15 @@ class MlmSettings(LanguageModelSettings):
     mlm_probability: float = 0.15  # share of a window's tokens, or words, that are to be predicted
     whole_word: bool = False  # mask all tokens of a word or none
     mask_token: str | None = None  # added to a tokenizer that has none, e.g. "[MASK]"
+    frequency_bias: bool = False  # a new model begins by guessing tokens as often as they occur: for short trainings
 
     def check(self) -> None:
         super().check()
+        if self.frequency_bias and (self.streaming or "checkpoint" in self.model):
+            raise InputError(
+                "frequency_bias sets the output bias of a new model from all its training text: leave it out with "
+                "streaming or model.checkpoint."
+            )
         if not 0 < self.mlm_probability < 1:
             raise InputError(f"mlm_probability ({self.mlm_probability}) must lie between 0 and 1.")
 
@@ -72,6 +80,24 @@ def masked_windows(
     return packed(MaskedWindows(windows, masker, settings.split_seed), max_length, settings.packing)
 
 
+@torch.no_grad()
+def start_at_frequencies(settings: MlmSettings, model: PreTrainedModel, windows: Windows) -> None:
+    """Sets the output bias to the logarithm of how often each token occurs, if the settings ask for it.
+
+    The loss then begins at that of a guess by frequency, which a small model takes a hundred steps and more to find.
+    """
+    if settings.frequency_bias:
+        bias = getattr(model.get_output_embeddings(), "bias", None)
+        if bias is None:
+            raise InputError(f"frequency_bias needs an output bias, and a {model.config.model_type} model has none.")
+        counts = np.full(len(bias), 0.01)  # a token that does not occur is unlikely, but not impossible
+        for index in range(len(windows)):
+            window = windows[index]
+            ids = np.where(window["labels"] == IGNORED, window["input_ids"], window["labels"])
+            counts += np.bincount(ids, minlength=len(bias))
+        bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
+
+
 def describe(settings: MlmSettings, metrics: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
     masked, unit = metrics["test"]["masked_tokens"], "words" if settings.whole_word else "tokens"
     rows = {
@@ -95,6 +121,7 @@ TASK = Task(
     build_model=build_masked_model,
     make_windows=masked_windows,
     describe=describe,
+    start=start_at_frequencies,
 )
 run, evaluate_folder = TASK.run, TASK.evaluate_folder
 
