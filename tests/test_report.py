@@ -86,6 +86,14 @@ def test_the_best_stands_first(tmp_path):
     assert [row.name for row in groups["era"]] == ["c", "a", "b"]
 
 
+def test_a_classifier_is_known_by_its_accuracy(tmp_path):
+    """Whatever chose its weights; a language model by its loss."""
+    write_run(tmp_path / "era", settings={"best_metric": "loss"}, macro_f1=0.4)
+    write_run(tmp_path / "clm", config="clm/full", settings={"best_metric": "loss"}, perplexity=2.7)
+    groups = rows_of(read_runs([tmp_path]))
+    assert {name: cells(table(rows))[0][1] for name, rows in groups.items()} == {"era": "accuracy", "clm": "loss"}
+
+
 def test_runs_with_other_settings_are_other_rows(tmp_path):
     for length in (64, 512):
         for seed in (0, 1):

@@ -199,11 +199,16 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def score_names(rows: Sequence[Row]) -> list[str]:
-    """Names of the test scores, the one that the runs were told to look at first; whole numbers are counts."""
+    """Names of the test scores, the one that the runs were told to look at first; whole numbers are counts.
+
+    A classifier's loss may choose its weights, but its accuracy is what it is for.
+    """
     found: dict[str, None] = {}
     for row in rows:
-        best = row.settings.get("best_metric")
         names = [name for name, value in row.runs[0]["test"].items() if isinstance(value, float)]
+        best = row.settings.get("best_metric")
+        if best == "loss" and "macro_f1" in names:
+            best = "accuracy"
         found |= dict.fromkeys(sorted(names, key=lambda name: name != best))
     kept = [name for name in found if name not in SHOWN_BY_ANOTHER]
     if not kept:
