@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from zoo import SETTINGS, build, config, inputs
 
 from efficient_transformers import VARIANTS
+from efficient_transformers.models import clustering
 from efficient_transformers.models.attention import SequenceInfo
 from efficient_transformers.models.clustering import (
     ClusterStatistics,
@@ -50,14 +51,15 @@ def all_equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 # k-means ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[False, True], ids=["head by head", "at once"])
-def either_way(request, monkeypatch):
-    """Head by head as on a CPU, and at once as elsewhere."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param)
+@pytest.fixture(params=[1, 200, None], ids=["head by head", "some heads", "at once"])
+def any_way(request, monkeypatch):
+    """Head by head or some together, as on a CPU, and at once as elsewhere."""
+    monkeypatch.setattr(clustering, "AT_ONCE", request.param)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param is None)
 
 
 @pytest.mark.parametrize(("length", "size"), [(23, 4), (3, 3), (1, 1), (4, 9)])
-def test_a_centroid_takes_the_nearest_tokens(length, size, either_way):
+def test_a_centroid_takes_the_nearest_tokens(length, size, any_way):
     x, centroids, keep = directions(4, HEADS, length, DIM), directions(HEADS, CLUSTERS, DIM), padding(4, length)
     sizes = torch.tensor([size, 2, 1, 1])
     taken = nearest_tokens(x, centroids, size, sizes, keep)
@@ -80,7 +82,7 @@ def test_of_equally_near_tokens_the_first_are_taken():
 
 
 @pytest.mark.parametrize("count", [1, CLUSTERS])
-def test_statistics_are_those_of_a_loop(count, either_way):
+def test_statistics_are_those_of_a_loop(count, any_way):
     x, centroids, keep = directions(4, HEADS, 13, DIM), directions(HEADS, count, DIM), padding(4, 13)
     found = cluster_statistics(x, centroids, keep)
     assert nearest_centroid(x, centroids).equal((x @ centroids.transpose(1, 2)).argmax(-1))

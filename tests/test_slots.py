@@ -87,12 +87,13 @@ KINDS = [("sorted", False), ("sorted", True), ("chained", False), ("chained", Tr
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(("kind", "causal"), KINDS, ids=str)
-@pytest.mark.parametrize("way", ["loop", "batched"])
-def test_the_engine_equals_softmax_with_counts(kind, causal, lengths, way, monkeypatch):
+@pytest.mark.parametrize("bundle", [1, 500, 2**14, None], ids=["each head alone", "some", "all heads", "batched"])
+def test_the_engine_equals_softmax_with_counts(kind, causal, lengths, bundle, monkeypatch):
     monkeypatch.setattr(engine, "RUN_ENTRIES", 300)  # several runs, one of a single group
+    monkeypatch.setattr(engine, "BUNDLE_SLOTS", bundle)
     slots, (q, k, v) = some_slots(kind, lengths, causal), tensors(max(lengths))
     expected, _ = softmax_attention(q, k, v, slots.counts(max(lengths)))
-    if way == "loop":
+    if bundle:
         out = slot_attention(q, k, v, slots)
     else:
         out = batched_slots(q, k, v, slots, 0.0)

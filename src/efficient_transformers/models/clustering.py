@@ -5,6 +5,7 @@ function of its arguments alone, so that processes with the same data hold the s
 """
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 GRID = 2**16  # steps of a cosine by which tokens are ranked: coarser than rounding, so that equal tokens are equal
 DISPENSABLE = 0.05  # a centroid that saves its members less than this share of the average starts again elsewhere
 PATIENCE = 0.9  # decay of that average: early in training a centroid may soon point where no token does any more
+# Cosines at once on a CPU, by measurement: turns of a loop that are worth their price, and stay in the cache.
+AT_ONCE = 2**14
 
 
 class ClusterStatistics(NamedTuple):
@@ -168,18 +171,19 @@ def moved_centroids(
 def by_head(rule: Callable[..., Tensor], x: Tensor, centroids: Tensor, *rest: Tensor | None) -> Tensor:
     """`rule` over tensors whose rows and heads are one axis, (p, …), in float32 or wider; -> (b, h, …).
 
-    On a CPU head by head: a matrix of k·n numbers then stays in the cache.
+    On a CPU as many heads at once as have AT_ONCE cosines, at least one.
     """
-    batch, heads = x.shape[:2]
+    batch, heads, length = x.shape[:3]
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         tensors: list[Any] = [x.to(wide), centroids.to(wide).expand(batch, -1, -1, -1), *rest]
+        tensors = [None if tensor is None else tensor.flatten(0, 1) for tensor in tensors]
         if torch.compiler.is_compiling() or x.device.type != "cpu":
-            at_once = (None if tensor is None else tensor.flatten(0, 1) for tensor in tensors)
-            return rule(*at_once).unflatten(0, (batch, heads))
-        places = [(row, head, None) for row in range(batch) for head in range(heads)]
-        parts = [rule(*(None if tensor is None else tensor[place] for tensor in tensors)) for place in places]
-        return torch.cat(parts).unflatten(0, (batch, heads))
+            return rule(*tensors).unflatten(0, (batch, heads))
+        size = max(1, AT_ONCE // (centroids.shape[1] * length))
+        parts = [None if tensor is None else tensor.split(size) for tensor in tensors]
+        turns = zip(*(repeat(None) if part is None else part for part in parts), strict=False)
+        return torch.cat([rule(*turn) for turn in turns]).unflatten(0, (batch, heads))
 
 
 def of_heads(keep: Tensor | None, heads: int) -> Tensor | None:
