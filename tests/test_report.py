@@ -86,6 +86,13 @@ def test_the_best_stands_first(tmp_path):
     assert [row.name for row in groups["era"]] == ["c", "a", "b"]
 
 
+@pytest.mark.parametrize(("runs", "shown"), [(4, 4), (5, 0)])
+def test_few_commands_are_shown(tmp_path, runs, shown):
+    for seed in range(runs):
+        write_run(tmp_path / str(seed), seed=seed, command=f"train {seed}")
+    assert table(rows_of(read_runs([tmp_path]))["era"]).count("\ntrain ") == shown
+
+
 def test_a_classifier_is_known_by_its_accuracy(tmp_path):
     """Whatever chose its weights; a language model by its loss."""
     write_run(tmp_path / "era", settings={"best_metric": "loss"}, macro_f1=0.4)

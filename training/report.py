@@ -29,6 +29,7 @@ from settings import InputError, Settings
 
 RUNS = Path("runs")
 LOWER_IS_BETTER = {"loss", "perplexity", "nats_per_byte", "bits_per_byte"}
+MOST_COMMANDS = 4  # more are those of train_all.py, in one line of the text around the table
 SHOWN_BY_ANOTHER = {"perplexity"}  # exp(loss)
 NOT_OF_A_ROW = FREE_TO_CHANGE | {"seed", "config"}
 NEEDED = {"test", "training", "model", "settings"}
@@ -228,7 +229,7 @@ def peak_memory(run: dict[str, Any]) -> float | None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, and the commands that give it."""
+    """Markdown, and the commands that give it, if they are few."""
     names = score_names(rows)
     has_memory = any(peak_memory(run) is not None for row in rows for run in row.runs)
     heads = [
@@ -255,7 +256,8 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(" | ".join(cells))
     text = "\n".join(f"| {line} |" for line in lines) + f"\n\n{under(rows)}\n"
     commands = dict.fromkeys(run["command"] for row in rows for run in row.runs if run.get("command"))
-    return text + ("\n```bash\n" + "\n".join(commands) + "\n```\n" if commands else "")
+    few = 0 < len(commands) <= MOST_COMMANDS
+    return text + ("\n```bash\n" + "\n".join(commands) + "\n```\n" if few else "")
 
 
 def under(rows: Sequence[Row], more: str = "") -> str:
