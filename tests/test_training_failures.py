@@ -327,30 +327,39 @@ def test_what_a_model_draws_and_counts_goes_on(monkeypatch, corpus, tmp_path, fi
 
 
 KILLER = """
-import os, random, signal, sys, time
+import os, random, re, signal, sys, time
 sys.path.insert(0, {training!r})
 import torch
 torch.set_num_threads(1)
 import classify  # once for all the runs
 
+def saved():
+    there = os.listdir({checkpoints!r}) if os.path.isdir({checkpoints!r}) else []
+    return there, max((int(name[5:]) for name in there if re.fullmatch("step-[0-9]+", name)), default=0)
+
+
 draw, kills, finished = random.Random(0), 0, False
 while not finished:
-    child, until = os.fork(), time.monotonic() + draw.uniform(0.2, 1.6)
+    # by steps and not by seconds, of which a fast machine needs too few; or somewhere on the way to the first of them
+    steps = draw.randrange(15)
+    more, until = saved()[1] + steps, None
+    child = os.fork()
     if not child:
         try:
             classify.main(["--config", {config!r}, "--resume"])
         finally:
             sys.stdout.flush()
             os._exit(0)
-    while not finished and (kills == 20 or time.monotonic() < until):
+    while not finished and (kills == 20 or until is None or time.monotonic() < until):
         finished = os.waitpid(child, os.WNOHANG)[0] != 0
+        if until is None and saved()[1] >= more:
+            until = time.monotonic() + draw.uniform(0, 0.05 if steps else 1.5)
         time.sleep(0.001)
     if not finished:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         kills += 1
-        there = os.listdir({checkpoints!r}) if os.path.isdir({checkpoints!r}) else []
-        print("killed", *sorted(there), flush=True)
+        print("killed", *sorted(saved()[0]), flush=True)
 """
 
 
