@@ -72,7 +72,8 @@ def published(tmp_path_factory):
     rows = [{"text": f"we are at {('peace ', 'war ')[i % 2] * (1 + i % 7)}", "era": "ab"[i % 2]} for i in range(60)]
     data = str(write_rows(folder / "documents.jsonl", rows))
     zoo = folder / "model_cards"
-    publish.publish(train("zoo_mlm", pretrain_mlm, folder, data=data, more_data=[data]), zoo / "local-mlm")
+    texts = {"data": data, "more_data": [data], "frequency_bias": True}
+    publish.publish(train("zoo_mlm", pretrain_mlm, folder, **texts), zoo / "local-mlm")
     model = {"checkpoint": str(zoo / "local-mlm")}
     publish.publish(train("zoo_era", classify, folder, data=data, label_column="era", model=model), zoo / "local")
     reset_accelerate()

@@ -468,6 +468,8 @@ def test_a_checkpoint_is_trained_on(finished, config, tmp_path):
     ours, theirs = load_file(tmp_path / "out/model.safetensors"), load_file(folder / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert not any(torch.equal(ours[name], theirs[name]) for name in ours if name.endswith("dense.weight"))
+    with pytest.raises(InputError, match="frequency_bias is the start of a new model"):
+        run(config, f"model.checkpoint={folder}", "tokenizer=null", "frequency_bias=true", "overwrite=true")
 
 
 # --- stopped and continued
@@ -535,7 +537,7 @@ BAD_RUNS = {
     "column": (["text_column=body"], "no column 'body'; there are: text. Set text_column"),
     "frequencies": (
         ["frequency_bias=true", "streaming=true", "max_steps=1"],
-        "frequency_bias sets the output bias of a new model",
+        "frequency_bias is counted in all the training text",
     ),
     "causal": (["model.is_decoder=true"], "The model section cannot be used: EtLocalForMaskedLM reads both sides"),
 }

@@ -29,11 +29,8 @@ class MlmSettings(LanguageModelSettings):
 
     def check(self) -> None:
         super().check()
-        if self.frequency_bias and (self.streaming or "checkpoint" in self.model):
-            raise InputError(
-                "frequency_bias sets the output bias of a new model from all its training text: leave it out with "
-                "streaming or model.checkpoint."
-            )
+        if self.frequency_bias and self.streaming:
+            raise InputError("frequency_bias is counted in all the training text: leave it out with streaming.")
         if not 0 < self.mlm_probability < 1:
             raise InputError(f"mlm_probability ({self.mlm_probability}) must lie between 0 and 1.")
 
@@ -87,6 +84,8 @@ def start_at_frequencies(settings: MlmSettings, model: PreTrainedModel, windows:
     The loss then begins at that of a guess by frequency, which a small model takes a hundred steps and more to find.
     """
     if settings.frequency_bias:
+        if "checkpoint" in settings.model:
+            raise InputError("frequency_bias is the start of a new model: leave it out with model.checkpoint.")
         bias = getattr(model.get_output_embeddings(), "bias", None)
         if bias is None:
             raise InputError(f"frequency_bias needs an output bias, and a {model.config.model_type} model has none.")

@@ -44,6 +44,7 @@ class EtPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["EtBlock", "EtReversibleBlock", "EtEmbeddings"]
+    _keep_in_fp32_modules_strict = ["pooler.norm"]  # a mean in half precision is off by what tells two texts apart
     _supports_sdpa = True
     _supports_flex_attn = True
     mixer_class: ClassVar[type[nn.Module]]
@@ -223,12 +224,57 @@ class EtReversibleBlock(EtBlock):
         return super().feed_forward_chunk(hidden.to(self.mlp_norm.weight.dtype))
 
 
+class RunningNorm(OwnValues):
+    """Gives each feature of vectors (b, e) mean 0 and variance 1 over the examples of training.
+
+    Batch normalisation (Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1) without its gain and offset, which the
+    layer behind has. The paper normalises a batch in training by its own statistics, and so needs large batches; here
+    the running ones are used always, as constants, and a batch of one will do.
+    """
+
+    MEMORY = 10  # examples; these statistics follow a body that learns, and few are enough for that
+    EPSILON = 1e-5
+
+    mean: Tensor
+    variance: Tensor
+    seen: Tensor  # examples
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("variance", torch.zeros(size))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def init_own(self) -> None:
+        init.zeros_(self.mean)
+        init.zeros_(self.variance)
+        init.zeros_(self.seen)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        if self.training:
+            self.watch(vectors.detach())
+        normal = (vectors - self.mean) * (self.variance + self.EPSILON).rsqrt()
+        return torch.where(self.seen > 0, normal.to(vectors.dtype), vectors)  # nothing is known of a body not trained
+
+    @torch.no_grad()
+    def watch(self, vectors: Tensor) -> None:
+        """Plain averages over the first examples, then such that an example counts 1/e of it MEMORY examples later."""
+        count = len(vectors)
+        share = (count / (self.seen + count)).clamp(min=1 - (1 - 1 / self.MEMORY) ** count)
+        variance, mean = torch.var_mean(vectors, 0, correction=0)
+        between = share * (1 - share) * (mean - self.mean).square()
+        self.variance.copy_(torch.lerp(self.variance, variance.to(self.variance.dtype), share) + between)
+        self.mean.lerp_(mean.to(self.mean.dtype), share)
+        self.seen += count
+
+
 class EtPooler(nn.Module):
     """One vector per sequence: its mean, first or last real token, then BERT's dense layer and (there) tanh."""
 
     def __init__(self, config: EtConfig):
         super().__init__()
         self.pooling = config.classifier_pooling
+        self.norm = RunningNorm(config.hidden_size) if config.standardize_pooled else nn.Identity()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.activation = ACT2FN[config.pooler_act]
 
@@ -243,7 +289,7 @@ class EtPooler(nn.Module):
             case "last":
                 last = (keep * torch.arange(keep.shape[1], device=hidden.device)).argmax(1)
                 pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        return self.activation(self.dense(pooled))
+        return self.activation(self.dense(self.norm(pooled)))
 
 
 @dataclass

@@ -34,6 +34,9 @@ class EtConfig(PreTrainedConfig):
         hidden_dropout_prob, attention_probs_dropout_prob: as in BERT.
         classifier_dropout: in front of a classifier; None takes hidden_dropout_prob.
         classifier_pooling: what a sequence is judged by: the mean of its tokens, its first (`cls`) or its last one.
+        standardize_pooled: give what is pooled, feature by feature, mean 0 and variance 1 over the last examples of
+            training, in front of the pooler's dense layer. The means of long texts are nearly alike, and without it a
+            classifier is busy for its first epochs with what they have in common. The statistics are buffers.
         pooler_act: activation behind the pooler's dense layer, a name that transformers knows.
         sparse_prediction: in training, `…ForMaskedLM` gives logits for the tokens that have a label alone, (labels,
             vocab_size): the same loss and gradients for the share of the vocabulary's products that they are.
@@ -65,6 +68,7 @@ class EtConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float | int = 0.0
     classifier_dropout: float | int | None = None
     classifier_pooling: Literal["mean", "cls", "last"] = "mean"
+    standardize_pooled: bool = False
     pooler_act: str = "tanh"
     sparse_prediction: bool = False
     initializer_range: float | int = 0.02
