@@ -22,6 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "training"))
 
+import bag_of_words  # noqa: E402
 import classify  # noqa: E402
 import loop  # noqa: E402
 import metrics  # noqa: E402
@@ -68,6 +69,15 @@ def finished(tmp_path_factory, corpus):
         classify.main(["--config", str(write_config(folder, corpus, tracker="tensorboard"))])
     reset_accelerate()
     return folder / "out", printed.getvalue()
+
+
+def test_a_bag_of_words_reads_what_the_model_would(config, capsys):
+    bag_of_words.main(["--config", str(config)])
+    scores = json.loads(capsys.readouterr().out)
+    assert {name: split["accuracy"] for name, split in scores.items()} == dict.fromkeys(scores, 1.0)
+    assert sum(split["n"] for split in scores.values()) == 60
+    bag_of_words.main(["--config", str(config), "max_length=5"])  # [CLS], "we are at", [SEP]
+    assert json.loads(capsys.readouterr().out)["train"]["accuracy"] < 0.7
 
 
 # --- settings

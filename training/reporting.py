@@ -44,6 +44,7 @@ def make_card(
     training, model, test = metrics["training"], metrics["model"], metrics["test"]
     # a path on the disk says nothing to a reader of the card, and its folders are nobody's business
     dataset = settings.data if settings.data in BUNDLED else Path(settings.data).name
+    more = [Path(name).name for name in getattr(settings, "more_data", [])]
     on_hub = "/" in settings.data and not Path(settings.data).suffix
     checkpoint, before = settings.model.get("checkpoint"), metrics.get("before")
     rate = f"{settings.learning_rate:g}"
@@ -70,7 +71,7 @@ def make_card(
         description=description,
         results=results,
         training={
-            "data": f"{dataset}: {training['windows']:,} {unit}",
+            "data": f"{' and '.join([dataset, *more])}: {training['windows']:,} {unit}",
             "test data": f"{test['n']:,} {unit}",
             **({"goes on from": base_model or Path(checkpoint).name} if checkpoint else {}),
             **({"validation before training": format_scores(before)} if before else {}),
