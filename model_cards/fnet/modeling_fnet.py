@@ -1,0 +1,105 @@
+r"""FNet: a Fourier transform in the place of attention, without parameters (Lee-Thorp et al. 2021, arXiv:2105.03824).
+
+.. math:: y = \mathrm{Re}\big(\mathcal F_{\mathrm{seq}}(\mathcal F_{\mathrm{hidden}}(x))\big)
+
+Section 3.2, eq. 3. Every token reads every other one, O(n·log n·e). Each sequence is transformed at its own true
+length, so that padding changes nothing; the code behind the paper transforms it together with its padding.
+
+The transform is not normalised, as in the paper: its values are about √(n·e) times as large as the input's, and a long
+sequence may leave the range of float16; bfloat16 and float32 have room.
+"""
+
+from typing import ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor
+
+from .attention import Mixer, SequenceInfo
+from .backbone import Encoder, EtPreTrainedModel
+from .configuration import ENCODER_HEADS, EtConfig
+from .fourier import fourier_mix, fourier_mix_chirp, fourier_mix_dense
+from .heads import (
+    ForImageClassification,
+    ForMaskedLM,
+    ForMultipleChoice,
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
+
+
+@strict
+class EtFnetConfig(EtConfig):
+    """
+    Args:
+        embedding_projection: a dense layer behind the embeddings, as the published checkpoints have it.
+        norm_first: False by default, as in the paper.
+    """
+
+    model_type = "et_fnet"
+    heads: ClassVar[tuple[str, ...]] = ENCODER_HEADS
+    attends: ClassVar[bool] = False
+
+    embedding_projection: bool = False
+    norm_first: bool = False
+
+    def validate_direction(self):
+        if self.is_decoder:
+            raise ValueError("FNet cannot be causal: every frequency reads all tokens; set is_decoder=False.")
+
+
+class FourierMixer(Mixer):
+    """`attn_implementation="eager"` writes the matrices of the transform out.
+
+    The block's dropout acts behind it, too; the paper has it behind the feed-forward alone.
+    """
+
+    def __init__(self, config: EtFnetConfig, layer: int):
+        super().__init__()
+        config.validate_direction()  # is_decoder may have been set since the config was made
+        self.config = config
+
+    def forward(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, None]:
+        """(b, n, e) -> (b, n, e)."""
+        keep = sequence.keep
+        if self.config._attn_implementation == "eager" or torch.onnx.is_in_onnx_export():  # no complex numbers there
+            real = torch.ones_like(hidden[..., 0], dtype=torch.bool) if keep is None else keep
+            return fourier_mix_dense(hidden, real), None
+        if keep is not None and sequence.lengths is None:
+            return fourier_mix_chirp(hidden, keep), None
+        return fourier_mix(hidden, sequence.lengths), None
+
+
+class EtFnetPreTrainedModel(EtPreTrainedModel):
+    config: EtFnetConfig
+    mixer_class = FourierMixer
+    _supports_flex_attn = False
+
+
+class EtFnetModel(Encoder, EtFnetPreTrainedModel):
+    """Bare encoder."""
+
+
+class EtFnetForMaskedLM(ForMaskedLM, EtFnetPreTrainedModel):
+    model_class = EtFnetModel
+
+
+class EtFnetForSequenceClassification(ForSequenceClassification, EtFnetPreTrainedModel):
+    model_class = EtFnetModel
+
+
+class EtFnetForTokenClassification(ForTokenClassification, EtFnetPreTrainedModel):
+    model_class = EtFnetModel
+
+
+class EtFnetForQuestionAnswering(ForQuestionAnswering, EtFnetPreTrainedModel):
+    model_class = EtFnetModel
+
+
+class EtFnetForMultipleChoice(ForMultipleChoice, EtFnetPreTrainedModel):
+    model_class = EtFnetModel
+
+
+class EtFnetForImageClassification(ForImageClassification, EtFnetPreTrainedModel):
+    model_class = EtFnetModel
