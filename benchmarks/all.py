@@ -1,6 +1,6 @@
 """All variants beside full attention and the layers of transformers: time and memory against length, in one command.
 
-    python benchmarks/all.py --out docs/benchmarks [--lengths 512 … 32768] [--devices cpu cuda] [--runs runs/era]
+    python benchmarks/all.py --out docs/benchmarks [--lengths 512 … 32768] [--devices cpu cuda] [--runs …]
 
 Layers with their projections (hidden size 256, 4 heads, batch 1, no padding), forward and training step; and a
 generated token of decoders of 2 layers behind `length` others. Contenders take turns within a round, and rounds are
@@ -9,8 +9,9 @@ repeated, so that a slow moment of the machine meets all of them (benchmarks/att
 <out>.json holds every single time and grows with each length: the same command goes on where the last one stopped, and
 measures what is missing beside full attention. What would not fit into memory is noted and left out. <out>.md has the
 tables and the exponents of time in the length, fitted between 2,048 and 16,384 tokens, beside those of the arithmetic;
-<out>_<device>_<mode>.png the curves; and <out>_<device>_bubbles.png quality against speed, the quality read from the
-`metrics.json` of finished runs below `--runs`. `--quick` measures two short lengths only, to try it.
+<out>_<device>_<mode>.png the curves; and <out>_<device>_bubbles.png quality against speed, the quality read from
+finished runs (`--runs docs/results.json --task zoo_era`). Where nothing is missing, the pages are made again, on any
+machine. `--quick` measures two short lengths only, to try it.
 """
 
 import argparse
@@ -240,25 +241,18 @@ def write_json(path: Path, found: dict) -> None:
     part.replace(path)
 
 
-def read_json(path: Path, machines: dict[str, dict]) -> dict:
-    """What was measured before, on the same machines only. Raises SystemExit for others: times would not compare."""
-    if not path.exists():
-        return {"machines": {}, "rows": []}
-    found = json.loads(path.read_text())
-    for device, described in machines.items():
-        if found["machines"].get(device, described) != described:
-            raise SystemExit(
-                f"{path} holds times of {found['machines'][device]}, and this is {described}: give another --out, or "
-                "remove the file."
-            )
-    return found
+def check_machine(found: dict, device: str, described: dict, path: Path) -> None:
+    """Raises SystemExit if `found` holds times of another machine: they would not compare."""
+    if (before := found["machines"].setdefault(device, described)) != described:
+        raise SystemExit(
+            f"{path} holds times of {before}, and this is {described}: give another --out, or remove the file."
+        )
 
 
 def measure_all(arguments: argparse.Namespace) -> dict:
-    machines = {device: machine(torch.device(device)) for device in arguments.devices}
+    """All rows, of which those that are missing are measured. If none is, this may be another machine."""
     path = arguments.out.with_suffix(".json")
-    found = read_json(path, machines)
-    found["machines"] |= machines
+    found = json.loads(path.read_text()) if path.exists() else {"machines": {}, "rows": []}
     for device in arguments.devices:
         for length in arguments.lengths:
             for mode in arguments.modes:
@@ -267,6 +261,7 @@ def measure_all(arguments: argparse.Namespace) -> dict:
                     names = missing(found["rows"], able(arguments.only, length, mode), where)
                     if not names:
                         continue
+                    check_machine(found, device, machine(torch.device(device)), path)
                     measure = measure_generation if mode == "generation" else measure_layers
                     rows = measure(names, where, torch.device(device), arguments.repeats, arguments.budget)
                     known = {row["layer"] for row in found["rows"] if where.items() <= row.items()}
@@ -366,14 +361,24 @@ def draw_curves(rows: list[dict], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def read_quality(folder: Path | None, metric: str) -> dict[str, float]:
-    """Mean of a test metric over the finished runs of each variant below `folder`, by slug."""
-    scores: dict[str, list[float]] = {}
-    for path in sorted(folder.rglob("metrics.json")) if folder else ():
-        run = json.loads(path.read_text())
-        if metric in run["test"]:
-            scores.setdefault(run["model"]["model_type"].removeprefix("et_"), []).append(run["test"][metric])
-    return {slug: statistics.mean(values) for slug, values in scores.items()}
+def read_quality(runs: Path | None, task: str | None, metric: str) -> dict[str, float]:
+    """Mean of a test metric over the finished runs of each variant, by slug; of several lengths the longest counts.
+
+    `runs` is a folder of runs, or a file in which training/report.py keeps them; `task` is a folder of configs.
+    """
+    if runs is None:
+        return {}
+    if runs.is_dir():
+        found = [json.loads(path.read_text()) for path in sorted(runs.rglob("metrics.json"))]
+    else:
+        found = json.loads(runs.read_text())["runs"]
+    scores: dict[str, dict[int, list[float]]] = {}
+    for run in found:
+        config = str(run["settings"].get("config")).split("/")
+        if metric in run["test"] and task in (None, config[0]):
+            by_length = scores.setdefault(run["model"]["model_type"].removeprefix("et_"), {})
+            by_length.setdefault(run["model"]["max_length"], []).append(run["test"][metric])
+    return {slug: statistics.mean(by_length[max(by_length)]) for slug, by_length in scores.items()}
 
 
 def draw_bubbles(rows: list[dict], quality: dict[str, float], metric: str, title: str, path: Path) -> None:
@@ -418,7 +423,8 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, metavar="NAME")
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--budget", type=float, default=60, help="seconds a length may take beyond its three rounds")
-    parser.add_argument("--runs", type=Path, help="folder of finished runs of one task, for the plot of quality")
+    parser.add_argument("--runs", type=Path, help="for the plot of quality: a folder of runs, or docs/results.json")
+    parser.add_argument("--task", help="their folder of configs, e.g. zoo_era (default: all are of one)")
     parser.add_argument("--metric", default="accuracy", help="of their test split")
     parser.add_argument("--quick", action="store_true", help="64 and 128 tokens, three rounds")
     parser.add_argument("--out", type=Path, required=True, help="write <out>.json, <out>.md and pictures beside them")
@@ -428,7 +434,9 @@ def main(given: list[str] | None = None) -> None:
     if YARDSTICK not in arguments.only:
         arguments.only = [YARDSTICK, *arguments.only]
     found = measure_all(arguments)
-    pictures = draw_all(found, arguments.out, read_quality(arguments.runs, arguments.metric), arguments.metric)
+    pictures = draw_all(
+        found, arguments.out, read_quality(arguments.runs, arguments.task, arguments.metric), arguments.metric
+    )
     arguments.out.with_suffix(".md").write_text(report(found, pictures))
     print(f"wrote {arguments.out}.json, {arguments.out}.md and {len(pictures)} pictures")
 

@@ -109,10 +109,11 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert all(row["megabytes"] > 0 for row in second["rows"][3:])
 
     monkeypatch.setattr(everything, "measure_layers", lambda *given: pytest.fail("measured again"))
+    second["machines"]["cpu"]["device"] = "another"  # on which nothing is to be measured
+    out.with_suffix(".json").write_text(json.dumps(second))
     folder = tmp_path / "runs" / "one"
     folder.mkdir(parents=True)
-    metrics = {"test": {"accuracy": 0.75}, "model": {"model_type": "et_local"}}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "metrics.json").write_text(json.dumps(finished_run(0.75)))
     everything.main([*few, "--modes", "training", "--runs", str(tmp_path / "runs")])
     assert json.loads(out.with_suffix(".json").read_text()) == second
     text = out.with_suffix(".md").read_text()
@@ -122,7 +123,18 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
         assert (tmp_path / f"times_cpu_float32_{name}.png").stat().st_size > 10_000
         assert f"(times_cpu_float32_{name}.png)" in text
 
-    second["machines"]["cpu"]["device"] = "another"
-    out.with_suffix(".json").write_text(json.dumps(second))
     with pytest.raises(SystemExit, match=r"holds times of .*another.*give another --out"):
         everything.main(few)
+
+
+def finished_run(accuracy, task="era", length=64):
+    model = {"model_type": "et_local", "max_length": length}
+    return {"test": {"accuracy": accuracy}, "model": model, "settings": {"config": f"{task}/local"}}
+
+
+def test_quality_is_that_of_one_task_at_the_longest_length(tmp_path):
+    runs = [finished_run(0.5), finished_run(0.75), finished_run(1.0, length=16), finished_run(0.0, "text")]
+    (tmp_path / "results.json").write_text(json.dumps({"runs": runs}))
+    assert everything.read_quality(tmp_path / "results.json", "era", "accuracy") == {"local": 0.625}
+    assert everything.read_quality(tmp_path / "results.json", "text", "accuracy") == {"local": 0.0}
+    assert everything.read_quality(tmp_path / "results.json", "text", "f1") == {}
