@@ -1,0 +1,167 @@
+r"""Linformer: keys and values projected along the length, N of them to k (Wang et al. 2020, arXiv:2006.04768).
+
+.. math:: o_i = \mathrm{softmax}\big(q_i (E K)^\top/\sqrt d\big)\, F V, \qquad E, F \in \mathbb R^{k \times N}
+
+Eq. 7. Queries stay as they are: n outputs. A shorter sequence takes the first n columns of E and F, and padding counts
+as zero. O(n·k·d). Nothing here is causal: every projected key is a sum over all positions.
+"""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from .attention import MultiHeadAttention, OwnValues, SequenceInfo
+from .backbone import Encoder, EtPreTrainedModel
+from .checks import check_at_least
+from .configuration import ENCODER_HEADS, EtConfig
+from .heads import (
+    ForImageClassification,
+    ForMaskedLM,
+    ForMultipleChoice,
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
+from .packing import first_positions
+from .softmax_attention import softmax_attention
+
+
+@strict
+class EtLinformerConfig(EtConfig):
+    """
+    Args:
+        projected_length: k, keys and values that are left.
+        projection_sharing: `none` has an E and an F for each head, `headwise` one pair for all heads of a layer,
+            `key_value` one matrix for both, `layerwise` the same one in all layers (section 4).
+    """
+
+    model_type = "et_linformer"
+    heads: ClassVar[tuple[str, ...]] = ENCODER_HEADS
+
+    projected_length: int = 256
+    projection_sharing: Literal["none", "headwise", "key_value", "layerwise"] = "key_value"
+
+    def validate_projection(self):
+        check_at_least("projected_length", self.projected_length, 1, "it counts the keys that are left to read")
+        if self.is_decoder:
+            raise ValueError("Linformer cannot be causal: each projected key holds all positions; use et_compressed.")
+
+
+class LengthProjection(OwnValues):
+    """E of all heads, or of each of h: sums over positions, (b, 1 or h, n, e) -> (b, 1 or h, k, e)."""
+
+    position_axes: ClassVar = {"weight": (2,)}
+    summed_axes: ClassVar = {"weight": (2,)}
+
+    def __init__(self, config: EtLinformerConfig, num_heads: int = 1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, config.projected_length, config.max_position_embeddings))
+
+    def init_own(self) -> None:
+        # the paper's proof draws with variance 1/k, which lets keys grow with the length; so they stay as they were
+        init.normal_(self.weight, std=self.weight.shape[2] ** -0.5)
+
+    def matrix(self, length: int) -> Tensor:
+        """The columns of the first `length` positions, (1 or h, k, n)."""
+        return first_positions(self.weight, length, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("hkn,bhne->bhke", self.matrix(x.shape[2]).to(x.device), x)
+
+
+class EtLinformerAttention(MultiHeadAttention):
+    """Softmax attention of all queries to projected keys and values."""
+
+    def __init__(self, config: EtLinformerConfig, layer: int):
+        super().__init__(config, layer)
+        config.validate_projection()  # is_decoder may have been set since the config was made
+        own = {"none": [self.num_heads] * 2, "headwise": [1, 1], "key_value": [1], "layerwise": []}
+        self.projections = nn.ModuleList(LengthProjection(config, h) for h in own[config.projection_sharing])
+
+    @classmethod
+    def new_shared(cls, config: EtLinformerConfig) -> LengthProjection | None:
+        return LengthProjection(config) if config.projection_sharing == "layerwise" else None
+
+    def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
+        """What each head has read, (b, h, n, d).
+
+        Weights, if asked for, are softmax(…)·F: the n×n matrix that stands in front of the values, zero at padding.
+        Its rows need not sum to one.
+        """
+        projections: list[Any] = [*self.projections] or [sequence.shared]
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        q = self.split_heads(self.q_proj(hidden), sequence.rotary)
+        if sequence.output_attentions or self.config._attn_implementation == "eager":
+            return self.attend_eagerly(q, hidden, sequence, projections, dropout)
+        if sequence.rotary is not None or self.config.projection_sharing == "none":
+            k, v = self.keys_and_values(hidden, sequence)
+            k, v = projections[0](k), projections[-1](v)
+        else:
+            k, v = self.projected(hidden, sequence.keep, projections)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout), None
+
+    def keys_and_values(self, hidden: Tensor, sequence: SequenceInfo) -> list[Tensor]:
+        """Of all tokens, zero at padding, (b, h, n, d) each."""
+        k, v = self.split_heads(self.k_proj(hidden), sequence.rotary), self.split_heads(self.v_proj(hidden))
+        return [k, v] if sequence.keep is None else [x * sequence.keep[:, None, :, None] for x in (k, v)]
+
+    def projected(self, hidden: Tensor, keep: Tensor | None, projections: list) -> list[Tensor]:
+        r"""Projected keys and values, (b, h, k, d) each, of k rows instead of n where all heads share E.
+
+        .. math:: E (X W + \mathbf 1 b^\top) = (E X) W + (E \mathbf 1) b^\top
+        """
+        real = hidden.new_ones(hidden.shape[:2]) if keep is None else keep.to(hidden.dtype)
+        with_count = [real[..., None] * hidden, real[..., None]]
+        short = [[projection(x[:, None])[:, 0] for x in with_count] for projection in projections]
+        pairs = zip((self.k_proj, self.v_proj), (short[0], short[-1]), strict=True)
+        return [self.split_heads(linear(x) + (count - 1).to(x.dtype) * linear.bias) for linear, (x, count) in pairs]
+
+    def attend_eagerly(
+        self, q: Tensor, hidden: Tensor, sequence: SequenceInfo, projections: list, dropout: float
+    ) -> tuple[Tensor, Tensor]:
+        k, v = self.keys_and_values(hidden, sequence)
+        everything = torch.ones(1, dtype=torch.bool, device=q.device)
+        _, reads = softmax_attention(q, projections[0](k), projections[-1](v), everything)
+        matrix = projections[-1].matrix(v.shape[2]).to(v)
+        weights = reads @ matrix
+        if sequence.keep is not None:
+            weights = weights * (sequence.keep[:, None, :, None] & sequence.keep[:, None, None])
+        return (F.dropout(reads, dropout) @ matrix if dropout else weights) @ v, weights
+
+
+class EtLinformerPreTrainedModel(EtPreTrainedModel):
+    config: EtLinformerConfig
+    mixer_class = EtLinformerAttention
+    _supports_flex_attn = False
+
+
+class EtLinformerModel(Encoder, EtLinformerPreTrainedModel):
+    """Bare encoder."""
+
+
+class EtLinformerForMaskedLM(ForMaskedLM, EtLinformerPreTrainedModel):
+    model_class = EtLinformerModel
+
+
+class EtLinformerForSequenceClassification(ForSequenceClassification, EtLinformerPreTrainedModel):
+    model_class = EtLinformerModel
+
+
+class EtLinformerForTokenClassification(ForTokenClassification, EtLinformerPreTrainedModel):
+    model_class = EtLinformerModel
+
+
+class EtLinformerForQuestionAnswering(ForQuestionAnswering, EtLinformerPreTrainedModel):
+    model_class = EtLinformerModel
+
+
+class EtLinformerForMultipleChoice(ForMultipleChoice, EtLinformerPreTrainedModel):
+    model_class = EtLinformerModel
+
+
+class EtLinformerForImageClassification(ForImageClassification, EtLinformerPreTrainedModel):
+    model_class = EtLinformerModel
