@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .blocked_attention import blocked_attention
@@ -16,7 +15,7 @@ from .flex_attention import flex_sparse_attention
 from .packing import Group
 from .patterns import AttentionPattern, times_drawn
 from .softmax_attention import softmax_attention
-from .sparse_attention import is_short, sparse_attention
+from .sparse_attention import biased_attention, is_short, row_by_row, shared_size, sparse_attention
 from .tiles import as_bias
 
 
@@ -221,10 +220,10 @@ class PatternAttention(MultiHeadAttention):
         """All heads through the engine that suits the place, (b, h, n, d)."""
         mixed, keep, table = [], sequence.keep, self.random_blocks
         length, traced = q.shape[2], torch.compiler.is_compiling() or q.device.type != "cpu"
-        plain = len(self.groups) > 1 and keep is None and sequence.global_mask is None and not traced and table is None
-        if plain and all(is_short(pattern, length, len(heads)) for pattern, heads in self.groups):
-            bias = bias_of_heads(self.groups, length, q.dtype)  # one call for all heads instead of one for each kind
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        if len(self.groups) > 1 and sequence.global_mask is None and not traced and table is None:
+            rows = sequence.lengths or (length,) * len(q)
+            if all(is_short(pattern, real, len(heads)) for real in set(rows) for pattern, heads in self.groups):
+                return self.mix_together(q, k, v, rows, dropout)
         for pattern, heads in self.groups:
             some = slice(None) if len(heads) == self.num_heads else as_slice(heads)
             part = q[:, some], k[:, some], v[:, some]
@@ -240,6 +239,14 @@ class PatternAttention(MultiHeadAttention):
                 out = sparse_attention(*part, pattern, sequence.lengths, tokens, dropout, blocks, self.global_rows)
             mixed.append(out)
         return in_order(self.groups, mixed)
+
+    def mix_together(self, q: Tensor, k: Tensor, v: Tensor, rows: Sequence[int], dropout: float) -> Tensor:
+        """One dense product for all heads instead of one for each kind, and for all rows if they are of one length."""
+        fixed = any(pattern.depends_on_length for pattern, _ in self.groups)
+        biases = [bias_of_heads(self.groups, real if fixed else shared_size(real), q.dtype) for real in rows]
+        if len(set(rows)) == 1:
+            return biased_attention(q, k, v, rows[0], biases[0], dropout)
+        return row_by_row(biased_attention, q, k, v, rows, biases, [dropout] * len(q))
 
     def allowed(self, sequence: SequenceInfo, key_positions: Tensor) -> Tensor:
         """The dense mask of all heads, (b, h or 1, n, m), from the positions of queries and keys.

@@ -4,8 +4,9 @@ A loop over tiles of queries against just the keys they read, with its own backw
 `blocked_attention` and `flex_attention` evaluate the same sum for tracing and for CUDA.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,31 +44,51 @@ def sparse_attention(
     batch, _, length, _ = q.shape
     rows = [length] * batch if lengths is None else list(lengths)
     patterns = [pattern] * batch if global_tokens is None else [pattern.with_global(t) for t in global_tokens]
-    alike = random_blocks is None and len(set(zip(rows, patterns, strict=True))) == 1
-    if alike and is_short(patterns[0], rows[0], q.shape[1]):
-        return dense_attention(q, k, v, patterns[0], rows[0], dropout)
-    if pattern.is_full:
-        # row by row at its own length rather than under a mask; split, because slices of a batch would each fill a
-        # gradient of the whole batch
-        by_row = zip(q.split(1), k.split(1), v.split(1), rows, strict=True)
-        return torch.cat([dense_attention(x, y, z, pattern, real, dropout) for x, y, z, real in by_row])
+    kinds = set(zip(patterns, rows, strict=True))
+    if random_blocks is None and all(is_short(*kind, q.shape[1]) for kind in kinds):
+        if len(kinds) == 1:
+            return dense_attention(q, k, v, rows[0], patterns[0], dropout)
+        return row_by_row(dense_attention, q, k, v, rows, patterns, [dropout] * batch)
     seed = int(torch.randint(2**62, ())) if dropout else 0
     return TiledAttention.apply(q, k, v, patterns, rows, dropout, seed, random_blocks, global_rows)  # type: ignore[return-value]
 
 
+def row_by_row(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *of_rows: Sequence[Any]) -> Tensor:
+    """The rows of a batch apart, each at its own length rather than under a mask.
+
+    Split, because slices of a batch would each fill a gradient of the whole batch.
+    """
+    rows = zip(q.split(1), k.split(1), v.split(1), *of_rows, strict=True)
+    return torch.cat([attend(*row) for row in rows])
+
+
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, length: int, dropout: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, length: int, pattern: AttentionPattern, dropout: float = 0.0
 ) -> Tensor:
     """The whole batch in one call of torch's kernel; all rows have `length` real tokens. (b, h, n, d) like `q`."""
+    if pattern.is_full:
+        return biased_attention(q, k, v, length, None, dropout, pattern.causal)
+    heads = q.shape[1] if pattern.num_random_blocks else 1
+    size = length if pattern.depends_on_length else shared_size(length)
+    return biased_attention(q, k, v, length, dense_bias(pattern, size, heads, q.dtype, q.device), dropout)
+
+
+def biased_attention(
+    q: Tensor, k: Tensor, v: Tensor, length: int, bias: Tensor | None, dropout: float, causal: bool = False
+) -> Tensor:
+    """Over the first `length` tokens, zeros behind them. `bias` (1, h or 1, m, m) may be that of more tokens."""
     padding = q.shape[2] - length
     if padding:
         q, k, v = (x[:, :, :length] for x in (q, k, v))
-    if pattern.is_full:
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=pattern.causal)
-    else:
-        mask = dense_bias(pattern, length, q.shape[1] if pattern.num_random_blocks else 1, q.dtype, q.device)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    mask = bias if bias is None else bias[..., :length, :length]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
     return F.pad(out, (0, 0, 0, padding)) if padding else out
+
+
+def shared_size(length: int) -> int:
+    """A few more tokens, four sizes to a power of two: the masks of rows of many lengths are corners of a few."""
+    step = 1 << max(0, (length - 1).bit_length() - 3)
+    return -(-length // step) * step
 
 
 @lru_cache(maxsize=32)
@@ -79,6 +100,7 @@ def dense_bias(
     return None if bool(allowed.all()) else as_bias(allowed, dtype)
 
 
+@lru_cache(maxsize=1024)
 def is_short(pattern: AttentionPattern, length: int, num_heads: int) -> bool:
     """Is one dense product over `length` tokens at most as dear as the tiles of the pattern?"""
     if pattern.is_full:
