@@ -1,0 +1,74 @@
+r"""Linear Transformer: softmax replaced by a feature map (Katharopoulos et al. 2020, arXiv:2006.16236).
+
+.. math:: o_i = \frac{\phi(q_i)^\top \sum_j \phi(k_j) v_j^\top}{\phi(q_i)^\top \sum_j \phi(k_j)},
+          \qquad \phi(x) = \mathrm{elu}(x) + 1
+
+Equations 4, 5 and 7; as a decoder, equations 9 to 12 and 16 to 20: an RNN whose state is a matrix. O(n·d²).
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers.generation import GenerationMixin
+
+from .backbone import Encoder, EtPreTrainedModel
+from .configuration import EtConfig
+from .feature_maps import FEATURE_MAPS, FeatureMap
+from .heads import (
+    ForCausalLM,
+    ForImageClassification,
+    ForMaskedLM,
+    ForMultipleChoice,
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
+from .kernel_attention import KernelAttention, KernelConfig
+
+
+@strict
+class EtLinearConfig(KernelConfig, EtConfig):
+    """`EtConfig` as it is."""
+
+    model_type = "et_linear"
+
+    @property
+    def features(self) -> FeatureMap:
+        return FEATURE_MAPS["elu"]
+
+
+class EtLinearPreTrainedModel(EtPreTrainedModel):
+    config: EtLinearConfig
+    mixer_class = KernelAttention
+    _is_stateful = True
+    _supports_flex_attn = False
+
+
+class EtLinearModel(Encoder, EtLinearPreTrainedModel):
+    """Bare encoder (or decoder, by `config.is_decoder`)."""
+
+
+class EtLinearForMaskedLM(ForMaskedLM, EtLinearPreTrainedModel):
+    model_class = EtLinearModel
+
+
+class EtLinearForCausalLM(ForCausalLM, EtLinearPreTrainedModel, GenerationMixin):
+    model_class = EtLinearModel
+
+
+class EtLinearForSequenceClassification(ForSequenceClassification, EtLinearPreTrainedModel):
+    model_class = EtLinearModel
+
+
+class EtLinearForTokenClassification(ForTokenClassification, EtLinearPreTrainedModel):
+    model_class = EtLinearModel
+
+
+class EtLinearForQuestionAnswering(ForQuestionAnswering, EtLinearPreTrainedModel):
+    model_class = EtLinearModel
+
+
+class EtLinearForMultipleChoice(ForMultipleChoice, EtLinearPreTrainedModel):
+    model_class = EtLinearModel
+
+
+class EtLinearForImageClassification(ForImageClassification, EtLinearPreTrainedModel):
+    model_class = EtLinearModel
