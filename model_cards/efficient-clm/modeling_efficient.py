@@ -1,0 +1,76 @@
+r"""Efficient Attention: two softmaxes in the place of one (Shen et al. 2018, arXiv:1812.01243).
+
+.. math:: O = \rho_q(Q)\,\big(\rho_k(K)^\top V\big)
+
+with softmax over the features of each query in :math:`\rho_q` and over the positions of each feature of the keys in
+:math:`\rho_k` (section 3.2, "softmax normalization"): every feature is one attention map over the sequence, and a query
+mixes what they found. As a decoder, which the paper does not have, :math:`\rho_k` runs over the positions up to the
+query's own. O(n·d²).
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers.generation import GenerationMixin
+
+from .backbone import Encoder, EtPreTrainedModel
+from .configuration import EtConfig
+from .feature_maps import FEATURE_MAPS, FeatureMap
+from .heads import (
+    ForCausalLM,
+    ForImageClassification,
+    ForMaskedLM,
+    ForMultipleChoice,
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
+from .kernel_attention import KernelAttention, KernelConfig
+
+
+@strict
+class EtEfficientConfig(KernelConfig, EtConfig):
+    """`EtConfig` as it is."""
+
+    model_type = "et_efficient"
+
+    @property
+    def features(self) -> FeatureMap:
+        return FEATURE_MAPS["softmax"]
+
+
+class EtEfficientPreTrainedModel(EtPreTrainedModel):
+    config: EtEfficientConfig
+    mixer_class = KernelAttention
+    _is_stateful = True
+    _supports_flex_attn = False
+
+
+class EtEfficientModel(Encoder, EtEfficientPreTrainedModel):
+    """Bare encoder (or decoder, by `config.is_decoder`)."""
+
+
+class EtEfficientForMaskedLM(ForMaskedLM, EtEfficientPreTrainedModel):
+    model_class = EtEfficientModel
+
+
+class EtEfficientForCausalLM(ForCausalLM, EtEfficientPreTrainedModel, GenerationMixin):
+    model_class = EtEfficientModel
+
+
+class EtEfficientForSequenceClassification(ForSequenceClassification, EtEfficientPreTrainedModel):
+    model_class = EtEfficientModel
+
+
+class EtEfficientForTokenClassification(ForTokenClassification, EtEfficientPreTrainedModel):
+    model_class = EtEfficientModel
+
+
+class EtEfficientForQuestionAnswering(ForQuestionAnswering, EtEfficientPreTrainedModel):
+    model_class = EtEfficientModel
+
+
+class EtEfficientForMultipleChoice(ForMultipleChoice, EtEfficientPreTrainedModel):
+    model_class = EtEfficientModel
+
+
+class EtEfficientForImageClassification(ForImageClassification, EtEfficientPreTrainedModel):
+    model_class = EtEfficientModel
