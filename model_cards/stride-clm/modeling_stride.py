@@ -1,0 +1,82 @@
+r"""Strided attention: each token reads every s-th one, so few keys reach far.
+
+.. math:: S(i) = \{j : s \mid i-j,\; |i-j| \le s \cdot h\}, \qquad h = \infty \text{ for all multiples}
+
+With h = None the strided head of the Sparse Transformer (Child et al. 2019, arXiv:1904.10509, section 4.2); with a few
+hops a dilated window (Beltagy et al. 2020, arXiv:2004.05150, section 3.1). Tokens of different residue modulo s never
+meet, in any number of layers: mix with another variant (`et_mixed`) where that matters. O(n·h·d), or O(n²/s·d).
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers.generation import GenerationMixin
+
+from .attention import PatternAttention
+from .backbone import Encoder, EtPreTrainedModel
+from .configuration import EtConfig, PatternConfig
+from .heads import (
+    ForCausalLM,
+    ForImageClassification,
+    ForMaskedLM,
+    ForMultipleChoice,
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
+from .patterns import AttentionPattern
+
+
+@strict
+class EtStrideConfig(PatternConfig, EtConfig):
+    """
+    Args:
+        stride: distance s between the keys a query reads.
+        hops: how many of them to each side; None reads all multiples of the stride.
+    """
+
+    model_type = "et_stride"
+
+    stride: int = 64
+    hops: int | None = None
+
+    def validate_stride(self):
+        self.check_stride()
+
+    def attention_patterns(self, layer: int) -> list[AttentionPattern]:
+        return [AttentionPattern(window=self.hops, dilation=self.stride, causal=self.is_decoder)]
+
+
+class EtStridePreTrainedModel(EtPreTrainedModel):
+    config: EtStrideConfig
+    mixer_class = PatternAttention
+
+
+class EtStrideModel(Encoder, EtStridePreTrainedModel):
+    """Bare encoder (or decoder, by `config.is_decoder`)."""
+
+
+class EtStrideForMaskedLM(ForMaskedLM, EtStridePreTrainedModel):
+    model_class = EtStrideModel
+
+
+class EtStrideForCausalLM(ForCausalLM, EtStridePreTrainedModel, GenerationMixin):
+    model_class = EtStrideModel
+
+
+class EtStrideForSequenceClassification(ForSequenceClassification, EtStridePreTrainedModel):
+    model_class = EtStrideModel
+
+
+class EtStrideForTokenClassification(ForTokenClassification, EtStridePreTrainedModel):
+    model_class = EtStrideModel
+
+
+class EtStrideForQuestionAnswering(ForQuestionAnswering, EtStridePreTrainedModel):
+    model_class = EtStrideModel
+
+
+class EtStrideForMultipleChoice(ForMultipleChoice, EtStridePreTrainedModel):
+    model_class = EtStrideModel
+
+
+class EtStrideForImageClassification(ForImageClassification, EtStridePreTrainedModel):
+    model_class = EtStrideModel
