@@ -241,8 +241,8 @@ def write_json(path: Path, found: dict) -> None:
     part.replace(path)
 
 
-def check_machine(found: dict, device: str, described: dict, path: Path) -> None:
-    """Raises SystemExit if `found` holds times of another machine: they would not compare."""
+def note_machine(found: dict, device: str, described: dict, path: Path) -> None:
+    """Notes the machine in `found`. Raises SystemExit if it holds times of another: they would not compare."""
     if (before := found["machines"].setdefault(device, described)) != described:
         raise SystemExit(
             f"{path} holds times of {before}, and this is {described}: give another --out, or remove the file."
@@ -261,7 +261,7 @@ def measure_all(arguments: argparse.Namespace) -> dict:
                     names = missing(found["rows"], able(arguments.only, length, mode), where)
                     if not names:
                         continue
-                    check_machine(found, device, machine(torch.device(device)), path)
+                    note_machine(found, device, machine(torch.device(device)), path)
                     measure = measure_generation if mode == "generation" else measure_layers
                     rows = measure(names, where, torch.device(device), arguments.repeats, arguments.budget)
                     known = {row["layer"] for row in found["rows"] if where.items() <= row.items()}

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from building import load_tokenizer
 from classify import ClassifySettings, labelled_documents
+from metrics import compute_metrics, load_metrics
 from settings import InputError
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.metrics import accuracy_score, f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 from tasks import SPLITS
@@ -33,15 +33,11 @@ def scores_of(settings: ClassifySettings) -> dict[str, dict[str, float]]:
         texts[name] = tokenizer.batch_decode([row["input_ids"] for row in examples], skip_special_tokens=True)
         labels[name] = [row["labels"] for row in examples]
     bag = make_pipeline(TfidfVectorizer(sublinear_tf=True), LinearSVC()).fit(texts["train"], labels["train"])
-    found = {}
-    for name in SPLITS:
-        said = bag.predict(texts[name])
-        found[name] = {
-            "accuracy": float(accuracy_score(labels[name], said)),
-            "macro_f1": float(f1_score(labels[name], said, average="macro")),
-            "n": len(said),
-        }
-    return found
+    metrics = load_metrics()
+    return {
+        name: {**compute_metrics(metrics, bag.predict(texts[name]).tolist(), labels[name]), "n": len(labels[name])}
+        for name in SPLITS
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:

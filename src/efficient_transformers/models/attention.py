@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from .flex_attention import flex_sparse_attention
 from .packing import Group
 from .patterns import AttentionPattern, times_drawn
 from .softmax_attention import softmax_attention
-from .sparse_attention import biased_attention, is_short, row_by_row, shared_size, sparse_attention
+from .sparse_attention import biased_attention, by_rows, is_short, mask_size, sparse_attention
 from .tiles import as_bias
 
 
@@ -223,7 +223,7 @@ class PatternAttention(MultiHeadAttention):
         if len(self.groups) > 1 and sequence.global_mask is None and not traced and table is None:
             rows = sequence.lengths or (length,) * len(q)
             if all(is_short(pattern, real, len(heads)) for real in set(rows) for pattern, heads in self.groups):
-                return self.mix_together(q, k, v, rows, dropout)
+                return by_rows(partial(self.mix_together, dropout=dropout), q, k, v, rows)
         for pattern, heads in self.groups:
             some = slice(None) if len(heads) == self.num_heads else as_slice(heads)
             part = q[:, some], k[:, some], v[:, some]
@@ -240,13 +240,10 @@ class PatternAttention(MultiHeadAttention):
             mixed.append(out)
         return in_order(self.groups, mixed)
 
-    def mix_together(self, q: Tensor, k: Tensor, v: Tensor, rows: Sequence[int], dropout: float) -> Tensor:
-        """One dense product for all heads instead of one for each kind, and for all rows if they are of one length."""
-        fixed = any(pattern.depends_on_length for pattern, _ in self.groups)
-        biases = [bias_of_heads(self.groups, real if fixed else shared_size(real), q.dtype) for real in rows]
-        if len(set(rows)) == 1:
-            return biased_attention(q, k, v, rows[0], biases[0], dropout)
-        return row_by_row(biased_attention, q, k, v, rows, biases, [dropout] * len(q))
+    def mix_together(self, q: Tensor, k: Tensor, v: Tensor, length: int, dropout: float) -> Tensor:
+        """One dense product for all heads, instead of one for each kind; all rows have `length` real tokens."""
+        size = mask_size(length, *(pattern for pattern, _ in self.groups))
+        return biased_attention(q, k, v, length, bias_of_heads(self.groups, size, q.dtype), dropout)
 
     def allowed(self, sequence: SequenceInfo, key_positions: Tensor) -> Tensor:
         """The dense mask of all heads, (b, h or 1, n, m), from the positions of queries and keys.

@@ -252,7 +252,7 @@ class RunningNorm(OwnValues):
 
     def forward(self, vectors: Tensor) -> Tensor:
         if self.training:
-            self.watch(vectors.detach())
+            self.watch(vectors.to(self.mean.dtype))
         normal = (vectors - self.mean) * (self.variance + self.EPSILON).rsqrt()
         return torch.where(self.seen > 0, normal.to(vectors.dtype), vectors)  # nothing is known of a body not trained
 
@@ -263,8 +263,8 @@ class RunningNorm(OwnValues):
         share = (count / (self.seen + count)).clamp(min=1 - (1 - 1 / self.MEMORY) ** count)
         variance, mean = torch.var_mean(vectors, 0, correction=0)
         between = share * (1 - share) * (mean - self.mean).square()
-        self.variance.copy_(torch.lerp(self.variance, variance.to(self.variance.dtype), share) + between)
-        self.mean.lerp_(mean.to(self.mean.dtype), share)
+        self.variance.copy_(self.variance.lerp(variance, share) + between)
+        self.mean.lerp_(mean, share)
         self.seen += count
 
 

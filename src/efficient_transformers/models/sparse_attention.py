@@ -5,7 +5,7 @@ A loop over tiles of queries against just the keys they read, with its own backw
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -44,33 +44,32 @@ def sparse_attention(
     batch, _, length, _ = q.shape
     rows = [length] * batch if lengths is None else list(lengths)
     patterns = [pattern] * batch if global_tokens is None else [pattern.with_global(t) for t in global_tokens]
-    kinds = set(zip(patterns, rows, strict=True))
-    if random_blocks is None and all(is_short(*kind, q.shape[1]) for kind in kinds):
-        if len(kinds) == 1:
-            return dense_attention(q, k, v, rows[0], patterns[0], dropout)
-        return row_by_row(dense_attention, q, k, v, rows, patterns, [dropout] * batch)
+    if random_blocks is None and all(is_short(*kind, q.shape[1]) for kind in set(zip(patterns, rows, strict=True))):
+        return by_rows(partial(dense_attention, dropout=dropout), q, k, v, rows, patterns)
     seed = int(torch.randint(2**62, ())) if dropout else 0
     return TiledAttention.apply(q, k, v, patterns, rows, dropout, seed, random_blocks, global_rows)  # type: ignore[return-value]
 
 
-def row_by_row(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *of_rows: Sequence[Any]) -> Tensor:
-    """The rows of a batch apart, each at its own length rather than under a mask.
+def by_rows(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *of_rows: Sequence[Any]) -> Tensor:
+    """`attend(q, k, v, *of_row)` of the whole batch where the rows are alike, or of one row after another.
 
-    Split, because slices of a batch would each fill a gradient of the whole batch.
+    Each is read at its own length rather than under a mask. Split, because slices of a batch would each fill a gradient
+    of the whole batch.
     """
-    rows = zip(q.split(1), k.split(1), v.split(1), *of_rows, strict=True)
-    return torch.cat([attend(*row) for row in rows])
+    rows = list(zip(*of_rows, strict=True))
+    if len(set(rows)) == 1:
+        return attend(q, k, v, *rows[0])
+    parts = zip(q.split(1), k.split(1), v.split(1), rows, strict=True)
+    return torch.cat([attend(x, y, z, *row) for x, y, z, row in parts])
 
 
-def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, length: int, pattern: AttentionPattern, dropout: float = 0.0
-) -> Tensor:
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, length: int, pattern: AttentionPattern, dropout: float) -> Tensor:
     """The whole batch in one call of torch's kernel; all rows have `length` real tokens. (b, h, n, d) like `q`."""
     if pattern.is_full:
         return biased_attention(q, k, v, length, None, dropout, pattern.causal)
     heads = q.shape[1] if pattern.num_random_blocks else 1
-    size = length if pattern.depends_on_length else shared_size(length)
-    return biased_attention(q, k, v, length, dense_bias(pattern, size, heads, q.dtype, q.device), dropout)
+    bias = dense_bias(pattern, mask_size(length, pattern), heads, q.dtype, q.device)
+    return biased_attention(q, k, v, length, bias, dropout)
 
 
 def biased_attention(
@@ -85,8 +84,14 @@ def biased_attention(
     return F.pad(out, (0, 0, 0, padding)) if padding else out
 
 
-def shared_size(length: int) -> int:
-    """A few more tokens, four sizes to a power of two: the masks of rows of many lengths are corners of a few."""
+def mask_size(length: int, *patterns: AttentionPattern) -> int:
+    """Tokens of the mask to take for `length` of them.
+
+    A few more, four sizes to a power of two, so that the masks of rows of many lengths are corners of a few; unless a
+    pattern is another one at another length.
+    """
+    if any(pattern.depends_on_length for pattern in patterns):
+        return length
     step = 1 << max(0, (length - 1).bit_length() - 3)
     return -(-length // step) * step
 
