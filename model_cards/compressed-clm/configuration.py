@@ -1,0 +1,182 @@
+"""The fields every variant has, their checks, and what makes a checkpoint open on its own."""
+
+from difflib import get_close_matches
+from typing import ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .checks import check_at_least, check_divisible, check_entries
+from .images import count_patches
+from .patterns import AttentionPattern
+
+TEXT_HEADS = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+ENCODER_HEADS = (*TEXT_HEADS, "ImageClassification")
+
+
+@strict
+class EtConfig(PreTrainedConfig):
+    """Sizes and choices of the shared backbone. A variant subclasses it, adds its own fields and says `@strict` again.
+
+    Args:
+        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: as in BERT.
+        hidden_act: activation of the MLP, a name that transformers knows.
+        max_position_embeddings: longest input, in tokens; past it a ValueError.
+        position_embedding_type: `learned` and `sinusoidal` are added to the word embeddings, `rotary` turns queries
+            and keys (mixers that have them), `none` leaves order to the mixer.
+        rope_theta: base of the rotary angles.
+        type_vocab_size: number of token types; 0 has none.
+        norm_first: True normalises in front of mixer and MLP and once at the end; False behind them and behind the
+            embeddings, as BERT does.
+        reversible: two residual streams, from whose ends the activations of all layers are computed again in training:
+            its memory does not grow with the depth, for the time of one more forward pass. Another model, not only
+            another way to train one. Needs `norm_first`.
+        hidden_dropout_prob, attention_probs_dropout_prob: as in BERT.
+        classifier_dropout: in front of a classifier; None takes hidden_dropout_prob.
+        classifier_pooling: what a sequence is judged by: the mean of its tokens, its first (`cls`) or its last one.
+        standardize_pooled: give what is pooled, feature by feature, mean 0 and variance 1 over the last examples of
+            training, in front of the pooler's dense layer. The means of long texts are nearly alike, and without it a
+            classifier is busy for its first epochs with what they have in common. The statistics are buffers.
+        pooler_act: activation behind the pooler's dense layer, a name that transformers knows.
+        sparse_prediction: in training, `…ForMaskedLM` gives logits for the tokens that have a label alone, (labels,
+            vocab_size): the same loss and gradients for the share of the vocabulary's products that they are.
+        image_size: pixels of a side, or [height, width], makes a model of images, whose tokens are patches in the place
+            of words: `max_position_embeddings` is their number, and there are no token types. None reads text.
+        patch_size, num_channels: of an image; patches are squares, and 1 makes a token of every pixel.
+        is_decoder: causal attention, everywhere in the model. `…ForCausalLM` sets it.
+        use_cache: let a causal model return its cache.
+    """
+
+    heads: ClassVar[tuple[str, ...]] = (*ENCODER_HEADS, "CausalLM")
+    attends: ClassVar[bool] = True  # are there queries and keys?
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 30522
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    intermediate_size: int = 1024
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 4096
+    position_embedding_type: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
+    rope_theta: float | int = 10000.0
+    type_vocab_size: int = 2
+    norm_first: bool = True
+    reversible: bool = False
+    layer_norm_eps: float | int = 1e-12
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.0
+    classifier_dropout: float | int | None = None
+    classifier_pooling: Literal["mean", "cls", "last"] = "mean"
+    standardize_pooled: bool = False
+    pooler_act: str = "tanh"
+    sparse_prediction: bool = False
+    initializer_range: float | int = 0.02
+    tie_word_embeddings: bool = True
+    image_size: int | list[int] | None = None
+    patch_size: int = 16
+    num_channels: int = 3
+    is_decoder: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        kwargs.pop("auto_map", None)  # recomputed: a checkpoint saved from one head must open as every other
+        for key in kwargs:  # transformers keeps unknown keys; refuse those that look like a slip of one of ours
+            close = get_close_matches(key, type(self).__dataclass_fields__, n=1, cutoff=0.8)
+            if close and not hasattr(PreTrainedConfig, key):
+                raise TypeError(f"{type(self).__name__} has no field {key!r}; did you mean {close[0]!r}?")
+        module, stem = type(self).__module__.rpartition(".")[2], type(self).__name__.removesuffix("Config")
+        self.auto_map = {"AutoConfig": f"{module}.{stem}Config", "AutoModel": f"{module}.{stem}Model"}
+        self.auto_map |= {f"AutoModelFor{head}": f"{module}.{stem}For{head}" for head in self.heads}
+        if self.image_size is not None:
+            self.max_position_embeddings = count_patches(self.image_size, self.patch_size)
+            self.type_vocab_size = 0
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def check_image_size(self) -> int | list[int]:
+        """`image_size` of a model of images, or a ValueError."""
+        if self.image_size is None:
+            raise ValueError(
+                "image_size (None) must be set for a model of images, e.g. image_size=224, patch_size=16: an input of "
+                "another size does not fit its positions."
+            )
+        return self.image_size
+
+    def validate_architecture(self):
+        """Sizes are checked here, so that nothing crashes in a forward."""
+        # in place of transformers' own check, which runs first and reads head_dim: a division by num_attention_heads
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "num_channels",
+        ):
+            check_at_least(name, getattr(self, name), 1, "a model needs at least one")
+        if self.attends:
+            check_divisible(
+                "hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads, "change either"
+            )
+        elif self.position_embedding_type == "rotary" or self.attention_probs_dropout_prob:
+            raise ValueError(
+                f"position_embedding_type ({self.position_embedding_type!r}) must not be 'rotary' and "
+                f"attention_probs_dropout_prob ({self.attention_probs_dropout_prob}) must be 0: there are no queries "
+                "to turn and no attention weights to drop from; use 'learned' and hidden_dropout_prob."
+            )
+        check_at_least("num_hidden_layers", self.num_hidden_layers, 0, "0 leaves the embeddings alone")
+        check_at_least("type_vocab_size", self.type_vocab_size, 0, "0 has no token types")
+        if self.position_embedding_type == "rotary":
+            check_divisible("head_dim", self.head_dim, "2", 2, "rotary positions turn pairs of features")
+        if self.position_embedding_type == "sinusoidal":
+            check_divisible("hidden_size", self.hidden_size, "2", 2, "sinusoidal positions fill pairs of features")
+        if self.reversible and not self.norm_first:
+            raise ValueError(
+                f"reversible ({self.reversible}) needs norm_first, which is {self.norm_first}: a sum with a norm "
+                "behind it cannot be undone. Set norm_first=True or reversible=False."
+            )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < 1:
+                raise ValueError(f"{name} ({rate}) must lie in [0, 1): it is the share of values set to zero.")
+
+
+class PatternConfig:
+    """Mixin of the configs whose attention is drawn by hand; says what each head of each layer reads."""
+
+    num_external_tokens: ClassVar[int] = 0
+
+    def attention_patterns(self, layer: int) -> list[AttentionPattern]:
+        """One pattern per head of layer `layer`, or one for all of them."""
+        raise NotImplementedError
+
+    def per_layer(self, name: str, layer: int) -> int:
+        """The entry of a field that is one number or a list with one number per layer."""
+        value = getattr(self, name)
+        return value[layer] if isinstance(value, list) else value
+
+    def check_per_layer(self, name: str, minimum: int, remedy: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, list):
+            layers: int = self.num_hidden_layers  # type: ignore[attr-defined]
+            check_entries(name, value, "num_hidden_layers", layers, "give one number for all layers or one for each")
+        for entry in value if isinstance(value, list) else [value]:
+            check_at_least(name, entry, minimum, remedy)
+
+    def check_stride(self) -> None:
+        """The fields `stride` and `hops` of a dilated window."""
+        stride, hops = self.stride, self.hops  # type: ignore[attr-defined]
+        check_at_least("stride", stride, 1, "1 is a window without gaps")
+        if hops is not None:
+            check_at_least("hops", hops, 1, "a query reads at least one step to each side; None reads all")
+
+    def layer_seed(self, layer: int) -> int:
+        """Of the random blocks of layer `layer`, from the field `pattern_seed`."""
+        return self.pattern_seed + 0x10001 * layer  # type: ignore[attr-defined]

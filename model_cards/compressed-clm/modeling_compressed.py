@@ -1,0 +1,327 @@
+r"""Memory-compressed attention: keys and values shortened by a strided convolution (Liu et al. 2018, arXiv:1801.10198).
+
+.. math:: o_i = \sum_s \mathrm{softmax}_s(q_i^\top k'_s/\sqrt d)\, v'_s, \qquad
+          k'_s = \sum_{t < \kappa} C_t\, k_{(s+1)f - \kappa + t}
+
+Section 4.2.3: a segment of f tokens leaves one key and one value, and layers of this kind take turns with local ones,
+whose tokens read the block they stand in. A kernel longer than a segment reaches into those before it, and sees zeros
+at padding. As a decoder, a token reads the segments that end with it or before it. O(n²/f·d), O(n·block_size·d) where
+local.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.cache_utils import CacheLayerMixin
+from transformers.generation import GenerationMixin
+
+from .attention import PatternAttention, SequenceInfo
+from .backbone import Encoder, EtPreTrainedModel
+from .caching import SelectableRows, is_closed
+from .checks import check_at_least
+from .configuration import EtConfig, PatternConfig
+from .heads import (
+    ForCausalLM,
+    ForImageClassification,
+    ForMaskedLM,
+    ForMultipleChoice,
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
+from .packing import first_positions
+from .patterns import AttentionPattern
+from .sinkhorn_attention import in_blocks, real_tokens
+from .softmax_attention import softmax_attention
+
+Kind = Literal["local", "compressed"]
+
+
+@strict
+class EtCompressedConfig(PatternConfig, EtConfig):
+    """
+    Args:
+        attention_layers: kinds of the layers in turn, each `local` or `compressed`; tiled over the layers.
+        compression_factor: f, tokens of a segment.
+        kernel_size: κ, tokens that the convolution reads, the last ones those of the segment; None reads no others.
+        block_size: tokens of a block of the local layers.
+    """
+
+    model_type = "et_compressed"
+
+    attention_layers: list[Kind] | None = None
+    compression_factor: int = 4
+    kernel_size: int | None = None
+    block_size: int = 256
+
+    def validate_compression(self):
+        check_at_least("compression_factor", self.compression_factor, 1, "1 keeps every token")
+        check_at_least("block_size", self.block_size, 1, "a block holds tokens")
+        if self.kernel_size is not None:
+            remedy = f"compression_factor is {self.compression_factor}, and no token may go unread; or None"
+            check_at_least("kernel_size", self.kernel_size, self.compression_factor, remedy)
+        if self.attention_layers is not None and not self.attention_layers:
+            raise ValueError("attention_layers ([]) must name a kind: None takes 'local' and 'compressed' in turn.")
+
+    @property
+    def kernel(self) -> int:
+        return self.kernel_size or self.compression_factor
+
+    def kind(self, layer: int) -> Kind:
+        kinds: list[Kind] = self.attention_layers or ["local", "compressed"]
+        return kinds[layer % len(kinds)]
+
+    def attention_patterns(self, layer: int) -> list[AttentionPattern]:
+        if self.kind(layer) == "local":
+            return [AttentionPattern(window=0, in_blocks=True, block_size=self.block_size, causal=self.is_decoder)]
+        return [AttentionPattern(window=None, causal=self.is_decoder)]
+
+
+def compress(x: Tensor, weight: Tensor, factor: int, real: Tensor | None = None) -> Tensor:
+    """The convolution, (b, h, n, d) -> (b, h, s, d), with `weight` (h, κ, d, d) and `real` (b or 1, s, f) tokens."""
+    blocks = in_blocks(x, factor)  # (b, h, s, f, d)
+    blocks = (blocks if real is None else blocks * real[:, None, ..., None]).flatten(3)
+    reach = -(-weight.shape[1] // factor)  # segments that a kernel touches
+    if reach > 1:
+        before = [F.pad(blocks, (0, 0, back, 0))[:, :, : blocks.shape[2]] for back in range(reach - 1, 0, -1)]
+        blocks = torch.cat([*before, blocks], -1)
+    weight = F.pad(weight, (0, 0, 0, 0, reach * factor - weight.shape[1], 0))
+    return blocks @ weight.flatten(1, 2)
+
+
+class CompressedCacheLayer(SelectableRows, CacheLayerMixin):
+    """Compressed keys and values of whole segments, and the tokens of which the next ones will be made.
+
+    stored: (2, b, h, room, d), keys and values; row by row, `tokens // factor` segments are there.
+    pending: (2, b, h, reach·f, d), the segments that the kernel of the next one touches; zero where no token is yet.
+    tokens: real ones of each row, (b,).
+    """
+
+    is_compileable = False
+
+    def __init__(self, factor: int, kernel: int):
+        super().__init__()
+        self.factor, self.reach = factor, -(-kernel // factor)
+        self.reset()
+
+    def reset(self) -> None:
+        self.stored: Tensor | None = None
+        self.pending: Tensor | None = None
+        self.tokens: Tensor | None = None
+        self.waiting: tuple[Tensor, Tensor, Tensor] | None = None
+        self.cumulative_length = self.count = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: memory is made by the first tokens."""
+
+    def update(self, keys: Tensor, values: Tensor, positions: Tensor, *args, **kwargs) -> None:  # type: ignore[override]
+        """Add keys and values (b, h, n, d) of tokens at `positions` (b, n), -1 at none."""
+        self.waiting = keys, values, positions  # compressed when they are read: training does not read them
+        self.cumulative_length += positions.shape[1]
+
+    def write(self, rule: Callable[[Tensor], Tensor]) -> None:
+        """Compress what is waiting by `rule`, (2, b, h, n, d) -> (2, b, h, s, d), as far as it fills segments."""
+        if self.waiting is None:
+            return
+        (keys, values, positions), self.waiting = self.waiting, None
+        pair, size = torch.stack([keys, values]), self.factor
+        if self.pending is None or self.tokens is None:
+            self.pending = pair.new_zeros(*pair.shape[:3], self.reach * size, pair.shape[4])
+            self.tokens = positions.new_zeros(len(positions))
+        start, tokens = self.tokens // size, torch.maximum(self.tokens, positions.amax(1) + 1)
+        blocks = int((tokens - start * size).max()) // size + 1
+        laid_out = F.pad(self.pending, (0, 0, 0, blocks * size))  # row by row, from `reach - 1` segments before `start`
+        row, column = (positions >= 0).nonzero(as_tuple=True)
+        place = positions[row, column] - (start[row] - self.reach + 1) * size
+        laid_out[:, row, :, place] = pair[:, row, :, column]
+        done = tokens // size - start  # segments of each row that are full now
+        self.count = max(self.count, int((tokens // size).max()))
+        if bool(done.any()):
+            row, number = (torch.arange(blocks, device=done.device) < done[:, None]).nonzero(as_tuple=True)
+            stored = self.make_room(pair)
+            stored[:, row, :, start[row] + number] = rule(laid_out)[:, row, :, number + self.reach - 1]
+        kept = done[:, None] * size + torch.arange(self.reach * size, device=done.device)
+        index = kept[None, :, None, :, None].expand(*pair.shape[:3], -1, pair.shape[4])
+        self.pending, self.tokens = laid_out.gather(3, index), tokens
+
+    def make_room(self, like: Tensor) -> Tensor:
+        """`stored` with room for `count` segments, that may be written to."""
+        old = self.stored
+        if old is None or old.shape[3] < self.count or torch.is_grad_enabled() or is_closed(old):
+            self.stored = like.new_zeros(*like.shape[:3], self.count + self.count // 4 + 16, like.shape[4])
+            if old is not None:
+                self.stored[:, :, :, : old.shape[3]] = old[:, :, :, : self.stored.shape[3]]
+        assert self.stored is not None
+        return self.stored
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def num_rows(self) -> int:
+        some = self.tokens if self.waiting is None else self.waiting[2]
+        return 0 if some is None else len(some)
+
+    def select(self, rows: Tensor) -> None:
+        if self.waiting is not None:
+            self.waiting = tuple(x.index_select(0, rows.to(x.device)) for x in self.waiting)  # type: ignore[assignment]
+        if self.tokens is not None:
+            rows = rows.to(self.tokens.device)
+            self.tokens = self.tokens[rows]
+            self.stored, self.pending = (x if x is None else x[:, rows] for x in (self.stored, self.pending))
+
+
+class EtCompressedAttention(PatternAttention):
+    """Block-local or compressed attention, by the layer."""
+
+    def __init__(self, config: EtCompressedConfig, layer: int):
+        super().__init__(config, layer)
+        self.is_local = config.kind(layer) == "local"
+        if not self.is_local:
+            self.cache_class = CompressedCacheLayer
+            # one convolution of keys and one of values, head by head; the paper leaves open whether it mixes heads
+            sizes = (2, self.num_heads, config.kernel, self.head_dim, self.head_dim)
+            self.convolution = nn.Parameter(torch.empty(sizes))
+
+    def init_own(self) -> None:
+        if not self.is_local:  # the mean of the tokens; the paper does not say how it begins
+            init.copy_(self.convolution, torch.eye(self.head_dim).expand_as(self.convolution) / self.config.kernel)
+
+    def new_cache_layer(self):
+        return super().new_cache_layer() if self.is_local else self.new_compressed_layer()
+
+    def new_compressed_layer(self) -> CompressedCacheLayer:
+        return CompressedCacheLayer(self.config.compression_factor, self.config.kernel)
+
+    def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
+        """What each head has read, (b, h, n, d), and the weights if asked for and nothing came before.
+
+        The weight of a segment stands in equal parts at its real tokens.
+        """
+        if self.is_local:
+            return super().attend(hidden, sequence)
+        config, factor, causal = self.config, self.config.compression_factor, self.config.is_decoder
+        dropout = self.dropout if self.training else 0.0
+        q = self.split_heads(self.q_proj(hidden), sequence.rotary)
+        k, v = self.split_heads(self.k_proj(hidden), sequence.rotary), self.split_heads(self.v_proj(hidden))
+        if sequence.cache is not None:
+            memory: CompressedCacheLayer = sequence.cache.layers[self.layer]  # type: ignore[assignment]
+            if seen := memory.get_seq_length():
+                memory.write(self.compress_pair)
+            memory.update(k, v, sequence.positions)
+            if seen:
+                memory.write(self.compress_pair)
+                return self.attend_behind(q, sequence.positions, memory, dropout), None
+        real = real_tokens(hidden, factor, sequence.keep)
+        k, v = (compress(x, weight, factor, real) for x, weight in zip((k, v), self.convolution, strict=True))
+        if sequence.output_attentions or config._attn_implementation == "eager":
+            return self.attend_eagerly(q, k, v, sequence, real, dropout)
+        if causal:
+            return causal_attention(q, k, v, factor, dropout), None
+        mask = None
+        if real is not None and (sequence.keep is not None or torch.compiler.is_compiling()):
+            # finite: a row may be nothing but padding
+            mask = q.new_zeros(real.shape[:2]).masked_fill(~real.any(-1), torch.finfo(q.dtype).min / 2)[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout), None
+
+    def compress_pair(self, pair: Tensor) -> Tensor:
+        weights, factor = self.convolution, self.config.compression_factor
+        return torch.stack([compress(x, weight, factor) for x, weight in zip(pair, weights, strict=True)])
+
+    def attend_behind(self, q: Tensor, positions: Tensor, memory: CompressedCacheLayer, dropout: float) -> Tensor:
+        """What queries (b, h, n, d) at `positions` (b, n) read of the segments in `memory`."""
+        if memory.stored is None:  # not one is full
+            return torch.zeros_like(q)
+        keys, values = memory.stored[:, :, :, : memory.count]
+        number = torch.arange(memory.count, device=q.device)
+        allowed = number < (positions[:, None, :, None] + 1) // memory.factor
+        return softmax_attention(q, keys, values, allowed, dropout)[0]
+
+    def attend_eagerly(
+        self, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceInfo, real: Tensor | None, dropout: float
+    ) -> tuple[Tensor, Tensor]:
+        length = q.shape[2]
+        factor, position = self.config.compression_factor, torch.arange(length, device=q.device)
+        keep = sequence.positions >= 0
+        stands_in = position[:, None] // factor == torch.arange(k.shape[2], device=q.device)  # (n, s)
+        there = stands_in & keep[..., None]  # (b, n, s)
+        count = there.sum(1)  # real tokens of each segment, (b, s)
+        allowed = (count > 0)[:, None, None] & keep[:, None, :, None]
+        if self.config.is_decoder:
+            allowed = allowed & (torch.arange(k.shape[2], device=q.device) < (position[:, None] + 1) // factor)
+        _, reads = softmax_attention(q, k, v, allowed)
+        share = there.to(reads.dtype) / count.clamp(min=1)[:, None]
+        weights = reads @ share.transpose(1, 2)[:, None]
+        return F.dropout(weights @ stands_in.to(v.dtype), dropout) @ v, weights
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, factor: int, dropout: float) -> Tensor:
+    """Queries (b, h, n, d) over the segments (b, h, s, d) that end with them or before; zeros where there is none.
+
+    From the first whole segment on, every `factor`-th query reads one segment more than the one before it: ordinary
+    causal attention, and so with each remainder. The paper does not say what the tokens before that read.
+    """
+    batch, heads, length, dim = q.shape
+    count, skipped = k.shape[2], factor - 1
+    rows = q.transpose(1, 2)  # (b, n, h, d), as it lies in memory
+    place = torch.arange(count * factor, device=q.device)
+    if length < factor or torch.compiler.is_compiling():
+        rows = rows.index_select(1, (place + skipped).clamp(max=length - 1))
+    else:
+        rows = F.pad(rows, (0, 0, 0, 0, -skipped, count * factor - length + skipped))
+    turns = rows.reshape(batch, count, factor * heads, dim).transpose(1, 2)
+    keys, values = (x.repeat(1, factor, 1, 1) for x in (k, v))
+    out = F.scaled_dot_product_attention(turns, keys, values, is_causal=True, dropout_p=dropout)
+    out = out.transpose(1, 2).reshape(batch, count * factor, heads, dim).transpose(1, 2)
+    return first_positions(F.pad(out, (0, 0, skipped, 0)), length, 2)
+
+
+class EtCompressedPreTrainedModel(EtPreTrainedModel):
+    config: EtCompressedConfig
+    mixer_class = EtCompressedAttention
+    _is_stateful = True
+    _supports_flex_attn = False
+
+
+class EtCompressedModel(Encoder, EtCompressedPreTrainedModel):
+    """Bare encoder (or decoder, by `config.is_decoder`)."""
+
+
+class EtCompressedForMaskedLM(ForMaskedLM, EtCompressedPreTrainedModel):
+    model_class = EtCompressedModel
+
+
+class EtCompressedForCausalLM(ForCausalLM, EtCompressedPreTrainedModel, GenerationMixin):
+    model_class = EtCompressedModel
+
+
+class EtCompressedForSequenceClassification(ForSequenceClassification, EtCompressedPreTrainedModel):
+    model_class = EtCompressedModel
+
+
+class EtCompressedForTokenClassification(ForTokenClassification, EtCompressedPreTrainedModel):
+    model_class = EtCompressedModel
+
+
+class EtCompressedForQuestionAnswering(ForQuestionAnswering, EtCompressedPreTrainedModel):
+    model_class = EtCompressedModel
+
+
+class EtCompressedForMultipleChoice(ForMultipleChoice, EtCompressedPreTrainedModel):
+    model_class = EtCompressedModel
+
+
+class EtCompressedForImageClassification(ForImageClassification, EtCompressedPreTrainedModel):
+    model_class = EtCompressedModel

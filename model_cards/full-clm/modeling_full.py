@@ -1,0 +1,68 @@
+"""Full attention, the yardstick: softmax(QKᵀ/√d)V over the whole sequence (Vaswani et al. 2017, arXiv:1706.03762).
+
+Same backbone, heads and projections as every other variant, so a comparison changes one thing. O(n²·d).
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers.generation import GenerationMixin
+
+from .attention import PatternAttention
+from .backbone import Encoder, EtPreTrainedModel
+from .configuration import EtConfig, PatternConfig
+from .heads import (
+    ForCausalLM,
+    ForImageClassification,
+    ForMaskedLM,
+    ForMultipleChoice,
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
+from .patterns import AttentionPattern
+
+
+@strict
+class EtFullConfig(PatternConfig, EtConfig):
+    """`EtConfig` as it is; BERT's weights fit with `norm_first=False, classifier_pooling="cls"`."""
+
+    model_type = "et_full"
+
+    def attention_patterns(self, layer: int) -> list[AttentionPattern]:
+        return [AttentionPattern(window=None, causal=self.is_decoder)]
+
+
+class EtFullPreTrainedModel(EtPreTrainedModel):
+    config: EtFullConfig
+    mixer_class = PatternAttention
+
+
+class EtFullModel(Encoder, EtFullPreTrainedModel):
+    """Bare encoder (or decoder, by `config.is_decoder`)."""
+
+
+class EtFullForMaskedLM(ForMaskedLM, EtFullPreTrainedModel):
+    model_class = EtFullModel
+
+
+class EtFullForCausalLM(ForCausalLM, EtFullPreTrainedModel, GenerationMixin):
+    model_class = EtFullModel
+
+
+class EtFullForSequenceClassification(ForSequenceClassification, EtFullPreTrainedModel):
+    model_class = EtFullModel
+
+
+class EtFullForTokenClassification(ForTokenClassification, EtFullPreTrainedModel):
+    model_class = EtFullModel
+
+
+class EtFullForQuestionAnswering(ForQuestionAnswering, EtFullPreTrainedModel):
+    model_class = EtFullModel
+
+
+class EtFullForMultipleChoice(ForMultipleChoice, EtFullPreTrainedModel):
+    model_class = EtFullModel
+
+
+class EtFullForImageClassification(ForImageClassification, EtFullPreTrainedModel):
+    model_class = EtFullModel

@@ -1,0 +1,169 @@
+"""What a causal model has to remember, and no more."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .patterns import AttentionPattern
+
+
+class SelectableRows:
+    """Mixin of the cache layers: what `generate` does with the rows of a batch, and that nothing can be taken back."""
+
+    is_croppable = False
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch; 0 while it is empty."""
+        raise NotImplementedError
+
+    def select(self, rows: Tensor) -> None:
+        """Rows of the batch in another order, some of them or several times; nothing while it is empty."""
+        raise NotImplementedError
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError("a cache that forgets cannot be rolled back: generate without assistant or look-up.")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.select(torch.arange(self.num_rows).repeat_interleave(repeats))
+
+
+class PatternCacheLayer(SelectableRows, DynamicLayer):
+    """Keys and values with their positions, forgetting what no later query can read.
+
+    Kept are the first `num_prefix` real tokens and the last `span` ones; `span=None` keeps all. Positions count the
+    real tokens of each row and are -1 at padding, so rows may be padded anywhere. Memory does not grow with the
+    length where the span is finite; eviction is amortised over `span` steps. What grows has room to grow into, so that
+    a token is written behind the others instead of copying them all.
+    """
+
+    keys: Tensor  # type: ignore[reportIncompatibleVariableOverride] — there from the first update on
+    values: Tensor  # type: ignore[reportIncompatibleVariableOverride]
+    positions: Tensor
+
+    def __init__(self, num_prefix: int, span: int | None):
+        super().__init__()
+        self.num_prefix, self.span = num_prefix, span
+        self.is_empty = True
+        self.cumulative_length = 0
+        self.room: dict[str, Tensor] = {}  # of each tensor: it and what is free behind it
+
+    def update(self, key_states: Tensor, value_states: Tensor, positions: Tensor, *args, **kwargs):  # type: ignore[override]
+        """Append (b, h, n, d) keys and values at `positions` (b, n); return all there are, with their positions."""
+        if self.is_empty:
+            self.lazy_initialization(key_states, value_states)
+            self.is_empty = False
+            self.keys, self.values, self.positions = key_states, value_states, positions
+        else:
+            self.keys = self.extended("keys", self.keys, key_states, 2)
+            self.values = self.extended("values", self.values, value_states, 2)
+            self.positions = self.extended("positions", self.positions, positions, 1)
+        self.cumulative_length += key_states.shape[2]
+        everything = self.keys, self.values, self.positions
+        if self.span is not None and self.positions.shape[1] > self.num_prefix + 2 * self.span:
+            self.evict(self.span)
+        return everything
+
+    def extended(self, name: str, old: Tensor, new: Tensor, axis: int) -> Tensor:
+        """`old` and `new` one behind the other, along `axis`."""
+        if torch.is_grad_enabled() and (old.requires_grad or new.requires_grad):
+            return torch.cat([old, new], axis)
+        length, total = old.shape[axis], old.shape[axis] + new.shape[axis]
+        room = self.room.get(name)
+        if room is None or room.data_ptr() != old.data_ptr() or room.shape[axis] < total or is_closed(room):
+            shape = list(old.shape)
+            shape[axis] = total + total // 4 + 16
+            room = self.room[name] = old.new_empty(shape)
+            room.narrow(axis, 0, length).copy_(old)
+        room.narrow(axis, length, total - length).copy_(new)
+        return room.narrow(axis, 0, total)
+
+    def evict(self, span: int) -> None:
+        # prefix tokens first, then the newest; padding last
+        rank = torch.where((self.positions >= 0) & (self.positions < self.num_prefix), 1 << 60, self.positions)
+        kept = rank.argsort(dim=1, descending=True, stable=True)[:, : self.num_prefix + span].sort(dim=1).values
+        index = kept[:, None, :, None].expand(-1, *self.keys.shape[1:2], -1, self.keys.shape[3])
+        self.keys, self.values = self.keys.gather(2, index), self.values.gather(2, index)
+        self.positions = self.positions.gather(1, kept)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: `generate` slices its inputs by it."""
+        return self.cumulative_length
+
+    def reset(self) -> None:
+        self.is_empty = True
+        self.room.clear()
+        super().reset()
+
+    @property
+    def num_rows(self) -> int:
+        return 0 if self.is_empty else len(self.positions)
+
+    def select(self, rows: Tensor) -> None:
+        if not self.is_empty:
+            rows = rows.to(self.keys.device)
+            self.keys, self.values, self.positions = (
+                x.index_select(0, rows) for x in (self.keys, self.values, self.positions)
+            )
+
+
+class BucketCacheLayer(PatternCacheLayer):
+    """Keys and values of all tokens, with their positions and with the buckets that the data put them in."""
+
+    buckets: Tensor
+
+    def __init__(self):
+        super().__init__(0, None)
+
+    def update(self, key_states: Tensor, value_states: Tensor, positions: Tensor, buckets: Tensor, *args, **kwargs):  # type: ignore[override]
+        """Append (b, h, n, d) keys and values at `positions` (b, n) in `buckets` (b, h, r, n); return all there are."""
+        self.buckets = buckets if self.is_empty else self.extended("buckets", self.buckets, buckets, 3)
+        return *super().update(key_states, value_states, positions), self.buckets
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        if not self.is_empty:
+            self.buckets = self.buckets.index_select(0, rows.to(self.buckets.device))
+
+
+def is_closed(x: Tensor) -> bool:
+    """Was `x` made in inference mode, outside of which nothing may be written into it?"""
+    return x.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def cache_layer(patterns: list[AttentionPattern]) -> PatternCacheLayer:
+    """The smallest memory that serves all heads of a layer."""
+    num_prefix = max(len(pattern.global_tokens) for pattern in patterns)
+    if any(pattern.window is None or pattern.num_random_blocks for pattern in patterns):
+        return PatternCacheLayer(num_prefix, None)
+    # a window of blocks is read from the end of a block, too
+    span = max((p.reach or 0) * p.dilation + (p.block_size - 1) * p.in_blocks for p in patterns) + 1
+    return PatternCacheLayer(num_prefix, span)
+
+
+def prepare_cache(cache: Cache | None, kinds: list[type], new_layers: Callable[[], list]) -> Cache:
+    """A cache with the layers this model needs, of these `kinds`; `new_layers` makes them where they are not there yet.
+
+    An empty cache that somebody else made is filled in place: `generate` hands in a `DynamicCache`, and callers keep
+    the object they passed. Raises ValueError for a cache that already holds another model's states.
+    """
+    if cache is None:
+        return Cache(layers=new_layers())
+    if [type(layer) for layer in cache.layers] == kinds:
+        return cache
+    if cache.get_seq_length():
+        raise ValueError(
+            f"past_key_values ({type(cache).__name__} with {len(cache)} layers) already holds states this model "
+            "did not write: pass None, or an empty cache."
+        )
+    cache.layers[:] = new_layers()
+    return cache

@@ -1,0 +1,79 @@
+r"""Local (truncated) attention: each token reads its neighbours, and time follows the window.
+
+.. math:: S(i) = \{j : |i-j| \le w\}, \qquad \text{causal: } 0 \le i-j \le w
+
+The sliding window of Longformer (Beltagy et al. 2020, arXiv:2004.05150, section 3.1) with its width counted to one
+side: w here is half of the paper's w. L layers see L·w tokens to each side. O(n·w·d).
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers.generation import GenerationMixin
+
+from .attention import PatternAttention
+from .backbone import Encoder, EtPreTrainedModel
+from .configuration import EtConfig, PatternConfig
+from .heads import (
+    ForCausalLM,
+    ForImageClassification,
+    ForMaskedLM,
+    ForMultipleChoice,
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
+from .patterns import AttentionPattern
+
+
+@strict
+class EtLocalConfig(PatternConfig, EtConfig):
+    """
+    Args:
+        window_size: tokens read to each side besides the token itself; one number, or one for each layer.
+    """
+
+    model_type = "et_local"
+
+    window_size: int | list[int] = 128
+
+    def validate_window(self):
+        self.check_per_layer("window_size", 1, "it counts the neighbours read to each side")
+
+    def attention_patterns(self, layer: int) -> list[AttentionPattern]:
+        return [AttentionPattern(window=self.per_layer("window_size", layer), causal=self.is_decoder)]
+
+
+class EtLocalPreTrainedModel(EtPreTrainedModel):
+    config: EtLocalConfig
+    mixer_class = PatternAttention
+
+
+class EtLocalModel(Encoder, EtLocalPreTrainedModel):
+    """Bare encoder (or decoder, by `config.is_decoder`)."""
+
+
+class EtLocalForMaskedLM(ForMaskedLM, EtLocalPreTrainedModel):
+    model_class = EtLocalModel
+
+
+class EtLocalForCausalLM(ForCausalLM, EtLocalPreTrainedModel, GenerationMixin):
+    model_class = EtLocalModel
+
+
+class EtLocalForSequenceClassification(ForSequenceClassification, EtLocalPreTrainedModel):
+    model_class = EtLocalModel
+
+
+class EtLocalForTokenClassification(ForTokenClassification, EtLocalPreTrainedModel):
+    model_class = EtLocalModel
+
+
+class EtLocalForQuestionAnswering(ForQuestionAnswering, EtLocalPreTrainedModel):
+    model_class = EtLocalModel
+
+
+class EtLocalForMultipleChoice(ForMultipleChoice, EtLocalPreTrainedModel):
+    model_class = EtLocalModel
+
+
+class EtLocalForImageClassification(ForImageClassification, EtLocalPreTrainedModel):
+    model_class = EtLocalModel

@@ -1,0 +1,90 @@
+"""Mixed heads: every head has a pattern of its own, side by side in one layer.
+
+Heads that look near, far and everywhere complement each other, as the two heads of the Sparse Transformer do
+(Child et al. 2019, arXiv:1904.10509, section 4.2). Heads with the same pattern run together; the cost is the mean of
+the heads' costs.
+"""
+
+from dataclasses import field
+
+from huggingface_hub.dataclasses import strict
+from transformers.generation import GenerationMixin
+
+from .attention import PatternAttention
+from .backbone import Encoder, EtPreTrainedModel
+from .configuration import EtConfig, PatternConfig
+from .heads import (
+    ForCausalLM,
+    ForImageClassification,
+    ForMaskedLM,
+    ForMultipleChoice,
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
+from .patterns import AttentionPattern, parse_pattern
+
+
+@strict
+class EtMixedConfig(PatternConfig, EtConfig):
+    """
+    Args:
+        head_patterns: one description per head, or a shorter list that is tiled over them: `local:<window>`,
+            `stride:<stride>[:<hops>]`, `global:<tokens>`, `random:<blocks>[:<block size>]`, `full`, united by `|`.
+            Random blocks are drawn anew for each layer and head.
+        pattern_seed: of the random blocks.
+    """
+
+    model_type = "et_mixed"
+
+    head_patterns: list[str] = field(default_factory=lambda: ["local:128", "stride:64:2", "global:2", "local:32"])
+    pattern_seed: int = 0
+
+    def validate_patterns(self):
+        if not self.head_patterns or self.num_attention_heads % len(self.head_patterns):
+            raise ValueError(
+                f"head_patterns has {len(self.head_patterns)} entries, which cannot be tiled over "
+                f"num_attention_heads ({self.num_attention_heads}): give one per head, or a divisor of them."
+            )
+        self.attention_patterns(0)
+
+    def attention_patterns(self, layer: int) -> list[AttentionPattern]:
+        seed = self.layer_seed(layer)
+        return [parse_pattern(text, seed=seed, causal=self.is_decoder) for text in self.head_patterns]
+
+
+class EtMixedPreTrainedModel(EtPreTrainedModel):
+    config: EtMixedConfig
+    mixer_class = PatternAttention
+
+
+class EtMixedModel(Encoder, EtMixedPreTrainedModel):
+    """Bare encoder (or decoder, by `config.is_decoder`)."""
+
+
+class EtMixedForMaskedLM(ForMaskedLM, EtMixedPreTrainedModel):
+    model_class = EtMixedModel
+
+
+class EtMixedForCausalLM(ForCausalLM, EtMixedPreTrainedModel, GenerationMixin):
+    model_class = EtMixedModel
+
+
+class EtMixedForSequenceClassification(ForSequenceClassification, EtMixedPreTrainedModel):
+    model_class = EtMixedModel
+
+
+class EtMixedForTokenClassification(ForTokenClassification, EtMixedPreTrainedModel):
+    model_class = EtMixedModel
+
+
+class EtMixedForQuestionAnswering(ForQuestionAnswering, EtMixedPreTrainedModel):
+    model_class = EtMixedModel
+
+
+class EtMixedForMultipleChoice(ForMultipleChoice, EtMixedPreTrainedModel):
+    model_class = EtMixedModel
+
+
+class EtMixedForImageClassification(ForImageClassification, EtMixedPreTrainedModel):
+    model_class = EtMixedModel

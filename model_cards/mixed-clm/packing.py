@@ -1,0 +1,134 @@
+"""Real tokens to the left, padding to the right, and back; rows of several documents, taken apart and put together.
+
+Mixers that count blocks or own per-position parameters cannot see past padding in front of or between the tokens. So
+the backbone packs each row once on the way in and undoes it on the way out: a mixer only ever meets right padding.
+
+Nor can they all be kept from reading over the borders of documents that share a row: a mask cannot restart a Fourier
+transform or a matrix over positions. So a mixer gets such documents as rows of their own, and everything else, which
+works on each token alone, gets all of their tokens in one. What holds for a document alone then holds in every variant,
+and quadratic ones do less than under a mask of blocks. The price is padding in the mixer: documents go through it in
+groups in which the longest is less than twice as long as the shortest.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def packing_order(keep: Tensor) -> Tensor:
+    """Positions of the real tokens of each row, in order, then of the padding: (b, n) bool -> (b, n) int64."""
+    # counted, not sorted: it is linear, and ONNX has no stable sort
+    real, padding = keep.long(), (~keep).long()
+    place = torch.where(keep, real.cumsum(1), real.sum(1, keepdim=True) + padding.cumsum(1)) - 1
+    return inverse(place)
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The permutation that undoes `order`, row by row: (b, n) -> (b, n)."""
+    return torch.zeros_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+
+
+def pack(x: Tensor, order: Tensor) -> Tensor:
+    """Reorder axis 1 of `x` (b, n, …) by `order` (b, n)."""
+    return x.gather(1, order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand_as(x))
+
+
+def first_positions(x: Tensor, length: int, *axes: int) -> Tensor:
+    """The first `length` entries of `x` along each of `axes`."""
+    for axis in axes:
+        if torch.compiler.is_compiling():  # a slice would ask how a traced length compares
+            x = x.index_select(axis, torch.arange(length, device=x.device))
+        elif length < x.shape[axis]:  # of all of them a slice would have a gradient filled and copied for nothing
+            x = x.narrow(axis, 0, length)
+    return x
+
+
+def unpack(x: Tensor, order: Tensor) -> Tensor:
+    """The inverse of `pack`."""
+    return pack(x, inverse(order))
+
+
+@dataclass
+class Documents:
+    """Where the documents stand in the packed rows of a batch.
+
+    rows: b and n. real: the places of their tokens in the flattened rows, one document behind the other, (t,); None
+    where all are real. lengths: tokens of each document.
+    """
+
+    rows: tuple[int, int]
+    real: Tensor | None
+    lengths: list[int]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The tokens of all documents: (b, n, …) -> (t, …)."""
+        x = x.flatten(0, 1)
+        return x if self.real is None else x.index_select(0, self.real)
+
+    def scatter(self, tokens: Tensor) -> Tensor:
+        """Back to their rows, zeros at padding: (t, …) -> (b, n, …)."""
+        if self.real is not None:
+            batch, length = self.rows
+            tokens = tokens.new_zeros(batch * length, *tokens.shape[1:]).index_copy(0, self.real, tokens)
+        return tokens.unflatten(0, self.rows)
+
+
+def find_documents(position_ids: Tensor, keep: Tensor | None) -> Documents | None:
+    """The documents of packed rows, or None if no row of `position_ids` (b, n) holds more than one.
+
+    A row's first real token begins a document, and so does every other one whose position is 0: this is how
+    transformers' DataCollatorWithFlattening and TRL mark them. transformers itself takes every step other than +1 for a
+    border; here positions may leave something out, begin anywhere, or be anything at padding.
+    """
+    if position_ids.shape[1] < 2 or not bool((position_ids[:, 1:] == 0).any()):
+        return None
+    real = torch.ones_like(position_ids, dtype=torch.bool) if keep is None else keep
+    begins = real & ((position_ids == 0) | (real.cumsum(1) == 1))
+    if bool((begins.sum(1) <= 1).all()):
+        return None
+    places = real.flatten().nonzero()[:, 0]
+    first = begins.flatten()[places].nonzero()[:, 0]
+    lengths = torch.diff(first, append=first.new_tensor([len(places)])).tolist()
+    return Documents((position_ids.shape[0], position_ids.shape[1]), None if keep is None else places, lengths)
+
+
+@dataclass
+class Group:
+    """Documents of about one length, as rows.
+
+    numbers: which documents, d of them. tokens: where theirs stand among the tokens of all documents, (d, l); padding
+    repeats the last one. keep: False at that padding; None where there is none.
+    """
+
+    numbers: list[int]
+    tokens: Tensor
+    keep: Tensor | None
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The tokens of this group: (t, …) -> (d, l, …)."""
+        return x.index_select(0, self.tokens.flatten()).unflatten(0, self.tokens.shape)
+
+
+def group_by_length(lengths: list[int], device: torch.device) -> list[Group]:
+    """Documents of up to 1, 2, 4, 8, … tokens together."""
+    numbers: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        numbers.setdefault((length - 1).bit_length(), []).append(number)
+    ends = torch.tensor(lengths, device=device).cumsum(0)
+    groups = []
+    for members in numbers.values():
+        own = [lengths[number] for number in members]
+        sizes = torch.tensor(own, device=device)[:, None]
+        place = torch.arange(max(own), device=device)
+        tokens = ends[torch.tensor(members, device=device)][:, None] - sizes + torch.minimum(place, sizes - 1)
+        groups.append(Group(members, tokens, None if min(own) == max(own) else place < sizes))
+    return groups
+
+
+def places_in_groups(groups: list[Group]) -> Tensor:
+    """Where each token of all documents stands in the flattened groups, one behind the other, (t,)."""
+    kept = [torch.ones_like(g.tokens, dtype=torch.bool) if g.keep is None else g.keep for g in groups]
+    keep = torch.cat([x.flatten() for x in kept]).nonzero()[:, 0]
+    tokens = torch.cat([g.tokens.flatten() for g in groups])
+    return torch.zeros_like(keep).scatter(0, tokens[keep], keep)

@@ -1,0 +1,346 @@
+"""The heads, written once. A variant derives each of them and names its own body in `model_class`.
+
+transformers' `GenericFor…` heads build their body through an Auto class, which fails inside a checkpoint.
+"""
+
+from copy import deepcopy
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import (
+    CausalLMOutputWithPast,
+    ImageClassifierOutput,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils.generic import can_return_tuple
+
+from .configuration import EtConfig
+
+IGNORED = -100  # a label of nothing, as in transformers
+
+
+class Head:
+    """Mixin: a body under the name `model`, and what all heads do with it."""
+
+    model_class: ClassVar[type[PreTrainedModel]]
+    pools: ClassVar[bool] = False  # does the head read the pooled vector?
+    reads_images: ClassVar[bool] = False
+    config: EtConfig
+    model: PreTrainedModel
+
+    def __init__(self, config: EtConfig):
+        config = self.own_config(config)
+        if self.reads_images:
+            config.check_image_size()
+        elif config.image_size is not None:
+            raise ValueError(
+                f"{type(self).__name__} reads text and got image_size={config.image_size}: leave image_size out, or "
+                "use …ForImageClassification."
+            )
+        super().__init__(config)  # type: ignore[call-arg]
+        self.model = self.model_class(config, add_pooling_layer=self.pools)  # type: ignore[call-arg]
+        self.add_head(config)
+        self.post_init()  # type: ignore[attr-defined]
+
+    @classmethod
+    def own_config(cls, config: EtConfig) -> EtConfig:
+        """The config this head works with: the one given, or a copy in which the head has settled something."""
+        return config
+
+    def add_head(self, config: EtConfig) -> None:
+        raise NotImplementedError
+
+    def mark(self, input_ids: Tensor | None, marked: Tensor | None) -> Tensor | None:
+        """The global_attention_mask: what the caller gave, or this head's own choice, (b, n) or None."""
+        return marked
+
+    def classifier_dropout(self, config: EtConfig) -> nn.Dropout:
+        rate = config.classifier_dropout
+        return nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
+
+
+class MaskedLMHead(nn.Module):
+    """BERT's: dense, activation, norm, then the (tied) word embeddings and a bias."""
+
+    def __init__(self, config: EtConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.decoder(self.norm(self.activation(self.dense(hidden))))
+
+
+class ForMaskedLM(Head):
+    """Predicts masked tokens from both sides. Labels (b, n), -100 where nothing is to be predicted.
+
+    Logits (b, n, vocab_size); in training with `sparse_prediction` those of labelled tokens, (labels, vocab_size).
+    """
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "model.embeddings.word_embeddings.weight"}
+
+    def add_head(self, config: EtConfig) -> None:
+        if config.is_decoder:
+            raise ValueError(
+                f"{type(self).__name__} reads both sides and got is_decoder=True: set is_decoder=False, or use "
+                f"{type(self).__name__.replace('MaskedLM', 'CausalLM')}."
+            )
+        self.lm_head = MaskedLMHead(config)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        outputs = self.model(*inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), **kwargs)
+        hidden = outputs.last_hidden_state
+        if self.config.sparse_prediction and self.training and labels is not None:  # type: ignore[attr-defined]
+            predicted = labels != IGNORED
+            hidden, labels = hidden[predicted], labels[predicted]
+        logits = self.lm_head(hidden)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)  # type: ignore[attr-defined]
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class ForCausalLM(Head):
+    """Predicts the next token, with a cache. Sets `is_decoder` in its own copy of the config.
+
+    The variant's class names GenerationMixin itself, behind its pretrained base: transformers looks for it there.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
+
+    @classmethod
+    def own_config(cls, config: EtConfig) -> EtConfig:
+        config = super().own_config(config)
+        if config.is_decoder:
+            return config
+        config = deepcopy(config)
+        config.is_decoder = True
+        return config
+
+    def add_head(self, config: EtConfig) -> None:
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """`logits_to_keep` n > 0 computes the last n logits, a tensor those at its positions, 0 all of them."""
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)  # type: ignore[attr-defined]
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class Classifier(Head):
+    """A head of dropout and one linear layer onto the labels."""
+
+    def add_head(self, config: EtConfig) -> None:
+        self.num_labels = config.num_labels or 2
+        self.dropout = self.classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+
+
+class ForSequenceClassification(Classifier):
+    """Judges a whole sequence: classes, several labels at once or numbers, by `config.problem_type`."""
+
+    pools = True
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        outputs = self.model(*inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)  # type: ignore[attr-defined]
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class ForTokenClassification(Classifier):
+    """Labels every token. Labels (b, n), -100 where there is none."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        outputs = self.model(*inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), **kwargs)
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)  # type: ignore[attr-defined]
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class ForQuestionAnswering(Head):
+    """Finds the answer as a span of tokens. `start_positions` and `end_positions` (b,)."""
+
+    def add_head(self, config: EtConfig) -> None:
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        outputs = self.model(*inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), **kwargs)
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)  # type: ignore[attr-defined]
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class ForMultipleChoice(Head):
+    """Picks one of several sequences. All inputs have a choices axis: (b, c, n); labels (b,)."""
+
+    pools = True
+
+    def add_head(self, config: EtConfig) -> None:
+        self.dropout = self.classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MultipleChoiceModelOutput:
+        first = inputs_embeds if input_ids is None else input_ids
+        if first is None or first.dim() < 3:
+            raise ValueError("multiple choice takes inputs of shape (batch, choices, length): add the axis of choices.")
+        marked = self.mark(input_ids, global_attention_mask)
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, marked
+        *inputs, marked = (None if x is None else x.flatten(0, 1) for x in inputs)
+        outputs = self.model(*inputs, global_attention_mask=marked, **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(first.shape[:2])
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class ForImageClassification(Classifier):
+    """Judges an image, a sequence of patches: classes, several labels at once or numbers, by `config.problem_type`."""
+
+    pools = True
+    reads_images = True
+    main_input_name = "pixel_values"
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+    ) -> ImageClassifierOutput:
+        """`pixel_values` (b, channels, height, width), of the size that the config states; `labels` (b,) or (b, l)."""
+        outputs = self.model(pixel_values=pixel_values, **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)  # type: ignore[attr-defined]
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )

@@ -1,0 +1,162 @@
+"""Groups of tokens that the data has chosen: who stands in them, who of them reads whom, and how often."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Groups of slots, each for one token of a sequence; a token may stand in several groups or in none.
+
+    queries: the token in each query slot, (b, h, g, c) int64, -1 where it is empty.
+    keys: the token in each key slot of a group, (b, h, g, m), -1 where it is empty. None: the slots of a group are its
+        keys as well, and so are those of the group before it.
+    labels: (b, h, g, c), only without `keys`: equal at the slots that read each other, -1 at empty ones. Equal labels
+        stand side by side, in the order of the tokens.
+    missed: real tokens that stand in no query slot, (b, h, n); None if there are none.
+    own: does a token read itself like any other? If not, then only where it has nothing else; the slots of a group are
+        the last c of its keys then.
+    causal: does a token read no later one? Without `keys` a token then reads the last c tokens of its label: a rule
+        that no later token changes, while where groups begin depends on them all.
+    """
+
+    queries: Tensor
+    keys: Tensor | None = None
+    labels: Tensor | None = None
+    missed: Tensor | None = None
+    own: bool = True
+    causal: bool = False
+
+    @property
+    def keys_per_group(self) -> int:
+        return 2 * self.queries.shape[-1] if self.keys is None else self.keys.shape[-1]
+
+    def key_tokens(self) -> Tensor:
+        """The token in each key slot, (b, h, g, m)."""
+        return with_group_before(self.queries, -1) if self.keys is None else self.keys
+
+    def allowed(self) -> Tensor:
+        """Who reads whom inside the groups, itself excepted where `own` says so: (b, h, g, c, m) bool."""
+        queries, keys = self.queries[..., None], self.key_tokens()[..., None, :]
+        allowed = (queries >= 0) & (keys >= 0)
+        if self.labels is not None:
+            allowed = allowed & (self.labels[..., None] == with_group_before(self.labels, -2)[..., None, :])
+        if self.causal:
+            allowed = allowed & (keys <= queries)
+            if self.keys is None:  # the slot's distance to key j is c + i - j
+                slot = torch.arange(self.keys_per_group, device=keys.device)
+                allowed = allowed & (slot >= slot[: queries.shape[-2], None])
+        return allowed if self.own else allowed & (keys != queries)
+
+    def itself(self) -> Tensor:
+        """Where a query slot meets itself among the keys, (c, m) bool; only where `own` is False."""
+        slot = torch.arange(self.keys_per_group, device=self.queries.device)
+        return slot == slot[-self.queries.shape[-1] :, None]
+
+    def counts(self, length: int) -> Tensor:
+        """In how many groups token i reads token j, (b, h, n, n) int64; itself once where it has nothing else."""
+        batch, heads = self.queries.shape[:2]
+        rows = torch.where(self.queries < 0, length, self.queries)[..., None]  # empty slots write outside
+        columns = torch.where(self.key_tokens() < 0, length, self.key_tokens())[..., None, :]
+        place = (rows * (length + 1) + columns).flatten(2)
+        counts = torch.zeros(batch, heads, (length + 1) ** 2, dtype=torch.long, device=rows.device)
+        counts = counts.scatter_add(2, place, self.allowed().flatten(2).long())
+        counts = counts.unflatten(2, (length + 1, length + 1))[:, :, :length, :length]
+        return counts + itself(self.standing(length), counts)
+
+    def standing(self, length: int) -> Tensor:
+        """Real tokens, (b, h, n) bool."""
+        places = torch.where(self.queries < 0, length, self.queries).flatten(2)
+        standing = places.new_zeros(*places.shape[:2], length + 1).scatter(2, places, 1)[..., :length].bool()
+        return standing if self.missed is None else standing | self.missed
+
+
+def with_group_before(x: Tensor, empty: int) -> Tensor:
+    """(b, h, g, c) -> (b, h, g, 2c): each group behind the one before it; `empty` stands before the first."""
+    before = F.pad(x[:, :, :-1], (0, 0, 1, 0), value=empty)
+    return torch.cat([before, x], -1)
+
+
+def itself(real: Tensor, counts: Tensor) -> Tensor:
+    """1 where a `real` query (b, h, n) among as many keys reads nothing by `counts` (b, h, n, n), on the diagonal."""
+    return torch.diag_embed((real & (counts.sum(-1) == 0)).long())
+
+
+def sort_into_slots(buckets: Tensor, keep: Tensor | None, chunk_length: int, causal: bool) -> Slots:
+    """Tokens sorted by bucket and cut into chunks; they read their bucket, in their own chunk and the one before it.
+
+    `buckets` (b, h, r, n) int64 ≥ 0 for each of r rounds, `keep` (b, n) True at real tokens, the first ones. Every
+    round begins with a chunk of its own. Returns r · ⌈n / chunk_length⌉ groups; O(r·n log n).
+    """
+    order, real = sorted_tokens(buckets, keep)
+    rounds = buckets.shape[2]
+    labels = buckets.gather(-1, order) * rounds + torch.arange(rounds, device=buckets.device)[:, None]
+    labels, tokens = torch.where(real, labels, -1), torch.where(real, order, -1)
+    labels, tokens = (in_chunks(x, chunk_length) for x in (labels, tokens))
+    return Slots(tokens, labels=labels, own=False, causal=causal)
+
+
+def chain_into_slots(
+    buckets: Tensor, keep: Tensor | None, chunk_length: int, causal: bool, chunks: Tensor | None = None
+) -> Slots:
+    """As `sort_into_slots`, but tokens read their whole chunk and the one before it, whatever the bucket.
+
+    The chunks of all rounds form a ring: the first chunk of a round reads the last one of the round before. `chunks`
+    (b,) is the number of chunks of a round that belong to the ring; None takes those that hold real tokens. This is
+    what transformers' Reformer computes, with all chunks in the ring, those of padding too.
+    """
+    order, real = sorted_tokens(buckets, keep)
+    tokens = in_chunks(torch.where(real, order, -1), chunk_length)
+    _, heads, groups, size = tokens.shape
+    rounds = buckets.shape[2]
+    if chunks is None:
+        lengths = real[:, 0, 0].sum(-1)  # (b,), the same in all rounds
+        chunks = -(-lengths // size)
+    number = torch.arange(groups // rounds, device=tokens.device)
+    start = torch.arange(rounds, device=tokens.device)[:, None] * (groups // rounds)
+    last = (start - groups // rounds) % groups + chunks[:, None, None] - 1  # of the round before
+    before = torch.where(number > 0, start + number - 1, last).flatten(1)  # (b, g)
+    previous = tokens.gather(2, before[:, None, :, None].clamp(min=0).expand(-1, heads, -1, size))
+    previous = torch.where((chunks > 1)[:, None, None, None], previous, -1)
+    return Slots(tokens, keys=torch.cat([previous, tokens], -1), own=False, causal=causal)
+
+
+def sorted_tokens(buckets: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens by bucket, then by position, padding last; and where real ones stand: (b, h, r, n) each."""
+    if keep is not None:
+        buckets = torch.where(keep[:, None, None], buckets, torch.iinfo(buckets.dtype).max)
+    order = buckets.argsort(dim=-1, stable=True)
+    if keep is None:
+        return order, torch.ones_like(order, dtype=torch.bool)
+    place = torch.arange(order.shape[-1], device=order.device)
+    return order, (place < keep.sum(1)[:, None, None, None]).expand_as(order)
+
+
+def in_chunks(x: Tensor, size: int) -> Tensor:
+    """(b, h, r, n) -> (b, h, r · ⌈n / size⌉, size), -1 in what is left of the last chunk; one chunk is cut at n."""
+    length = x.shape[-1]
+    traced = torch.compiler.is_compiling()
+    size = size if traced else min(size, length)
+    groups = (length + (2 if traced else 1) * size - 1) // size  # a traced number that may be 1 is taken for 1
+    # selected by index: to fold what was padded would make a traced length a multiple of the chunk
+    place = torch.arange(groups * size, device=x.device)
+    chunks = torch.where(place < length, x[..., place.clamp(max=length - 1)], -1)
+    return chunks.view(*x.shape[:2], x.shape[2] * groups, size)
+
+
+def recent_counts(buckets: Tensor, key_buckets: Tensor, positions: Tensor, key_positions: Tensor, reach: int) -> Tensor:
+    """In how many rounds a query reads a key: one of the last `reach` tokens of its bucket, (b, h, n, m) int64.
+
+    The rule of causal `Slots` without `keys`, for queries whose past is at hand: `buckets` (b, h, r, n), `key_buckets`
+    (b, h, r, m), `positions` (b, n) and `key_positions` (b, m) ascending, -1 at padding. The queries are the last keys.
+    A query reads itself once where it has nothing else; padding reads and is read nothing.
+    """
+    i, j = positions[:, None, None, :, None], key_positions[:, None, None, None]
+    same = (buckets[..., None] == key_buckets[..., None, :]) & (j >= 0) & (j < i)  # (b, h, r, n, m)
+    distance = same.flip(-1).cumsum(-1).flip(-1)  # members of the bucket from j on
+    counts = (same & (distance <= reach)).sum(2)
+    alone = (counts.sum(-1, keepdim=True) == 0) & (i == j)[:, :, 0] & (i >= 0)[:, :, 0]
+    return counts + alone

@@ -1,0 +1,331 @@
+r"""Sparse Sinkhorn Attention: a learnt sorting of blocks, each read beside the one it is for (arXiv:2002.11296).
+
+.. math:: P = \mathrm{Sinkhorn}\big((f(\bar x)\, g(\bar x)^\top + \varepsilon)/\tau\big), \qquad
+          o_i = \mathrm{softmax}\big(q_i [k_{b(i)}, P_{b(i)} k]^\top/\sqrt d\big)\,[v_{b(i)}, P_{b(i)} v]
+
+Tay et al. 2020: blocks are pooled, a small network scores them against each other, and Sinkhorn's normalisation of the
+scores, with Gumbel noise in training, is a soft permutation P of the blocks. A query reads the block b(i) it stands in
+and the sorted block in its place. O(n·(block_size + n/block_size)·d).
+
+Where the paper's network gives each block one logit for every place, which ties the weights to a number of blocks, here
+a bilinear form of two networks scores any number of them. The paper pools by sums, here by means: a score does not grow
+with the length of what is pooled.
+"""
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import CacheLayerMixin
+from transformers.generation import GenerationMixin
+
+from .attention import MultiHeadAttention, SequenceInfo
+from .backbone import Encoder, EtPreTrainedModel
+from .caching import SelectableRows, is_closed
+from .checks import check_at_least
+from .configuration import EtConfig
+from .heads import (
+    ForCausalLM,
+    ForImageClassification,
+    ForMaskedLM,
+    ForMultipleChoice,
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
+from .sinkhorn import causal_sinkhorn, gumbel_noise, sinkhorn
+from .sinkhorn_attention import in_blocks, real_tokens, sinkhorn_attention, sinkhorn_matrix, sort_blocks
+from .softmax_attention import softmax_attention
+
+
+@strict
+class EtSinkhornConfig(EtConfig):
+    """
+    Args:
+        block_size: tokens of a block.
+        sinkhorn_iterations: normalisations of rows and columns; 0 leaves a softmax over the blocks.
+        temperature: of the permutation; the lower, the harder it is.
+        gumbel_noise: is noise added to the scores in training?
+        sortcut_blocks: an encoder's queries read this many sorted blocks, the first ones, and nothing else; None has
+            each read its own block and the sorted one in its place.
+    """
+
+    model_type = "et_sinkhorn"
+
+    block_size: int = 64
+    sinkhorn_iterations: int = 8
+    temperature: float | int = 0.75
+    gumbel_noise: bool = True
+    sortcut_blocks: int | None = None
+
+    def validate_sorting(self):
+        check_at_least("block_size", self.block_size, 1, "it counts the tokens that are sorted together")
+        check_at_least("sinkhorn_iterations", self.sinkhorn_iterations, 0, "0 leaves a softmax over the blocks")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature ({self.temperature}) must be above 0: scores are divided by it.")
+        if self.sortcut_blocks is not None:
+            check_at_least("sortcut_blocks", self.sortcut_blocks, 1, "None reads the own and one sorted block")
+            if self.is_decoder:
+                raise ValueError(
+                    f"sortcut_blocks ({self.sortcut_blocks}) cannot be causal, for all queries read the same sorted "
+                    "blocks: set sortcut_blocks=None for a decoder."
+                )
+
+
+class SortingNetwork(nn.Module):
+    """Scores of blocks as places to read from, (b, c, e), for blocks that read, (b, c, e): (b, h, c, c)."""
+
+    def __init__(self, config: EtSinkhornConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.reader, self.source = (
+            # a bias behind adds to a whole row or column of the scores, which the normalisation takes away
+            nn.Sequential(
+                nn.Linear(config.hidden_size, config.hidden_size),
+                nn.ReLU(),
+                nn.Linear(config.hidden_size, config.hidden_size, bias=False),
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, readers: Tensor, sources: Tensor) -> Tensor:
+        features = self.reader(readers), self.source(sources)
+        reader, source = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in features)
+        return reader @ source.transpose(-1, -2) * self.head_dim**-0.5
+
+
+class SinkhornCacheLayer(SelectableRows, CacheLayerMixin):
+    """Keys and values in blocks by the position of the token in its row, and what the sorting network has to know.
+
+    stored: by name, with room to grow along axis 1, zero where no token is: `keys` and `values` (b, c, s, h, d), the
+        sums of the hidden states of each block and the first one of each, `sums` and `firsts` (b, c, e).
+    tokens: real ones of each row, (b,).
+    count: blocks of the longest row.
+    sorted: keys and values that the block of the newest token reads, (b, h, s, d); None if they have to be computed.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+        self.reset()
+
+    def reset(self) -> None:
+        self.stored: dict[str, Tensor] = {}
+        self.tokens: Tensor | None = None
+        self.waiting: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self.sorted: tuple[Tensor, Tensor] | None = None
+        self.cumulative_length = self.count = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: memory is made by the first tokens."""
+
+    def update(self, hidden: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *args, **kwargs) -> None:  # type: ignore[override]
+        """Add hidden states (b, n, e) and keys and values (b, h, n, d) of tokens at `positions` (b, n), -1 at none."""
+        self.write()
+        self.waiting = hidden, keys, values, positions  # written when they are read: training does not read them
+        self.cumulative_length += positions.shape[1]
+
+    def write(self) -> None:
+        """Put what is waiting in its place."""
+        if self.waiting is None:
+            return
+        hidden, keys, values, positions = self.waiting
+        self.waiting = None
+        row, column = (positions >= 0).nonzero(as_tuple=True)
+        block, token = positions[row, column] // self.size, positions[row, column] % self.size
+        sums = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        self.count = max(self.count, int(positions.max()) // self.size + 1)
+        for name, x in (("keys", keys), ("values", values), ("sums", sums), ("firsts", hidden)):
+            self.make_room(name, x)
+        self.stored["keys"][row, block, token] = keys[row, :, column]
+        self.stored["values"][row, block, token] = values[row, :, column]
+        self.stored["sums"].index_put_((row, block), sums[row, column], accumulate=True)
+        start = token == 0
+        self.stored["firsts"][row[start], block[start]] = hidden[row[start], column[start]]
+        newest = positions.amax(1) + 1
+        self.tokens = newest if self.tokens is None else torch.maximum(self.tokens, newest)
+        self.sorted = None if bool(start.any()) or positions.shape[1] > 1 else self.sorted
+
+    def make_room(self, name: str, like: Tensor) -> None:
+        """Let `stored[name]` have `count` blocks that may be written to."""
+        old = self.stored.get(name)
+        if old is None or old.shape[1] < self.count or torch.is_grad_enabled() or is_closed(old):
+            own = (self.size, like.shape[1], like.shape[3]) if like.dim() == 4 else like.shape[2:]
+            new = like.new_zeros(len(like), self.count + self.count // 4 + 1, *own)
+            if old is not None:
+                new[:, : old.shape[1]] = old[:, : new.shape[1]]
+            self.stored[name] = new
+
+    def blocks(self, name: str) -> Tensor:
+        """Keys or values of all blocks there are, (b, h, c, s, d); for the sorting network (b, c, e)."""
+        x = self.stored[name][:, : self.count]
+        return x if x.dim() == 3 else x.permute(0, 3, 1, 2, 4)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def num_rows(self) -> int:
+        self.write()
+        return 0 if self.tokens is None else len(self.tokens)
+
+    def select(self, rows: Tensor) -> None:
+        self.write()
+        if self.tokens is not None:
+            rows = rows.to(self.tokens.device)
+            self.tokens = self.tokens[rows]
+            self.stored = {name: x.index_select(0, rows) for name, x in self.stored.items()}
+            self.sorted = self.sorted and tuple(x.index_select(0, rows) for x in self.sorted)  # type: ignore[assignment]
+
+
+class EtSinkhornAttention(MultiHeadAttention):
+    """Sorts the blocks, then reads. As a decoder, a block reads blocks before it, by what its first token knows."""
+
+    cache_class = SinkhornCacheLayer
+
+    def __init__(self, config: EtSinkhornConfig, layer: int):
+        super().__init__(config, layer)
+        config.validate_sorting()  # is_decoder may have been set since the config was made
+        self.sorting_network = SortingNetwork(config)
+
+    def new_cache_layer(self) -> SinkhornCacheLayer:
+        return SinkhornCacheLayer(self.config.block_size)
+
+    def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
+        """What each head has read, (b, h, n, d), and the weights if they are written out and nothing came before."""
+        config, causal = self.config, self.config.is_decoder
+        q, k = (self.split_heads(proj(hidden), sequence.rotary) for proj in (self.q_proj, self.k_proj))
+        v = self.split_heads(self.v_proj(hidden))
+        if sequence.cache is not None:
+            memory: SinkhornCacheLayer = sequence.cache.layers[self.layer]  # type: ignore[assignment]
+            seen = memory.get_seq_length()
+            memory.update(hidden, k, v, sequence.positions)
+            if seen:
+                return self.attend_behind(q, sequence.positions, memory), None
+        length, size = q.shape[2], config.block_size
+        real = real_tokens(hidden, size, sequence.keep)
+        order = self.sort_causally(*self.pool(hidden)) if causal else self.sort(hidden, real)
+        if config.sortcut_blocks is not None:
+            if torch.compiler.is_compiling():  # rows of zeros are not read, and a traced count may be too small
+                order = F.pad(order, (0, 0, 0, config.sortcut_blocks))
+            order = order[:, :, : config.sortcut_blocks]
+        how = order, real, causal, config.sortcut_blocks is not None
+        queries, keys, values = (in_blocks(x, size).contiguous() for x in (q, k, v))
+        if sequence.output_attentions or config._attn_implementation == "eager":
+            weights = sinkhorn_matrix(queries, keys, *how)[:, :, :length, :length]
+            if sequence.keep is not None:
+                weights = weights * sequence.keep[:, None, :, None]
+            return F.dropout(weights, self.dropout) @ v, weights
+        out = sinkhorn_attention(queries, keys, values, *how, self.dropout).flatten(2, 3)
+        if torch.compiler.is_compiling():  # a slice would ask how a traced length compares
+            return out.index_select(2, torch.arange(length, device=q.device)), None
+        return out[:, :, :length], None
+
+    @property
+    def dropout(self) -> float:
+        return self.config.attention_probs_dropout_prob if self.training else 0.0
+
+    def sort(self, hidden: Tensor, real: Tensor | None) -> Tensor:
+        """The soft permutation of the blocks of `hidden` (b, n, e), (b, h, c, c)."""
+        blocks, tokens = in_blocks(hidden, self.config.block_size), self.config.block_size
+        if real is not None:
+            blocks, tokens = blocks * real[..., None], real.sum(2, keepdim=True).clamp(min=1)
+        means = (blocks.sum(2, dtype=torch.promote_types(hidden.dtype, torch.float32)) / tokens).to(hidden.dtype)
+        keep = None if real is None else real.any(-1)[:, None]
+        how = self.config.sinkhorn_iterations, self.config.temperature
+        return sinkhorn(self.with_noise(self.sorting_network(means, means)), *how, keep)
+
+    def pool(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum and the first of the tokens of each block, (b, c, e) each, the sum in float32 or wider."""
+        blocks = in_blocks(hidden, self.config.block_size)
+        return blocks.sum(2, dtype=torch.promote_types(hidden.dtype, torch.float32)), blocks[:, :, 0]
+
+    def sort_causally(self, sums: Tensor, firsts: Tensor) -> Tensor:
+        """The same for a decoder, row i a mixture of blocks before i, from what `pool` gives."""
+        size, config = self.config.block_size, self.config
+        before = F.pad(sums, (0, 0, 1, 0))[:, :-1].cumsum(1)
+        block = torch.arange(sums.shape[1], device=sums.device)[:, None]
+        # the paper's reader sums all tokens up to the first one of its block, which is then one among many
+        readers = (before / (block * size).clamp(min=1)).to(firsts.dtype) + firsts
+        scores = self.with_noise(self.sorting_network(readers, (sums / size).to(firsts.dtype)))
+        return causal_sinkhorn(scores, config.sinkhorn_iterations, config.temperature)
+
+    def with_noise(self, scores: Tensor) -> Tensor:
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return scores + gumbel_noise(scores) if self.training and self.config.gumbel_noise else scores
+
+    def attend_behind(self, q: Tensor, positions: Tensor, memory: SinkhornCacheLayer) -> Tensor:
+        """What queries (b, h, n, d) at `positions` (b, n) read when there was something before them."""
+        memory.write()
+        assert memory.tokens is not None
+        batch, _, length, _ = q.shape
+        row, size = torch.arange(batch, device=q.device), memory.size
+        keys, values = memory.blocks("keys"), memory.blocks("values")
+        if length > 1:  # laid out by position, as the keys are
+            real_row, column = (positions >= 0).nonzero(as_tuple=True)
+            place = positions[real_row, column]
+            first = int(place.min()) // size if len(place) else 0
+            laid_out = q.new_zeros(batch, (memory.count - first) * size, *q.shape[1::2])
+            laid_out[real_row, place - first * size] = q[real_row, :, column]
+            order = self.sort_causally(memory.blocks("sums"), memory.blocks("firsts"))[:, :, first:]
+            blocks = in_blocks(laid_out.transpose(1, 2), size)
+            how = None, True, False, self.dropout, first
+            out = sinkhorn_attention(blocks, keys.contiguous(), values.contiguous(), order, *how)
+            return out.flatten(2, 3)[row[:, None], :, (positions - first * size).clamp(min=0)].transpose(1, 2)
+        block = (memory.tokens - 1).clamp(min=0) // size  # of the newest token
+        if memory.sorted is None:
+            order = self.sort_causally(memory.blocks("sums"), memory.blocks("firsts"))
+            order = order[row, :, block][:, :, None].to(q.dtype)  # (b, h, 1, c)
+            memory.sorted = tuple(sort_blocks(x, order)[:, :, 0] for x in (keys, values))  # type: ignore[assignment]
+        assert memory.sorted is not None
+        own = (x[row, :, block] for x in (keys, values))  # (b, h, s, d) each
+        k, v = (torch.cat(pair, 2) for pair in zip(own, memory.sorted, strict=True))
+        before = torch.arange(size, device=q.device) <= positions.clamp(min=0) % size  # (b, s)
+        allowed = torch.cat([before, (block > 0)[:, None].expand_as(before)], 1)
+        return softmax_attention(q, k, v, allowed[:, None, None], self.dropout)[0]
+
+
+class EtSinkhornPreTrainedModel(EtPreTrainedModel):
+    config: EtSinkhornConfig
+    mixer_class = EtSinkhornAttention
+    _is_stateful = True
+    _supports_flex_attn = False
+
+
+class EtSinkhornModel(Encoder, EtSinkhornPreTrainedModel):
+    """Bare encoder (or decoder, by `config.is_decoder`)."""
+
+
+class EtSinkhornForMaskedLM(ForMaskedLM, EtSinkhornPreTrainedModel):
+    model_class = EtSinkhornModel
+
+
+class EtSinkhornForCausalLM(ForCausalLM, EtSinkhornPreTrainedModel, GenerationMixin):
+    model_class = EtSinkhornModel
+
+
+class EtSinkhornForSequenceClassification(ForSequenceClassification, EtSinkhornPreTrainedModel):
+    model_class = EtSinkhornModel
+
+
+class EtSinkhornForTokenClassification(ForTokenClassification, EtSinkhornPreTrainedModel):
+    model_class = EtSinkhornModel
+
+
+class EtSinkhornForQuestionAnswering(ForQuestionAnswering, EtSinkhornPreTrainedModel):
+    model_class = EtSinkhornModel
+
+
+class EtSinkhornForMultipleChoice(ForMultipleChoice, EtSinkhornPreTrainedModel):
+    model_class = EtSinkhornModel
+
+
+class EtSinkhornForImageClassification(ForImageClassification, EtSinkhornPreTrainedModel):
+    model_class = EtSinkhornModel

@@ -1,0 +1,216 @@
+"""Softmax attention over a drawn pattern on a CPU: time and memory follow the pattern, and a row its real tokens.
+
+A loop over tiles of queries against just the keys they read, with its own backward. A tile stays in the cache.
+`blocked_attention` and `flex_attention` evaluate the same sum for tracing and for CUDA.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .patterns import AttentionPattern
+from .tiles import Tile, as_bias, load, tiles, windows
+
+# What a turn of the loop costs beyond its products, and the loop to begin with, in entries of a weight matrix, by
+# measurement. They decide when a sequence is so short that one dense product is cheaper; none above ALWAYS_LONG is.
+TURN_PRICE, START_PRICE, ALWAYS_LONG = 2**16, 3 * 2**16, 4096
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: AttentionPattern,
+    lengths: Sequence[int] | None = None,
+    global_tokens: Sequence[tuple[int, ...]] | None = None,
+    dropout: float = 0.0,
+    random_blocks: Tensor | None = None,
+    global_rows: bool = True,
+) -> Tensor:
+    r"""Softmax over the keys of a pattern, O(n·w·d) for a window w; `AttentionPattern` has the formula.
+
+    `q`, `k`, `v` (b, h, n, d), best as the transposed view of (b, n, h, d) memory: then nothing is copied. `lengths`
+    counts the real tokens of each row, the rest is padding on the right; None means all n. `global_tokens` adds
+    positions to the pattern's own, row by row. `random_blocks` (h, blocks, r) int64 takes the place of the pattern's
+    draw: each entry is one read of that block, whatever else reads it, a negative one is none. Without `global_rows`
+    the caller computes what global tokens read, and their rows here mean nothing.
+    Returns (b, h, n, d) in `v.dtype`, zeros at padding. Products run in the input's dtype, the softmax inside is
+    float32 or wider.
+    """
+    batch, _, length, _ = q.shape
+    rows = [length] * batch if lengths is None else list(lengths)
+    patterns = [pattern] * batch if global_tokens is None else [pattern.with_global(t) for t in global_tokens]
+    if random_blocks is None and all(is_short(*kind, q.shape[1]) for kind in set(zip(patterns, rows, strict=True))):
+        return by_rows(partial(dense_attention, dropout=dropout), q, k, v, rows, patterns)
+    seed = int(torch.randint(2**62, ())) if dropout else 0
+    return TiledAttention.apply(q, k, v, patterns, rows, dropout, seed, random_blocks, global_rows)  # type: ignore[return-value]
+
+
+def by_rows(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *of_rows: Sequence[Any]) -> Tensor:
+    """`attend(q, k, v, *of_row)` of the whole batch where the rows are alike, or of one row after another.
+
+    Each is read at its own length rather than under a mask. Split, because slices of a batch would each fill a gradient
+    of the whole batch.
+    """
+    rows = list(zip(*of_rows, strict=True))
+    if len(set(rows)) == 1:
+        return attend(q, k, v, *rows[0])
+    parts = zip(q.split(1), k.split(1), v.split(1), rows, strict=True)
+    return torch.cat([attend(x, y, z, *row) for x, y, z, row in parts])
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, length: int, pattern: AttentionPattern, dropout: float) -> Tensor:
+    """The whole batch in one call of torch's kernel; all rows have `length` real tokens. (b, h, n, d) like `q`."""
+    if pattern.is_full:
+        return biased_attention(q, k, v, length, None, dropout, pattern.causal)
+    heads = q.shape[1] if pattern.num_random_blocks else 1
+    bias = dense_bias(pattern, mask_size(length, pattern), heads, q.dtype, q.device)
+    return biased_attention(q, k, v, length, bias, dropout)
+
+
+def biased_attention(
+    q: Tensor, k: Tensor, v: Tensor, length: int, bias: Tensor | None, dropout: float, causal: bool = False
+) -> Tensor:
+    """Over the first `length` tokens, zeros behind them. `bias` (1, h or 1, m, m) may be that of more tokens."""
+    padding = q.shape[2] - length
+    if padding:
+        q, k, v = (x[:, :, :length] for x in (q, k, v))
+    mask = bias if bias is None else bias[..., :length, :length]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+    return F.pad(out, (0, 0, 0, padding)) if padding else out
+
+
+def mask_size(length: int, *patterns: AttentionPattern) -> int:
+    """Tokens of the mask to take for `length` of them.
+
+    A few more, four sizes to a power of two, so that the masks of rows of many lengths are corners of a few; unless a
+    pattern is another one at another length.
+    """
+    if any(pattern.depends_on_length for pattern in patterns):
+        return length
+    step = 1 << max(0, (length - 1).bit_length() - 3)
+    return -(-length // step) * step
+
+
+@lru_cache(maxsize=32)
+def dense_bias(
+    pattern: AttentionPattern, length: int, num_heads: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """0 where the pattern reads and -inf elsewhere, (1, h, n, n); None if it reads everything. n is short here."""
+    allowed = pattern.dense(length, num_heads, device)[None]  # of three axes torch's fast kernel takes no mask
+    return None if bool(allowed.all()) else as_bias(allowed, dtype)
+
+
+@lru_cache(maxsize=1024)
+def is_short(pattern: AttentionPattern, length: int, num_heads: int) -> bool:
+    """Is one dense product over `length` tokens at most as dear as the tiles of the pattern?"""
+    if pattern.is_full:
+        return True
+    if length > ALWAYS_LONG:
+        return False
+    others = sum(stop - start for start, stop in pattern.global_spans(length))
+    others += pattern.num_random_blocks * pattern.block_size
+    entries = turns = 0
+    for queries, keys in windows(pattern, length, num_heads, torch.float32):
+        entries += queries.count * queries.size * (others + (1 if pattern.is_own else keys.size))
+        turns += queries.count if pattern.num_random_blocks else (num_heads if queries.count > 1 else 1)
+    return num_heads * length**2 <= num_heads * entries + turns * TURN_PRICE + START_PRICE
+
+
+class TiledAttention(torch.autograd.Function):
+    """The loop over tiles. Keeps only its inputs; backward computes the weights again, tile by tile.
+
+    The backward is written out because autograd through the same loop keeps every weight matrix and fills a
+    full-length gradient per slice: measured at three times the time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        patterns: list[AttentionPattern],
+        lengths: list[int],
+        dropout: float,
+        seed: int,
+        random_blocks: Tensor | None = None,
+        global_rows: bool = True,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.settings = patterns, lengths, dropout, seed, random_blocks, global_rows
+        out = torch.empty_like(q) if min(lengths) == q.shape[2] else torch.zeros_like(q)
+        scale, masks = q.shape[-1] ** -0.5, DropoutMasks(dropout, seed, q.device)
+        for row, tile, head in tiles_of_batch(patterns, lengths, q, random_blocks, global_rows):
+            keys = [load(read.keys, k[row], head, "rows") for read in tile.reads]
+            whole, weights = tile.weights(tile.queries.of(q[row], head) * scale, keys, head)
+            if dropout:
+                whole *= masks.like(whole)
+            values = [load(read.keys, v[row], head, "rows") for read in tile.reads]
+            mixed = [read.mix(w, x) for read, w, x in zip(tile.reads, weights, values, strict=True)]
+            tile.queries.put(out[row], head, sum(mixed[1:], mixed[0]))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        q, k, v = ctx.saved_tensors
+        patterns, lengths, dropout, seed, random_blocks, global_rows = ctx.settings
+        grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
+        scale, masks = q.shape[-1] ** -0.5, DropoutMasks(dropout, seed, q.device)
+        grad_local = grad
+        spans = [pattern.global_spans(length) for pattern, length in zip(patterns, lengths, strict=True)]
+        if global_rows and any(spans):
+            grad_local = grad.clone()  # the rows of global tokens come from their own tiles alone
+            for row, start, stop in ((row, *span) for row, of_row in enumerate(spans) for span in of_row):
+                grad_local[row, :, start:stop] = 0
+        for row, tile, head in tiles_of_batch(patterns, lengths, q, random_blocks, global_rows):
+            queries = tile.queries.of(q[row], head) * scale
+            keys = [load(read.keys, k[row], head, "keys") for read in tile.reads]
+            whole, weights = tile.weights(queries, keys, head)
+            grad_out = load(tile.queries, (grad if tile.is_global else grad_local)[row], head)
+            values = [load(read.keys, v[row], head, "values") for read in tile.reads]
+            grad_whole, grad_scores = tile.dot(grad_out, values, "gradient")
+            used = weights
+            if dropout:
+                mask = masks.like(whole)
+                grad_whole *= mask
+                used = (whole * mask).split([weight.shape[-1] for weight in weights], -1)
+            for read, weight in zip(tile.reads, used, strict=True):
+                read.add(grad_v[row], head, weight, grad_out)
+            softmax_backward_(grad_whole, whole)
+            for read, grad_score in zip(tile.reads, grad_scores, strict=True):
+                read.add(grad_k[row], head, grad_score, queries)
+            mixed = [r.mix(g, key) for r, g, key in zip(tile.reads, grad_scores, keys, strict=True)]
+            tile.queries.add(grad_q[row], head, sum(mixed[1:], mixed[0]))
+        return grad_q.mul_(scale), grad_k, grad_v, *[None] * 6
+
+
+def tiles_of_batch(
+    patterns: list[AttentionPattern], lengths: list[int], q: Tensor, random_blocks: Tensor | None, global_rows: bool
+) -> Iterator[tuple[int, Tile, int | None]]:
+    """(row, tile, head) of all products of a batch."""
+    for row, (pattern, length) in enumerate(zip(patterns, lengths, strict=True)):
+        for tile in tiles(pattern, length, q.shape[1], q.dtype, q.device, random_blocks, global_rows):
+            for head in tile.heads(q.shape[1]):
+                yield row, tile, head
+
+
+def softmax_backward_(grad: Tensor, weights: Tensor) -> None:
+    """From the gradient of softmax weights to that of the scores, in place."""
+    torch._softmax_backward_data(grad, weights, -1, weights.dtype, grad_input=grad)
+
+
+class DropoutMasks:
+    """Dropout masks in the order of the tiles, the same ones in forward and backward."""
+
+    def __init__(self, rate: float, seed: int, device: torch.device):
+        self.kept = 1 - rate
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def like(self, weights: Tensor) -> Tensor:
+        return torch.empty_like(weights).bernoulli_(self.kept, generator=self.generator).div_(self.kept)
