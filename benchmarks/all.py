@@ -8,7 +8,7 @@ repeated, so that a slow moment of the machine meets all of them (benchmarks/att
 
 <out>.json holds every single time and grows with each length: the same command goes on where the last one stopped, and
 measures what is missing beside full attention. What would not fit into memory is noted and left out. <out>.md has the
-tables and the exponents of time in the length, fitted between 2,048 and 16,384 tokens, beside those of the arithmetic;
+tables and the exponents of time in the length, fitted where arithmetic takes the time, beside those of the arithmetic;
 <out>_<device>_<mode>.png the curves; and <out>_<device>_bubbles.png quality against speed, the quality read from
 finished runs (`--runs docs/results.json --task zoo_era`). Where nothing is missing, the pages are made again, on any
 machine. `--quick` measures two short lengths only, to try it.
@@ -51,7 +51,7 @@ from torch import nn
 from efficient_transformers import VARIANTS, costs
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-FITTED = (2048, 16384)
+FITTED = {"cpu": (2048, 16384), "cuda": (16384, 65536)}  # shorter ones take a GPU the time of its launches
 MODES = ("forward", "training", "generation")
 Law = Callable[[int], float]
 
@@ -66,6 +66,7 @@ class Contender:
     slug, fields: of a variant, which has a decoder if it can.
     squares: matrices of n² numbers that a training step holds at least; what would not fit is not tried.
     shortest: tokens below which it cannot be called.
+    cuda_only: can it not be trained on a CPU?
     """
 
     make: Callable[[int], nn.Module]
@@ -75,6 +76,7 @@ class Contender:
     fields: dict[str, Any] | None = None
     squares: int = 0
     shortest: int = 1
+    cuda_only: bool = False
 
     @property
     def generates(self) -> bool:
@@ -87,7 +89,9 @@ class Contender:
         return squares * length**2 * itemsize
 
 
-def ours(slug: str, family: str, fields: dict | None = None, squares: int = 0, eager: bool = False) -> Contender:
+def ours(
+    slug: str, family: str, fields: dict | None = None, squares: int = 0, implementation: str = "sdpa"
+) -> Contender:
     fields = fields or {}
 
     def law(length: int) -> float:
@@ -98,9 +102,9 @@ def ours(slug: str, family: str, fields: dict | None = None, squares: int = 0, e
             VARIANTS[slug].config_class(**sizes, **fields, max_position_embeddings=length), length
         )
 
-    implementation = "eager" if eager else "sdpa"
     make: Callable[[int], nn.Module] = lambda length: Ours(slug, fields, length, implementation)  # noqa: E731
-    return Contender(make, law, family, None if eager else slug, fields, squares)
+    variant = slug if implementation == "sdpa" else None
+    return Contender(make, law, family, variant, fields, squares, cuda_only=implementation == "flex_attention")
 
 
 def theirs(make: Callable[[int], nn.Module], law: Law, shortest: int = 1) -> Contender:
@@ -110,8 +114,9 @@ def theirs(make: Callable[[int], nn.Module], law: Law, shortest: int = 1) -> Con
 # Kinds of compressed attention take turns in a model; a layer alone is the compressed one.
 OURS = {
     YARDSTICK: ours("full", "patterns"),
-    "full, eager": ours("full", "patterns", squares=4 * HEADS, eager=True),
+    "full, eager": ours("full", "patterns", squares=4 * HEADS, implementation="eager"),
     "local": ours("local", "patterns", {"window_size": 128}),
+    "local, flex": ours("local", "patterns", {"window_size": 128}, implementation="flex_attention"),
     "stride": ours("stride", "patterns", {"stride": 64, "hops": 2}),
     "global": ours("global", "patterns", {"num_global_tokens": 2}),
     "mixed": ours("mixed", "patterns", {"head_patterns": ["local:128", "stride:64:2", "global:2", "random:3"]}),
@@ -150,10 +155,14 @@ def free_bytes(device: torch.device) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
-def able(names: Iterable[str], length: int, mode: str) -> list[str]:
+def able(names: Iterable[str], length: int, mode: str, device: str) -> list[str]:
     """Those that can be run at all."""
-    generating = mode == "generation"
-    return [n for n in names if CONTENDERS[n].shortest <= length and (CONTENDERS[n].generates or not generating)]
+
+    def is_able(contender: Contender) -> bool:
+        there = not contender.cuda_only or device == "cuda"
+        return there and contender.shortest <= length and (contender.generates or mode != "generation")
+
+    return [name for name in names if is_able(CONTENDERS[name])]
 
 
 def missing(rows: Iterable[dict], wanted: Iterable[str], where: dict[str, Any]) -> list[str]:
@@ -168,7 +177,7 @@ def skipped(name: str, where: dict[str, Any], reason: str) -> dict:
 
 
 def tried(name: str, build: Callable[[], Any], where: dict[str, Any], device: torch.device) -> tuple[Any, dict | None]:
-    """What `build` makes, or a row that says that there was no memory for it."""
+    """What `build` makes, or a row that says why it cannot: for want of memory, or because transformers' layer fails."""
     dtype = getattr(torch, where["dtype"])
     needed, free = CONTENDERS[name].least_bytes(where["length"], dtype.itemsize, where["mode"]), free_bytes(device)
     if needed > 0.7 * free:
@@ -178,6 +187,10 @@ def tried(name: str, build: Callable[[], Any], where: dict[str, Any], device: to
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return None, skipped(name, where, "out of memory")
+    except RuntimeError as error:
+        if CONTENDERS[name].family != "transformers":
+            raise
+        return None, skipped(name, where, str(error).splitlines()[0])
 
 
 def measure_layers(names: list[str], where: dict[str, Any], device: torch.device, repeats: int, budget: float):
@@ -189,7 +202,9 @@ def measure_layers(names: list[str], where: dict[str, Any], device: torch.device
     for name in names:
 
         def build(name: str = name) -> Callable[[], None]:
-            run = layer_runs({name: CONTENDERS[name].make(length).to(device, dtype)}, hidden)[name, mode]
+            with device:  # a gate over 65,536 tokens has 4 billion weights, which take a CPU a minute to draw
+                layer = CONTENDERS[name].make(length)
+            run = layer_runs({name: layer.to(device, dtype)}, hidden)[name, mode]
             run()
             return run
 
@@ -213,7 +228,9 @@ def measure_generation(names: list[str], where: dict[str, Any], device: torch.de
 
         def build(name: str = name) -> tuple[Callable[[], None], Any]:
             contender = CONTENDERS[name]
-            model: Any = decoder(contender.slug, contender.fields, length + repeats + 8).to(device, dtype)  # type: ignore[arg-type]
+            with device:
+                model: Any = decoder(contender.slug, contender.fields, length + repeats + 8)  # type: ignore[arg-type]
+            model = model.to(dtype)
             cache = model(ids, logits_to_keep=1).past_key_values
             return lambda: model(token, past_key_values=cache), cache
 
@@ -258,7 +275,7 @@ def measure_all(arguments: argparse.Namespace) -> dict:
             for mode in arguments.modes:
                 for dtype in arguments.dtypes:
                     where = {"device": device, "dtype": dtype, "length": length, "mode": mode}
-                    names = missing(found["rows"], able(arguments.only, length, mode), where)
+                    names = missing(found["rows"], able(arguments.only, length, mode, device), where)
                     if not names:
                         continue
                     note_machine(found, device, machine(torch.device(device)), path)
@@ -279,8 +296,9 @@ def exponent(points: Iterable[tuple[float, float]]) -> float | None:
 
 def exponents(rows: list[dict], name: str) -> tuple[float | None, float | None, float | None]:
     """Of the time, of all multiplications of the layer with its projections, of the mixer's own; between FITTED."""
+    first, last = FITTED[rows[0]["device"]]
     fitted = {row["length"]: row["median"] for row in rows if row["layer"] == name and "median" in row}
-    fitted = {n: y for n, y in fitted.items() if FITTED[0] <= n <= FITTED[1]}
+    fitted = {n: y for n, y in fitted.items() if first <= n <= last}
     law, projections = CONTENDERS[name].law, PROJECTIONS.get(name.removeprefix("transformers "), 4)
     return (
         exponent(fitted.items()),
@@ -290,8 +308,9 @@ def exponents(rows: list[dict], name: str) -> tuple[float | None, float | None, 
 
 
 def exponent_table(rows: list[dict], mode: str) -> str:
+    first, last = FITTED[rows[0]["device"]]
     lines = [
-        f"### {mode}: exponents in the length, {FITTED[0]:,} to {FITTED[1]:,} tokens\n",
+        f"### {mode}: exponents in the length, {first:,} to {last:,} tokens\n",
         "| layer | time | multiplications of the layer | of the mixer |",
         "|---|---|---|---|",
     ]

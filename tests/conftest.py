@@ -10,6 +10,8 @@ os.environ["EFFICIENT_TRANSFORMERS_CACHE"] = tempfile.mkdtemp()
 import pytest
 import torch
 
+from efficient_transformers.models import attention
+
 torch.set_num_threads(1)  # two threads wait for each other longer than models of this size compute
 
 
@@ -25,6 +27,20 @@ def fresh_accelerate():
     yield
     if "training_runs" in sys.modules:
         sys.modules["training_runs"].reset_accelerate()
+
+
+@pytest.fixture
+def same_choices(monkeypatch):
+    """What mixers choose by the data in a first pass holds for the whole test: in another precision they may differ."""
+    choices = {}
+
+    def decide(self, layer, choose):
+        if layer not in choices:
+            with torch.no_grad():
+                choices[layer] = choose()
+        return self.decisions.setdefault(layer, choices[layer])
+
+    monkeypatch.setattr(attention.SequenceInfo, "decide", decide)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]):

@@ -6,7 +6,7 @@ import torch
 from efficient_transformers import parse_pattern
 from efficient_transformers.models import sparse_attention as engine
 from efficient_transformers.models.blocked_attention import blocked_attention
-from efficient_transformers.models.flex_attention import flex_sparse_attention
+from efficient_transformers.models.flex_attention import BLOCK, block_mask, flex_sparse_attention, padded_length
 from efficient_transformers.models.softmax_attention import softmax_attention
 from efficient_transformers.models.tiles import OwnRead, tiles
 
@@ -180,3 +180,46 @@ def test_flex_attention_says_that_it_cannot_train_on_a_cpu():
     q = torch.randn(1, 1, 8, 16, requires_grad=True)
     with pytest.raises(ValueError, match="no backward: use attn_implementation='sdpa'"):
         flex_sparse_attention(q, q, q, parse_pattern("local:2"))
+
+
+LONG = [
+    "full", "local:3", "local:300", "stride:5:2", "stride:200:3", "stride:150", "global:2", "blocks:2:50",
+    "blocks:0:128", "random:3:300", "local:7 | global:2 | random:2:16", "blocks:1:100 | ends:100 | random:2:100",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "causal"), [(x, causal) for x in LONG for causal in {False, "ends" not in x}])
+def test_the_blocks_of_flex_attention_hold_what_the_pattern_reads(text, causal):
+    pattern, real, heads, length = parse_pattern(text, causal=causal), torch.tensor([640, 300, 1]), 2, 640
+    marked = torch.zeros(3, length, dtype=torch.bool)
+    marked[1, 200], marked[0, 256:384] = True, True
+    for marks in (None, marked):
+        mask = block_mask(pattern, heads, length, real, marks, 3)
+        b, h, i, j = torch.meshgrid(*(torch.arange(n) for n in (3, heads, length, length)), indexing="ij")
+        pairs = mask.mask_mod(b, h, i, j)
+        if marks is None:
+            for row, tokens in enumerate(real.tolist()):
+                assert pairs[row, :, :tokens, :tokens].equal(pattern.dense(tokens, heads))
+                assert not pairs[row, :, tokens:].any()
+                assert not pairs[row, :, :, tokens:].any()
+        blocks = pairs.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(3, 4).flatten(4)
+        partial = listed(mask.kv_num_blocks, mask.kv_indices)
+        whole = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+        assert not (partial & whole).any()
+        assert (partial | whole >= blocks.any(-1)).all()
+        assert (whole <= blocks.all(-1)).all()
+        if not pattern.num_random_blocks and not pattern.in_blocks:  # of a row without padding no more than needed
+            assert (partial | whole)[0].expand(blocks.shape[1:-1]).equal(blocks.any(-1)[0])
+
+
+def listed(counts, indices):
+    """(b, h, c, c) bool of the lists that the kernel reads."""
+    there = torch.arange(indices.shape[-1]) < counts[..., None]
+    return torch.zeros(indices.shape, dtype=torch.bool).scatter(-1, indices.long(), there)
+
+
+def test_lengths_of_flex_attention_are_few():
+    lengths = [padded_length(n) for n in range(1, 65537)]
+    assert all(n <= padded < n * 1.25 + BLOCK for n, padded in enumerate(lengths, start=1))
+    assert all(padded % BLOCK == 0 for padded in lengths)
+    assert len({*lengths}) < 34

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from zoo import build, config, inputs
+from zoo import build, config, inputs, probed
 
 from efficient_transformers import VARIANTS
 from efficient_transformers.models.attention import SequenceInfo
@@ -70,7 +70,7 @@ def test_sharing_is_as_many_matrices_as_the_paper_says(sharing, matrices):
 def test_every_layer_teaches_a_layerwise_matrix(silent):
     model, ids = small("layerwise", projected_length=7), inputs(2, 30)
     model.layers[silent].mixer.o_proj.weight.data.zero_()
-    model(ids).last_hidden_state.square().sum().backward()
+    probed(model(ids).last_hidden_state).backward()
     assert model.shared.weight.grad[..., :30].abs().min() > 0
     assert model.shared.weight.grad[..., 30:].abs().max() == 0
 
@@ -85,7 +85,7 @@ def test_a_layerwise_matrix_gets_its_gradient_from_layers_that_run_twice(how):
             model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
         # hidden states are given out by the ordinary stack
         output = model(ids, output_hidden_states=not twice)
-        output.last_hidden_state.square().sum().backward()
+        probed(output.last_hidden_state).backward()
         grads.append(model.shared.weight.grad.clone())
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
 

@@ -25,6 +25,7 @@ from zoo import (
     inputs_of,
     one_layer,
     pack_rows,
+    probed,
     readable,
 )
 
@@ -54,20 +55,6 @@ def never_short(monkeypatch):
         monkeypatch.setattr(module, "is_short", lambda pattern, *sizes: pattern.is_full)
 
 
-@pytest.fixture
-def same_choices(monkeypatch):
-    """What mixers choose by the data in a first pass holds for the whole test: in another precision they may differ."""
-    choices = {}
-
-    def decide(self, layer, choose):
-        if layer not in choices:
-            with torch.no_grad():
-                choices[layer] = choose()
-        return self.decisions.setdefault(layer, choices[layer])
-
-    monkeypatch.setattr(attention.SequenceInfo, "decide", decide)
-
-
 def test_the_table_is_complete():
     assert SETTINGS.keys() == VARIANTS.keys()
     for variant in VARIANTS.values():
@@ -93,7 +80,7 @@ def test_the_efficient_path_equals_the_written_out_one(variant, settings, length
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
         hidden = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        outputs.append((hidden, torch.autograd.grad(hidden[-1].square().sum(), list(used_parameters(model)))))
+        outputs.append((hidden, torch.autograd.grad(probed(hidden[-1]), list(used_parameters(model)))))
     (sparse, sparse_grads), (dense, dense_grads) = outputs
     for a, b in zip(sparse, dense, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -129,7 +116,7 @@ def test_training_follows_inference(variant, settings, short, monkeypatch):
     with torch.inference_mode():
         expected = model(ids).last_hidden_state
     output = model(ids).last_hidden_state
-    output.square().sum().backward()
+    probed(output).backward()
     assert output.equal(expected)
 
 
@@ -170,7 +157,7 @@ def test_gradients_do_not_leave_the_padding(variant, settings):
     model = build(variant, settings)
     embeds = torch.randn(1, 50, 32, dtype=torch.float64, requires_grad=True)
     mask = (torch.arange(50) >= 13).long()[None]
-    model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state.square().sum().backward()
+    probed(model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state).backward()
     assert embeds.grad[0, :13].abs().max() == 0
     assert embeds.grad.isfinite().all()
     assert (embeds.grad[0, 13:].abs().sum(-1) > 0).all()
@@ -343,7 +330,7 @@ def test_attentions_are_the_weights_of_the_pattern(variant):
     torch.testing.assert_close(outputs.last_hidden_state, model(ids, attention_mask=mask).last_hidden_state)
     outputs = model(ids, output_attentions=True)
     outputs.attentions[0].retain_grad()
-    outputs.last_hidden_state.square().sum().backward()
+    probed(outputs.last_hidden_state).backward()
     assert outputs.attentions[0].grad.abs().max() > 0
 
 
@@ -589,7 +576,7 @@ def test_hidden_states_are_complete_and_in_the_graph(variant, settings):
     assert [tuple(h.shape) for h in outputs.hidden_states] == [(2, 21, 32)] * 3
     assert outputs.hidden_states[-1].equal(outputs.last_hidden_state)
     outputs.hidden_states[0].retain_grad()
-    outputs.last_hidden_state.square().sum().backward()
+    probed(outputs.last_hidden_state).backward()
     grad = outputs.hidden_states[0].grad
     assert (grad.abs().sum(-1) > 0).equal(mask.bool())
     as_tuple = model(ids, attention_mask=mask, output_hidden_states=True, return_dict=False)

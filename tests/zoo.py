@@ -180,6 +180,13 @@ def bytes_kept(run, parameters=()) -> int:
     return sum(size for pointer, size in sizes.items() if pointer not in held)
 
 
+def probed(hidden: Tensor) -> Tensor:
+    """Hidden states times a fixed random tensor, summed: for gradients. Of vectors behind a norm the sum of squares is
+    a constant, and its gradient nothing but rounding."""
+    probe = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (hidden * probe.to(hidden)).sum()
+
+
 def readable(model, embeds: Tensor) -> Tensor:
     """(n, n) bool: does output i depend on `embeds` (1, n, e) at j? By gradients, so no formula is trusted."""
     length = embeds.shape[1]

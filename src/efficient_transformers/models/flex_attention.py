@@ -1,4 +1,8 @@
-"""Softmax attention over a drawn pattern by FlexAttention, torch's compiled block-sparse kernel; meant for CUDA."""
+"""Softmax attention over a drawn pattern by FlexAttention, torch's compiled block-sparse kernel; meant for CUDA.
+
+The kernel is compiled for each shape. So that a run over documents of any length compiles few, sequences are filled up
+to four lengths for each power of two; blocks of nothing but padding are not computed.
+"""
 
 from functools import lru_cache
 
@@ -9,10 +13,15 @@ from torch.nn.attention import flex_attention as flex
 
 from .patterns import AttentionPattern
 
+BLOCK = 128  # tokens on a side of the blocks that the kernel computes or leaves out
+MOST_SHAPES = 256  # that one process may compile, of lengths, patterns and batches; torch's own limit is 8
+SMALLEST_HEAD = 16  # the kernel's products on CUDA are no narrower
+
 
 @lru_cache(maxsize=1)
 def compiled_flex_attention():
-    return torch.compile(flex.flex_attention, dynamic=False)
+    # one graph or an error: beyond torch's limit of shapes the kernel would else silently write out the n×n matrix
+    return torch.compile(flex.flex_attention, dynamic=False, fullgraph=True)
 
 
 def flex_sparse_attention(
@@ -26,43 +35,124 @@ def flex_sparse_attention(
 ) -> Tensor:
     """The sum of `sparse_attention`; shapes as `blocked_attention`. `block_masks` keeps the masks it makes.
 
-    On a CPU the kernel has no backward: ValueError.
+    ValueError on a CPU if it is to train, where the kernel has no backward, and on CUDA for heads of less than 16
+    features.
     """
-    batch, num_heads, length, _ = q.shape
+    batch, num_heads, length, head_dim = q.shape
     if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError(
             "attn_implementation='flex_attention' cannot train on a CPU, where the kernel has no backward: "
             "use attn_implementation='sdpa', which is faster there."
         )
+    if q.device.type == "cuda" and head_dim < SMALLEST_HEAD:
+        raise ValueError(
+            f"attn_implementation='flex_attention' needs heads of at least {SMALLEST_HEAD} features on CUDA, and these "
+            f"have {head_dim}: use fewer heads, or attn_implementation='sdpa'."
+        )
+    padding = padded_length(length) - length
     block_masks = {} if block_masks is None else block_masks
     key = (pattern, num_heads)
     if key not in block_masks:
-        rows, size = [length] * batch if keep is None else keep.sum(1).tolist(), pattern.block_size
-        drawn = torch.empty(0)
-        if pattern.num_random_blocks:
-            tables = [pattern.random_blocks(num_heads, -(-row // size)) for row in rows]
-            most = -(-length // size)
-            drawn = torch.stack([F.pad(t, (0, 0, 0, most - t.shape[1]), value=-1) for t in tables]).to(q.device)
-        real = torch.tensor(rows, device=q.device)
-
-        def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            allowed = pattern.in_window(i, j) | pattern.is_global(i, real[b]) | pattern.is_global(j, real[b])
-            if global_mask is not None:
-                allowed = allowed | global_mask[b, i] | global_mask[b, j]
-            for draw in range(pattern.num_random_blocks):
-                allowed = allowed | (drawn[b, h, i // size, draw] == j // size)
-            if pattern.causal:
-                allowed = allowed & (j <= i)
-            return allowed & (j < real[b]) & (i < real[b])
-
-        alike = keep is None and global_mask is None
-        block_masks[key] = flex.create_block_mask(
-            mask,
-            B=1 if alike else batch,
-            H=num_heads if pattern.num_random_blocks else 1,
-            Q_LEN=length,
-            KV_LEN=length,
-            device=q.device,
-        )
-    out = compiled_flex_attention()(q, k, v, block_mask=block_masks[key])
+        real = torch.full((batch,), length, device=q.device) if keep is None else keep.sum(1)
+        marked = None if global_mask is None else F.pad(global_mask, (0, padding))
+        rows = 1 if keep is None and global_mask is None else batch
+        block_masks[key] = block_mask(pattern, num_heads, length + padding, real, marked, rows)
+    q, k, v = (F.pad(x, (0, 0, 0, padding)) if padding else x for x in (q, k, v))
+    with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+        out = compiled_flex_attention()(q, k, v, block_mask=block_masks[key])[:, :, :length]
     return out if keep is None else out.masked_fill(~keep[:, None, :, None], 0)
+
+
+def padded_length(length: int) -> int:
+    """The next of four lengths for each power of two, all multiples of BLOCK."""
+    step = max(BLOCK, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+def block_mask(
+    pattern: AttentionPattern, num_heads: int, length: int, real: Tensor, marked: Tensor | None, rows: int
+) -> flex.BlockMask:
+    """What the kernel has to compute: which blocks it looks at, and a rule for the pairs in them.
+
+    `real` (b,) counts the real tokens of each row; `marked` (b, length) is True at further global tokens; `rows` is 1
+    if all rows are alike, else b. O((length / BLOCK)²), where torch's `create_block_mask` writes out the pairs of all
+    tokens to find the blocks.
+    """
+    size, drawn = pattern.block_size, torch.empty(0, device=real.device)
+    if pattern.num_random_blocks:
+        drawn = pattern.random_blocks(num_heads, -(-length // size), (real + size - 1) // size)
+
+    def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        allowed = pattern.in_window(i, j) | pattern.is_global(i, real[b]) | pattern.is_global(j, real[b])
+        if marked is not None:
+            allowed = allowed | marked[b, i] | marked[b, j]
+        for draw in range(pattern.num_random_blocks):
+            allowed = allowed | (drawn[b, h, i // size, draw] == j // size)
+        if pattern.causal:
+            allowed = allowed & (j <= i)
+        return allowed & (j < real[b]) & (i < real[b])
+
+    some, whole = blocks_of(pattern, length, real[:rows], marked, drawn[:rows])
+    return flex.BlockMask.from_kv_blocks(*ordered(some & ~whole), *ordered(whole), BLOCK_SIZE=BLOCK, mask_mod=rule)
+
+
+def blocks_of(
+    pattern: AttentionPattern, length: int, real: Tensor, marked: Tensor | None, drawn: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Blocks in which some pair is read, and those in which every pair is, (b, h or 1, count, count) bool.
+
+    The first may be too many and the second too few, since a rule decides about the pairs of those in between.
+    """
+    block, token = (torch.arange(n, device=real.device) for n in (-(-length // BLOCK), length))
+    i, j = block[:, None], block
+    apart = (i - j).abs() * BLOCK
+    nearest, furthest = (apart - BLOCK + 1).clamp(min=0), apart + BLOCK - 1
+    if pattern.window is None:
+        surely = possibly = length + BLOCK
+    elif pattern.in_blocks:
+        surely, possibly = pattern.window * pattern.block_size, (pattern.window + 1) * pattern.block_size - 1
+    else:
+        surely = possibly = pattern.window * pattern.dilation
+    step = pattern.dilation
+    some = (furthest.clamp(max=possibly) // step * step >= nearest)[None]  # is there a multiple of the dilation?
+    whole = (furthest <= surely)[None] if step == 1 else torch.zeros_like(some)
+
+    everywhere = pattern.is_global(token[None], real[:, None]).expand(len(real), -1)
+    if marked is not None:
+        everywhere = everywhere | marked
+    everywhere = F.pad(everywhere, (0, -length % BLOCK)).unflatten(1, (-1, BLOCK))
+    some = some | everywhere.any(2)[:, :, None] | everywhere.any(2)[:, None]
+    whole = whole | everywhere.all(2)[:, :, None] | everywhere.all(2)[:, None]
+    some, whole = some[:, None], whole[:, None]
+    if pattern.num_random_blocks:
+        some = some | drawn_pairs(drawn, pattern.block_size, len(block))
+
+    here = real[:, None, None, None]
+    some = some & (i * BLOCK < here) & (j * BLOCK < here)
+    whole = whole & ((i + 1) * BLOCK <= here) & ((j + 1) * BLOCK <= here)
+    if pattern.causal:
+        some, whole = some & (j <= i), whole & (j < i)
+    return some, whole.expand_as(some)
+
+
+def drawn_pairs(drawn: Tensor, size: int, count: int) -> Tensor:
+    """From a table of blocks of `size` tokens (b, h, c, r) to pairs of the kernel's blocks, (b, h, count, count)."""
+    part = torch.arange((size - 2) // BLOCK + 2, device=drawn.device)  # a block lies in so many of the kernel's at most
+
+    def cut(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """(…,) -> (…, parts) blocks of the kernel, and which of them are there."""
+        found = blocks[..., None] * size // BLOCK + part
+        return found, (found * BLOCK < (blocks[..., None] + 1) * size) & (blocks[..., None] >= 0) & (found < count)
+
+    rows, rows_there = cut(torch.arange(drawn.shape[2], device=drawn.device)[:, None])  # (c, 1, parts)
+    columns, columns_there = cut(drawn)  # (b, h, c, r, parts)
+    there = rows_there[..., None] & columns_there[..., None, :]
+    index = torch.where(there, rows[..., None] * count + columns[..., None, :], count**2)  # behind the end: nowhere
+    pairs = torch.zeros(*drawn.shape[:2], count**2 + 1, dtype=torch.bool, device=drawn.device)
+    return pairs.scatter(2, index.flatten(2), True)[..., :-1].unflatten(2, (count, count))
+
+
+def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """(…, c, c) bool -> how many in each row, and which, those first: int32, as the kernel reads them."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), order.int()

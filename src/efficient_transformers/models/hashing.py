@@ -14,7 +14,7 @@ def random_rotations(
     `factors`: as in `assign_buckets`; a factor 1 needs none.
     """
     columns = sum(factor // 2 for factor in factors)
-    return torch.randn(num_heads, dim, num_hashes, columns, generator=generator)
+    return torch.randn(num_heads, dim, num_hashes, columns, generator=generator, device="cpu")
 
 
 def assign_buckets(x: Tensor, rotations: Tensor, widest: Sequence[int], factors: Tensor | None = None) -> Tensor:
