@@ -64,7 +64,7 @@ class Contender:
     law: multiplications of the mixer at a length, up to a constant.
     family: the panel of the plots.
     slug, fields: of a variant, which has a decoder if it can.
-    squares: matrices of n² numbers that a training step holds at least; what would not fit is not tried.
+    squares: matrices of n² numbers that a pass holds at least; what would not fit is not tried.
     shortest: tokens below which it cannot be called.
     cuda_only: can it not be trained on a CPU?
     """
@@ -107,8 +107,8 @@ def ours(
     return Contender(make, law, family, variant, fields, squares, cuda_only=implementation == "flex_attention")
 
 
-def theirs(make: Callable[[int], nn.Module], law: Law, shortest: int = 1) -> Contender:
-    return Contender(make, law, "transformers", shortest=shortest)
+def theirs(make: Callable[[int], nn.Module], law: Law, squares: int = 0, shortest: int = 1) -> Contender:
+    return Contender(make, law, "transformers", squares=squares, shortest=shortest)
 
 
 # Kinds of compressed attention take turns in a model; a layer alone is the compressed one.
@@ -138,7 +138,8 @@ OURS = {
 }
 CONTENDERS = OURS | {
     "transformers longformer": theirs(lambda n: TheirLongformer(n, 256), lambda n: n, shortest=256),
-    "transformers big_bird": theirs(TheirBigBird, lambda length: length, shortest=1024),
+    # writes out the weights that it gives out, asked or not
+    "transformers big_bird": theirs(TheirBigBird, lambda length: length, squares=HEADS, shortest=1024),
     "transformers reformer": theirs(TheirReformer, lambda length: length),
     "transformers fnet": theirs(TheirFnet, lambda length: length * log2(length)),
     "transformers nystromformer": theirs(TheirNystromformer, lambda length: length),
@@ -177,7 +178,7 @@ def skipped(name: str, where: dict[str, Any], reason: str) -> dict:
 
 
 def tried(name: str, build: Callable[[], Any], where: dict[str, Any], device: torch.device) -> tuple[Any, dict | None]:
-    """What `build` makes, or a row that says why it cannot: for want of memory, or because transformers' layer fails."""
+    """What `build` makes, or a row that says why not: there is no memory for it, or a layer of transformers fails."""
     dtype = getattr(torch, where["dtype"])
     needed, free = CONTENDERS[name].least_bytes(where["length"], dtype.itemsize, where["mode"]), free_bytes(device)
     if needed > 0.7 * free:
@@ -230,7 +231,7 @@ def measure_generation(names: list[str], where: dict[str, Any], device: torch.de
             contender = CONTENDERS[name]
             with device:
                 model: Any = decoder(contender.slug, contender.fields, length + repeats + 8)  # type: ignore[arg-type]
-            model = model.to(dtype)
+            model = model.to(device, dtype)
             cache = model(ids, logits_to_keep=1).past_key_values
             return lambda: model(token, past_key_values=cache), cache
 

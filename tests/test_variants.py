@@ -484,6 +484,14 @@ def test_saving_and_loading_changes_nothing(variant, head, tmp_path):
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
+@every_case
+def test_every_tensor_is_made_where_the_caller_wants_it(variant, settings):
+    """As in `with torch.device("cuda"):`, also those that are drawn on the CPU."""
+    with torch.device("meta"):
+        model = variant.model_class()(config(variant, settings))
+    assert {x.device.type for x in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
 @every_head
 def test_the_meta_device_and_the_same_seed_give_the_same_weights(variant, head, tmp_path):
     cfg = config(variant, SETTINGS[variant.slug][-1], **for_head(head))

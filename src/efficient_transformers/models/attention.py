@@ -119,6 +119,10 @@ class OwnValues(nn.Module):
     def init_own(self) -> None:
         """Give the parameters and buffers of this module itself their values, by transformers' `initialization`."""
 
+    def register_drawn(self, name: str, values: Tensor) -> None:
+        """A buffer of values that were drawn on the CPU, where the module is being made."""
+        self.register_buffer(name, values.to(torch.get_default_device()))
+
     def resized(self) -> None:
         """Called when the longest input has changed, for whatever else depends on it than `position_axes`."""
 

@@ -160,7 +160,7 @@ class RandomFeatureAttention(KernelAttention):
 
     def __init__(self, config, layer: int):
         super().__init__(config, layer)
-        self.register_buffer("projection", self.draw(0))  # in the place of none
+        self.register_drawn("projection", self.draw(0))  # in the place of none
         self.register_buffer("passes", torch.zeros((), dtype=torch.long))  # forward passes in training
 
     def draw(self, number: int) -> Tensor:

@@ -28,8 +28,11 @@ from .feature_maps import FeatureMap
 
 # By measurement:
 CHUNK = 128  # tokens whose weights are written out
-SEGMENT_ENTRIES = 2**19  # features of a segment
+SEGMENT_ENTRIES = 2**19  # features of a segment on a CPU
 KEPT_ENTRIES = 2**24  # features of a sequence that are kept for the backward pass
+# Features of a segment elsewhere. With those of a CPU an H200 took 47 ms for 65,536 tokens of RFA, for the most part to
+# launch the products of 128 segments; the other end, memory, is 64 MB for each copy of the features.
+LAUNCHED_ENTRIES = 2**24
 
 
 class LinearState(NamedTuple):
@@ -158,9 +161,10 @@ def prepared(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, log_decay: Te
     return q.to(wide), k.to(wide), v.to(wide), keep, None if log_decay is None else log_decay.to(wide)[..., None]
 
 
-def segment_tokens(of_token: int) -> int:
+def segment_tokens(of_token: int, device: torch.device) -> int:
     """Tokens of a segment, a multiple of the chunk, if each has `of_token` features in all heads of a batch."""
-    return max(1, SEGMENT_ENTRIES // (of_token * CHUNK)) * CHUNK
+    entries = SEGMENT_ENTRIES if device.type == "cpu" else LAUNCHED_ENTRIES
+    return max(1, entries // (of_token * CHUNK)) * CHUNK
 
 
 def plan(k: Tensor, feature_map: FeatureMap, projection: Tensor | None) -> tuple[int | None, Callable[..., Any]]:
@@ -176,9 +180,10 @@ def plan(k: Tensor, feature_map: FeatureMap, projection: Tensor | None) -> tuple
         return None, call
     features = k.shape[-1] if projection is None else projection.shape[-2] * feature_map.per_row
     of_token = k.shape[0] * k.shape[1] * features
+    size = segment_tokens(of_token, k.device)
     if torch.is_grad_enabled() and of_token * k.shape[2] > KEPT_ENTRIES:
-        return segment_tokens(of_token), partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    return segment_tokens(of_token), call
+        return size, partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    return size, call
 
 
 def segments(size: int | None, *tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:

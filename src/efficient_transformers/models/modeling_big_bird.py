@@ -106,7 +106,7 @@ class BigBirdAttention(PatternAttention):
     def __init__(self, config: EtBigBirdConfig, layer: int):
         super().__init__(config, layer)
         if config.random_blocks == "stored":
-            self.register_buffer("random_blocks", self.draw())
+            self.register_drawn("random_blocks", self.draw())
 
     def init_own(self) -> None:
         if self.random_blocks is not None:

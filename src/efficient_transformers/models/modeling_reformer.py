@@ -118,7 +118,7 @@ class EtReformerAttention(MultiHeadAttention):
         self.dropout = config.attention_probs_dropout_prob
         self.widest = config.widest_factors
         self.num_hashes = 1 if config.is_exact else config.num_hashes  # rounds of one bucket are all the same
-        self.register_buffer("rotations", self.draw())
+        self.register_drawn("rotations", self.draw())
 
     def draw(self) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(self.config.hash_seed + 0x10001 * self.layer)

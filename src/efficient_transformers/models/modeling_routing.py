@@ -150,10 +150,9 @@ class EtRoutingAttention(MultiHeadAttention):
             self.key_sides = (local,)
             self.k_proj = nn.Linear(config.hidden_size, local * self.head_dim) if local else None
         if routing:
-            centroids = self.draw()
-            self.register_buffer("centroids", centroids)
-            self.register_buffer("sums", torch.zeros_like(centroids))
-            self.register_buffer("savings", torch.zeros_like(centroids[..., 0]))
+            self.register_drawn("centroids", self.draw())
+            self.register_buffer("sums", torch.zeros_like(self.centroids))
+            self.register_buffer("savings", torch.zeros_like(self.centroids[..., 0]))
 
     def draw(self) -> Tensor:
         """The centroids of the start, (h, k, d), float32, on the CPU."""

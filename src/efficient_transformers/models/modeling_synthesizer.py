@@ -103,7 +103,7 @@ class EtSynthesizerAttention(MultiHeadAttention):
         if "random" in self.kinds:
             self.random_scores = nn.Parameter(torch.empty(heads, longest, longest))
         if "fixed" in self.kinds:
-            self.register_buffer("fixed_scores", self.draw())
+            self.register_drawn("fixed_scores", self.draw())
         if "factorized_random" in self.kinds:
             self.row_factors, self.column_factors = (
                 nn.Parameter(torch.empty(heads, longest, config.factor_rank)) for _ in range(2)
