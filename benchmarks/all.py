@@ -11,7 +11,8 @@ measures what is missing beside full attention. What would not fit into memory i
 tables and the exponents of time in the length, fitted where arithmetic takes the time, beside those of the arithmetic;
 <out>_<device>_<mode>.png the curves; and <out>_<device>_bubbles.png quality against speed, the quality read from
 finished runs (`--runs docs/results.json --task zoo_era`). Where nothing is missing, the pages are made again, on any
-machine. `--quick` measures two short lengths only, to try it.
+machine, and what somebody has written between the two lines of notes in <out>.md stays. `--quick` measures two short
+lengths only, to try it.
 """
 
 import argparse
@@ -53,6 +54,7 @@ from efficient_transformers import VARIANTS, costs
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 FITTED = {"cpu": (2048, 16384), "cuda": (16384, 65536)}  # shorter ones take a GPU the time of its launches
 MODES = ("forward", "training", "generation")
+NOTES = ("<!-- begin:notes -->", "<!-- end:notes -->")
 Law = Callable[[int], float]
 
 
@@ -331,8 +333,14 @@ def groups(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
     return found
 
 
-def report(found: dict, pictures: list[Path]) -> str:
-    """The page: machines, tables, exponents, what was left out, pictures."""
+def written_notes(path: Path) -> str:
+    """What stands between the lines of notes of a page that was made before, if there is one."""
+    text = path.read_text() if path.exists() else ""
+    return text.partition(NOTES[0])[2].partition(NOTES[1])[0].strip()
+
+
+def report(found: dict, pictures: list[Path], notes: str = "") -> str:
+    """The page: machines, notes, tables, exponents, what was left out, pictures."""
     parts = ["# All variants, side by side"]
     for device, described in found["machines"].items():
         parts.append(f"{device}: " + ", ".join(f"{key} {value}" for key, value in described.items()))
@@ -341,6 +349,7 @@ def report(found: dict, pictures: list[Path]) -> str:
         "full attention (SDPA) in the same run, MB over the input; of generation, for a token behind N others, the "
         "cache. Projections are linear in N and part of each layer."
     )
+    parts += [part for part in (NOTES[0], notes, NOTES[1]) if part]
     for (device, dtype, mode), rows in groups(found["rows"]).items():
         parts += [f"## {mode} on {device}", table(rows, dtype, mode)]
         if mode != "generation":
@@ -354,17 +363,25 @@ def report(found: dict, pictures: list[Path]) -> str:
 
 
 def draw_curves(rows: list[dict], title: str, path: Path) -> None:
-    """A panel a family, full attention in each; the legend gives fitted exponents, in brackets those of the layer."""
+    """A panel a family, full attention in each; the legend gives fitted exponents, in brackets those of the layer.
+
+    A generated token has none: what it reads is measured, and no law of its length.
+    """
     families = list(dict.fromkeys(contender.family for contender in CONTENDERS.values()))
     figure, panels = plt.subplots(2, 3, figsize=(15, 9), layout="constrained", sharex=True, sharey=True)
     for axes, family in zip(panels.flat, families, strict=True):
         names = [name for name in CONTENDERS if CONTENDERS[name].family == family and not name.startswith("full")]
+        if not any(row["layer"] in names for row in rows):
+            axes.set_axis_off()
+            continue
         for number, name in enumerate([YARDSTICK, "full, eager", *names]):
             points = [(row["length"], row["median"]) for row in rows if row["layer"] == name]
             if not points:
                 continue
             time, law, _ = exponents(rows, name)
-            label = name.removeprefix("transformers ") + ("" if time is None else f" {time:.2f} ({law:.2f})")
+            label = name.removeprefix("transformers ")
+            if time is not None and rows[0]["mode"] != "generation":
+                label += f" {time:.2f} ({law:.2f})"
             style = {"color": "black", "linestyle": ("-", ":")[number]} if number < 2 else {}
             axes.plot(*zip(*points, strict=True), marker="so^vDPX*"[number % 8], markersize=5, label=label, **style)
         axes.set_xscale("log", base=2)
@@ -372,22 +389,21 @@ def draw_curves(rows: list[dict], title: str, path: Path) -> None:
         axes.set_title(family)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=9)
-    for axes in panels[1]:
-        axes.set_xlabel("tokens")
-    for axes in panels[:, 0]:
-        axes.set_ylabel("milliseconds")
+    figure.supxlabel("tokens")
+    figure.supylabel("milliseconds")
     figure.suptitle(title)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def read_quality(runs: Path | None, task: str | None, metric: str) -> dict[str, float]:
-    """Mean of a test metric over the finished runs of each variant, by slug; of several lengths the longest counts.
+def read_quality(runs: Path | None, task: str | None, metric: str) -> tuple[dict[str, float], int]:
+    """Mean of a test metric over the finished runs of each variant, by slug, and the longest length of any.
 
-    `runs` is a folder of runs, or a file in which training/report.py keeps them; `task` is a folder of configs.
+    Of several lengths of a variant the longest counts. `runs` is a folder of runs, or a file in which
+    training/report.py keeps them; `task` is a folder of configs.
     """
     if runs is None:
-        return {}
+        return {}, 0
     if runs.is_dir():
         found = [json.loads(path.read_text()) for path in sorted(runs.rglob("metrics.json"))]
     else:
@@ -398,23 +414,38 @@ def read_quality(runs: Path | None, task: str | None, metric: str) -> dict[str, 
         if metric in run["test"] and task in (None, config[0]):
             by_length = scores.setdefault(run["model"]["model_type"].removeprefix("et_"), {})
             by_length.setdefault(run["model"]["max_length"], []).append(run["test"][metric])
-    return {slug: statistics.mean(by_length[max(by_length)]) for slug, by_length in scores.items()}
+    longest = max((length for by_length in scores.values() for length in by_length), default=0)
+    return {slug: statistics.mean(by_length[max(by_length)]) for slug, by_length in scores.items()}, longest
 
 
-def draw_bubbles(rows: list[dict], quality: dict[str, float], metric: str, title: str, path: Path) -> None:
-    """Quality against tokens a second of a training step at the longest common length; areas are memory."""
+def draw_bubbles(rows: list[dict], quality: dict[str, float], wanted: int, metric: str, title: str, path: Path) -> None:
+    """Quality against tokens a second of a training step; areas are memory.
+
+    Speed is that at `wanted` tokens, of which the quality is, or at the nearest length that all were measured at.
+    """
     names = {row["layer"] for row in rows} & quality.keys()
     lengths = set.intersection(*({row["length"] for row in rows if row["layer"] == name} for name in names))
-    length = max(lengths)
-    shown = [row for row in rows if row["layer"] in names and row["length"] == length]
+    length = min(lengths, key=lambda n: abs(n - wanted))
+    shown = sorted((r for r in rows if r["layer"] in names and r["length"] == length), key=lambda r: r["median"])
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     largest = max(row["megabytes"] or 1 for row in shown)
     for row in shown:
         speed, memory = 1e3 * length / row["median"], row["megabytes"] or 1
         axes.scatter(speed, quality[row["layer"]], s=20 + 2500 * memory / largest, alpha=0.5, edgecolors="black")
-        axes.annotate(f"{row['layer']} ({memory:,.0f} MB)", (speed, quality[row["layer"]]), fontsize=9)
     axes.set_xscale("log")
     axes.margins(0.2)
+    figure.canvas.draw()  # from here on texts have a place
+    taken: list[Any] = []
+    for row in shown:  # a text moves up or down until it lies on no other
+        at = 1e3 * length / row["median"], quality[row["layer"]]
+        label = f"{row['layer']} ({row['megabytes'] or 0:,.0f} MB)"
+        text = axes.annotate(label, at, (6, 0), textcoords="offset points", fontsize=8, va="center")
+        for number in range(1, 60):
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+            text.set_position((6, (number + 1) // 2 * 3 * (-1) ** number))
+        taken.append(text.get_window_extent())
     axes.set_xlabel(f"tokens a second, training step of a layer at {length:,} tokens")
     axes.set_ylabel(f"test {metric}, mean of the finished runs")
     axes.set_title(title)
@@ -423,14 +454,15 @@ def draw_bubbles(rows: list[dict], quality: dict[str, float], metric: str, title
     plt.close(figure)
 
 
-def draw_all(found: dict, out: Path, quality: dict[str, float], metric: str) -> list[Path]:
+def draw_all(found: dict, out: Path, quality: dict[str, float], wanted: int, metric: str) -> list[Path]:
     pictures = []
     for (device, dtype, mode), rows in groups(found["rows"]).items():
         pictures.append(out.with_name(f"{out.name}_{device}_{dtype}_{mode}.png"))
-        draw_curves(rows, f"{mode}, {device}, {dtype}: measured exponents, of the arithmetic in brackets", pictures[-1])
+        what = "a token behind others" if mode == "generation" else "measured exponents, of the arithmetic in brackets"
+        draw_curves(rows, f"{mode}, {device}, {dtype}: {what}", pictures[-1])
         if mode == "training" and quality.keys() & {row["layer"] for row in rows}:
             pictures.append(out.with_name(f"{out.name}_{device}_{dtype}_bubbles.png"))
-            draw_bubbles(rows, quality, metric, f"Areas are memory: {device}, {dtype}", pictures[-1])
+            draw_bubbles(rows, quality, wanted, metric, f"Areas are memory: {device}, {dtype}", pictures[-1])
     return pictures
 
 
@@ -454,10 +486,10 @@ def main(given: list[str] | None = None) -> None:
     if YARDSTICK not in arguments.only:
         arguments.only = [YARDSTICK, *arguments.only]
     found = measure_all(arguments)
-    pictures = draw_all(
-        found, arguments.out, read_quality(arguments.runs, arguments.task, arguments.metric), arguments.metric
-    )
-    arguments.out.with_suffix(".md").write_text(report(found, pictures))
+    quality, length = read_quality(arguments.runs, arguments.task, arguments.metric)
+    pictures = draw_all(found, arguments.out, quality, length, arguments.metric)
+    page = arguments.out.with_suffix(".md")
+    page.write_text(report(found, pictures, written_notes(page)))
     print(f"wrote {arguments.out}.json, {arguments.out}.md and {len(pictures)} pictures")
 
 

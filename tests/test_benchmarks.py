@@ -79,6 +79,9 @@ def test_an_exponent_is_fitted_between_2k_and_16k(power):
     assert 1 <= layer <= mixer
     assert everything.exponents([row("full", [n], n) for n in (2048, 16384)], "full")[2] == pytest.approx(2)
     assert everything.exponents(rows[:1], "local") == (None, None, None)
+    on_gpu = [row("local", [1e-3 * n**power] * 3, n) | {"device": "cuda"} for n in (16384, 32768, 65536)]
+    on_gpu.append(on_gpu[0] | {"length": 8192, "median": 1e6})  # shorter ones cost what launching costs
+    assert everything.exponents(on_gpu, "local")[0] == pytest.approx(power)
 
 
 def test_what_would_not_fit_is_noted_and_left_out(monkeypatch):
@@ -88,6 +91,22 @@ def test_what_would_not_fit_is_noted_and_left_out(monkeypatch):
     assert built is None
     assert note == {"layer": "full, eager", **where, "skipped": "needs 16 GB and more, 1 are free"}
     assert everything.tried("local", lambda: "a run", where, torch.device("cpu")) == ("a run", None)
+
+
+def test_a_layer_of_transformers_that_fails_is_noted_and_one_of_ours_is_not():
+    def fail():
+        raise RuntimeError("Unsupported dtype\nand where")
+
+    where, cpu = {"device": "cpu", "dtype": "bfloat16", "length": 64, "mode": "forward"}, torch.device("cpu")
+    name = "transformers fnet"
+    assert everything.tried(name, fail, where, cpu) == (None, {"layer": name, **where, "skipped": "Unsupported dtype"})
+    with pytest.raises(RuntimeError, match="Unsupported dtype"):
+        everything.tried("local", fail, where, cpu)
+
+
+def test_flex_attention_contends_on_cuda_alone():
+    able = [everything.able(everything.CONTENDERS, 4096, "training", device) for device in ("cpu", "cuda")]
+    assert {*able[1]} - {*able[0]} == {"local, flex"}
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
@@ -114,9 +133,12 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "runs" / "one"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(finished_run(0.75)))
+    page = out.with_suffix(".md")
+    page.write_text(page.read_text().replace("<!-- end:notes -->", "Said by hand.\n\n<!-- end:notes -->"))
     everything.main([*few, "--modes", "training", "--runs", str(tmp_path / "runs")])
     assert json.loads(out.with_suffix(".json").read_text()) == second
-    text = out.with_suffix(".md").read_text()
+    text = page.read_text()
+    assert "<!-- begin:notes -->\n\nSaid by hand.\n\n<!-- end:notes -->" in text
     assert "## training on cpu" in text
     assert "| fnet | " in text
     for name in ("training", "generation", "bubbles"):
@@ -135,6 +157,6 @@ def finished_run(accuracy, task="era", length=64):
 def test_quality_is_that_of_one_task_at_the_longest_length(tmp_path):
     runs = [finished_run(0.5), finished_run(0.75), finished_run(1.0, length=16), finished_run(0.0, "text")]
     (tmp_path / "results.json").write_text(json.dumps({"runs": runs}))
-    assert everything.read_quality(tmp_path / "results.json", "era", "accuracy") == {"local": 0.625}
-    assert everything.read_quality(tmp_path / "results.json", "text", "accuracy") == {"local": 0.0}
-    assert everything.read_quality(tmp_path / "results.json", "text", "f1") == {}
+    assert everything.read_quality(tmp_path / "results.json", "era", "accuracy") == ({"local": 0.625}, 64)
+    assert everything.read_quality(tmp_path / "results.json", "text", "accuracy") == ({"local": 0.0}, 64)
+    assert everything.read_quality(tmp_path / "results.json", "text", "f1") == ({}, 0)

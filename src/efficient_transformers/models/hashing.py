@@ -9,9 +9,9 @@ from torch import Tensor
 def random_rotations(
     num_heads: int, dim: int, num_hashes: int, factors: Sequence[int], generator: torch.Generator
 ) -> Tensor:
-    """R of Kitaev et al. 2020 (arXiv:2001.04451), section 2: i.i.d. normal, (h, d, r, Σ factors / 2), float32, on the CPU.
+    """R of Kitaev et al. 2020 (arXiv:2001.04451), section 2: i.i.d. normal, (h, d, r, Σ factors / 2).
 
-    `factors`: as in `assign_buckets`; a factor 1 needs none.
+    float32, on the CPU. `factors`: as in `assign_buckets`; a factor 1 needs none.
     """
     columns = sum(factor // 2 for factor in factors)
     return torch.randn(num_heads, dim, num_hashes, columns, generator=generator, device="cpu")
