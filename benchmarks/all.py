@@ -388,7 +388,7 @@ def draw_curves(rows: list[dict], title: str, path: Path) -> None:
         axes.set_yscale("log")
         axes.set_title(family)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=9)
+        axes.legend(fontsize=9, framealpha=0.5)
     figure.supxlabel("tokens")
     figure.supylabel("milliseconds")
     figure.suptitle(title)
