@@ -745,6 +745,18 @@ def test_flex_attention_is_chosen_by_name(variant):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_flex_attention_is_a_part_of_a_compiled_model():
+    torch.compiler.reset()
+    model = build(VARIANTS["local"], {"window_size": 3}, dtype=torch.float32, hidden_size=64)
+    model.set_attn_implementation("flex_attention")
+    ids, mask = padded(50)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).last_hidden_state
+        compiled = torch.compile(model, fullgraph=True)(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
+
+
 @every_variant
 def test_export_at_a_fixed_length_agrees_with_eager(variant):
     """torch.export without a guard on values."""

@@ -58,8 +58,12 @@ def flex_sparse_attention(
         rows = 1 if keep is None and global_mask is None else batch
         block_masks[key] = block_mask(pattern, num_heads, length + padding, real, marked, rows)
     q, k, v = (F.pad(x, (0, 0, 0, padding)) if padding else x for x in (q, k, v))
-    with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
-        out = compiled_flex_attention()(q, k, v, block_mask=block_masks[key])[:, :, :length]
+    if torch.compiler.is_compiling():  # a part of what is being compiled
+        out = flex.flex_attention(q, k, v, block_mask=block_masks[key])
+    else:
+        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+            out = compiled_flex_attention()(q, k, v, block_mask=block_masks[key])
+    out = out[:, :, :length]
     return out if keep is None else out.masked_fill(~keep[:, None, :, None], 0)
 
 
