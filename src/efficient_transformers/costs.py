@@ -109,7 +109,7 @@ def kernel_flops(config: EtConfig, length: int) -> int:
     if not config.is_decoder:
         return mapped + 2 * 2 * length * features * dim
     total, left = mapped, length
-    segment = segment_tokens(config.num_attention_heads * features)
+    segment = segment_tokens(config.num_attention_heads * features, torch.device("cpu"))  # on others they are longer
     while left > 0:
         tokens = min(left, segment)
         size = min(CHUNK, tokens)
