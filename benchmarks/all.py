@@ -196,6 +196,13 @@ def tried(name: str, build: Callable[[], Any], where: dict[str, Any], device: to
         return None, skipped(name, where, str(error).splitlines()[0])
 
 
+def made_on(device: torch.device, dtype: torch.dtype, make: Callable[[], nn.Module]) -> nn.Module:
+    """There from the beginning: a gate over 65,536 tokens has 4 billion weights, which take a CPU a minute to draw."""
+    with device:
+        module = make()
+    return module.to(device, dtype)
+
+
 def measure_layers(names: list[str], where: dict[str, Any], device: torch.device, repeats: int, budget: float):
     """Rows of forward or training, by `where["mode"]`."""
     torch.manual_seed(0)
@@ -205,9 +212,8 @@ def measure_layers(names: list[str], where: dict[str, Any], device: torch.device
     for name in names:
 
         def build(name: str = name) -> Callable[[], None]:
-            with device:  # a gate over 65,536 tokens has 4 billion weights, which take a CPU a minute to draw
-                layer = CONTENDERS[name].make(length)
-            run = layer_runs({name: layer.to(device, dtype)}, hidden)[name, mode]
+            layer = made_on(device, dtype, lambda: CONTENDERS[name].make(length))
+            run = layer_runs({name: layer}, hidden)[name, mode]
             run()
             return run
 
@@ -231,9 +237,8 @@ def measure_generation(names: list[str], where: dict[str, Any], device: torch.de
 
         def build(name: str = name) -> tuple[Callable[[], None], Any]:
             contender = CONTENDERS[name]
-            with device:
-                model: Any = decoder(contender.slug, contender.fields, length + repeats + 8)  # type: ignore[arg-type]
-            model = model.to(device, dtype)
+            longest = length + repeats + 8
+            model: Any = made_on(device, dtype, lambda: decoder(contender.slug, contender.fields, longest))  # type: ignore[arg-type]
             cache = model(ids, logits_to_keep=1).past_key_values
             return lambda: model(token, past_key_values=cache), cache
 
@@ -339,7 +344,7 @@ def written_notes(path: Path) -> str:
     return text.partition(NOTES[0])[2].partition(NOTES[1])[0].strip()
 
 
-def report(found: dict, pictures: list[Path], notes: str = "") -> str:
+def report(found: dict, pictures: list[Path], notes: str) -> str:
     """The page: machines, notes, tables, exponents, what was left out, pictures."""
     parts = ["# All variants, side by side"]
     for device, described in found["machines"].items():
@@ -378,8 +383,8 @@ def draw_curves(rows: list[dict], title: str, path: Path) -> None:
             points = [(row["length"], row["median"]) for row in rows if row["layer"] == name]
             if not points:
                 continue
-            time, law, _ = exponents(rows, name)
             label = name.removeprefix("transformers ")
+            time, law, _ = exponents(rows, name)
             if time is not None and rows[0]["mode"] != "generation":
                 label += f" {time:.2f} ({law:.2f})"
             style = {"color": "black", "linestyle": ("-", ":")[number]} if number < 2 else {}

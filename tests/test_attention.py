@@ -6,7 +6,8 @@ import torch
 from efficient_transformers import parse_pattern
 from efficient_transformers.models import sparse_attention as engine
 from efficient_transformers.models.blocked_attention import blocked_attention
-from efficient_transformers.models.flex_attention import BLOCK, block_mask, flex_sparse_attention, padded_length
+from efficient_transformers.models.flex_attention import BLOCK, block_mask, flex_sparse_attention
+from efficient_transformers.models.patterns import rounded_length
 from efficient_transformers.models.softmax_attention import softmax_attention
 from efficient_transformers.models.tiles import OwnRead, tiles
 
@@ -219,7 +220,7 @@ def listed(counts, indices):
 
 
 def test_lengths_of_flex_attention_are_few():
-    lengths = [padded_length(n) for n in range(1, 65537)]
+    lengths = [rounded_length(n, BLOCK) for n in range(1, 65537)]
     assert all(n <= padded < n * 1.25 + BLOCK for n, padded in enumerate(lengths, start=1))
     assert all(padded % BLOCK == 0 for padded in lengths)
     assert len({*lengths}) < 34

@@ -3,7 +3,18 @@
 import pytest
 import torch
 from torch import Tensor
-from zoo import CASES, CAUSAL, IDS, MODES, SETTINGS, build, inputs, probed
+from zoo import (
+    CASES,
+    CAUSAL,
+    IDS,
+    MODES,
+    SETTINGS,
+    build,
+    gradients_in_both_precisions,
+    inputs,
+    probed,
+    used_parameters,
+)
 
 from efficient_transformers import VARIANTS
 from efficient_transformers.models import linear_attention as engine
@@ -28,8 +39,7 @@ def padded(length: int) -> tuple[Tensor, Tensor]:
 def hidden_and_gradients(model, ids: Tensor, mask: Tensor, **arguments) -> list[Tensor]:
     """The last hidden state and the gradients of what the model has of weights, on the CPU."""
     hidden = model(ids.to(model.device), attention_mask=mask.to(model.device), **arguments).last_hidden_state
-    used = [parameter for name, parameter in model.named_parameters() if not name.startswith("pooler")]
-    return [x.detach().cpu() for x in (hidden, *torch.autograd.grad(probed(hidden), used))]
+    return [x.detach().cpu() for x in (hidden, *torch.autograd.grad(probed(hidden), used_parameters(model)))]
 
 
 @pytest.mark.parametrize(("variant", "settings", "decoder"), MODES)
@@ -71,17 +81,11 @@ def test_marked_tokens_are_global(settings):
 def test_autocast_trains(variant, settings, same_choices):
     """Mixed precision as accelerate does it: near the gradients of float32, and a batch is learned."""
     model = build(variant, settings, "SequenceClassification", dtype=torch.float32, initializer_range=0.1)
-    model, grads = model.to(DEVICE).train(), []
+    model = model.to(DEVICE).train()
     ids, labels = inputs(2, 60).to(DEVICE), torch.tensor([0, 1], device=DEVICE)
-    for mixed in (False, True):
-        model.zero_grad()
-        torch.manual_seed(2)  # the same noise for those that draw it
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=mixed):
-            loss = model(ids, labels=labels).loss
-        loss.backward()
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    grads = gradients_in_both_precisions(model, ids, labels)
     assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.98
-    before, optimiser = loss.item(), torch.optim.Adam(model.parameters(), lr=3e-3)
+    before, optimiser = model(ids, labels=labels).loss.item(), torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(60):
         optimiser.zero_grad()
         with torch.autocast(DEVICE, torch.bfloat16):

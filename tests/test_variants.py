@@ -21,12 +21,14 @@ from zoo import (
     can_be_causal,
     config,
     for_head,
+    gradients_in_both_precisions,
     inputs,
     inputs_of,
     one_layer,
     pack_rows,
     probed,
     readable,
+    used_parameters,
 )
 
 import efficient_transformers
@@ -80,16 +82,12 @@ def test_the_efficient_path_equals_the_written_out_one(variant, settings, length
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
         hidden = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        outputs.append((hidden, torch.autograd.grad(probed(hidden[-1]), list(used_parameters(model)))))
+        outputs.append((hidden, torch.autograd.grad(probed(hidden[-1]), used_parameters(model))))
     (sparse, sparse_grads), (dense, dense_grads) = outputs
     for a, b in zip(sparse, dense, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     for a, b in zip(sparse_grads, dense_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
-
-
-def used_parameters(model):
-    return [parameter for name, parameter in model.named_parameters() if not name.startswith("pooler")]
 
 
 def test_short_mixed_heads_take_one_dense_product(monkeypatch):
@@ -190,7 +188,7 @@ def test_packed_documents_give_what_they_give_alone(variant, settings, decoder):
     pooled = torch.cat([a.pooler_output for a in alone])
     torch.testing.assert_close(together.pooler_output, pooled, rtol=1e-10, atol=1e-10)
 
-    probe, parameters = torch.randn_like(singles[-1]), list(used_parameters(model))
+    probe, parameters = torch.randn_like(singles[-1]), used_parameters(model)
     grads = [torch.autograd.grad((x * probe).sum(), parameters) for x in (outputs[-1][real], singles[-1])]
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
@@ -384,14 +382,7 @@ def test_autocast_trains(variant, settings, same_choices):
     """Mixed precision as accelerate does it: products in bfloat16, weights and their gradients in float32."""
     model = build(variant, settings, "SequenceClassification", dtype=torch.float32, initializer_range=0.1).train()
     ids, labels = inputs(2, 60), torch.tensor([0, 1])
-    grads = []
-    for mixed in (False, True):
-        model.zero_grad()
-        torch.manual_seed(2)  # the same noise for those that draw it
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            loss = model(ids, labels=labels).loss
-        loss.backward()
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    grads = gradients_in_both_precisions(model, ids, labels)
     assert grads[1].dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.98
 

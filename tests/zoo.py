@@ -180,6 +180,24 @@ def bytes_kept(run, parameters=()) -> int:
     return sum(size for pointer, size in sizes.items() if pointer not in held)
 
 
+def used_parameters(model) -> list[torch.nn.Parameter]:
+    """Those that the hidden states depend on."""
+    return [parameter for name, parameter in model.named_parameters() if not name.startswith("pooler")]
+
+
+def gradients_in_both_precisions(model, ids: Tensor, labels: Tensor) -> list[Tensor]:
+    """All gradients of the loss as one vector, in the precision of the model and by autocast to bfloat16."""
+    grads = []
+    for mixed in (False, True):
+        model.zero_grad()
+        torch.manual_seed(2)  # the same noise for those that draw it
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed):
+            loss = model(ids, labels=labels).loss
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    return grads
+
+
 def probed(hidden: Tensor) -> Tensor:
     """Hidden states times a fixed random tensor, summed: for gradients. Of vectors behind a norm the sum of squares is
     a constant, and its gradient nothing but rounding."""

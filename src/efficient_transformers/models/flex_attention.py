@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import flex_attention as flex
 
-from .patterns import AttentionPattern
+from .patterns import AttentionPattern, rounded_length
 
 BLOCK = 128  # tokens on a side of the blocks that the kernel computes or leaves out
 MOST_SHAPES = 256  # that one process may compile, of lengths, patterns and batches; torch's own limit is 8
@@ -49,7 +49,7 @@ def flex_sparse_attention(
             f"attn_implementation='flex_attention' needs heads of at least {SMALLEST_HEAD} features on CUDA, and these "
             f"have {head_dim}: use fewer heads, or attn_implementation='sdpa'."
         )
-    padding = padded_length(length) - length
+    padding = rounded_length(length, BLOCK) - length
     block_masks = {} if block_masks is None else block_masks
     key = (pattern, num_heads)
     if key not in block_masks:
@@ -67,20 +67,14 @@ def flex_sparse_attention(
     return out if keep is None else out.masked_fill(~keep[:, None, :, None], 0)
 
 
-def padded_length(length: int) -> int:
-    """The next of four lengths for each power of two, all multiples of BLOCK."""
-    step = max(BLOCK, 1 << max(0, (length - 1).bit_length() - 3))
-    return -(-length // step) * step
-
-
 def block_mask(
     pattern: AttentionPattern, num_heads: int, length: int, real: Tensor, marked: Tensor | None, rows: int
 ) -> flex.BlockMask:
     """What the kernel has to compute: which blocks it looks at, and a rule for the pairs in them.
 
-    `real` (b,) counts the real tokens of each row; `marked` (b, length) is True at further global tokens; `rows` is 1
-    if all rows are alike, else b. O((length / BLOCK)²), where torch's `create_block_mask` writes out the pairs of all
-    tokens to find the blocks.
+    `length` is a multiple of BLOCK; `real` (b,) counts the real tokens of each row; `marked` (b, length) is True at
+    further global tokens; `rows` is 1 if all rows are alike, else b. O((length / BLOCK)²), where torch's
+    `create_block_mask` writes out the pairs of all tokens to find the blocks.
     """
     size, drawn = pattern.block_size, torch.empty(0, device=real.device)
     if pattern.num_random_blocks:
@@ -107,12 +101,12 @@ def blocks_of(
 
     The first may be too many and the second too few, since a rule decides about the pairs of those in between.
     """
-    block, token = (torch.arange(n, device=real.device) for n in (-(-length // BLOCK), length))
+    block, token = (torch.arange(n, device=real.device) for n in (length // BLOCK, length))
     i, j = block[:, None], block
     apart = (i - j).abs() * BLOCK
     nearest, furthest = (apart - BLOCK + 1).clamp(min=0), apart + BLOCK - 1
     if pattern.window is None:
-        surely = possibly = length + BLOCK
+        surely = possibly = length
     elif pattern.in_blocks:
         surely, possibly = pattern.window * pattern.block_size, (pattern.window + 1) * pattern.block_size - 1
     else:
@@ -124,10 +118,10 @@ def blocks_of(
     everywhere = pattern.is_global(token[None], real[:, None]).expand(len(real), -1)
     if marked is not None:
         everywhere = everywhere | marked
-    everywhere = F.pad(everywhere, (0, -length % BLOCK)).unflatten(1, (-1, BLOCK))
-    some = some | everywhere.any(2)[:, :, None] | everywhere.any(2)[:, None]
-    whole = whole | everywhere.all(2)[:, :, None] | everywhere.all(2)[:, None]
-    some, whole = some[:, None], whole[:, None]
+    everywhere = everywhere.unflatten(1, (-1, BLOCK))
+    partly, wholly = everywhere.any(2)[:, None], everywhere.all(2)[:, None]  # (b, 1, count)
+    some = (some | partly | partly.transpose(1, 2))[:, None]
+    whole = (whole | wholly | wholly.transpose(1, 2))[:, None]
     if pattern.num_random_blocks:
         some = some | drawn_pairs(drawn, pattern.block_size, len(block))
 

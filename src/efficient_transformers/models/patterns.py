@@ -180,6 +180,12 @@ def _global_spans(pattern: AttentionPattern, length: int) -> tuple[tuple[int, in
     return tuple(spans)
 
 
+def rounded_length(length: int, least: int = 1) -> int:
+    """The next of four lengths for each power of two, at least `least` apart: what is made for one serves many."""
+    step = max(least, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
 def times_drawn(table: Tensor, head: Tensor, i: Tensor, j: Tensor, block_size: int) -> Tensor:
     """How often the blocks of `table` (h, blocks, r) give key j to query i of `head`. Broadcasts, int64."""
     blocks = (i // block_size).clamp(0, table.shape[1] - 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .patterns import AttentionPattern
+from .patterns import AttentionPattern, rounded_length
 from .tiles import Tile, as_bias, load, tiles, windows
 
 # What a turn of the loop costs beyond its products, and the loop to begin with, in entries of a weight matrix, by
@@ -87,13 +87,10 @@ def biased_attention(
 def mask_size(length: int, *patterns: AttentionPattern) -> int:
     """Tokens of the mask to take for `length` of them.
 
-    A few more, four sizes to a power of two, so that the masks of rows of many lengths are corners of a few; unless a
-    pattern is another one at another length.
+    A few more, so that the masks of rows of many lengths are corners of a few; unless a pattern is another one at
+    another length.
     """
-    if any(pattern.depends_on_length for pattern in patterns):
-        return length
-    step = 1 << max(0, (length - 1).bit_length() - 3)
-    return -(-length // step) * step
+    return length if any(pattern.depends_on_length for pattern in patterns) else rounded_length(length)
 
 
 @lru_cache(maxsize=32)
