@@ -149,7 +149,7 @@ def by_loops(mixer: EtSinkhornAttention, hidden: torch.Tensor) -> torch.Tensor:
     out = torch.zeros_like(hidden)
     for head in range(mixer.num_heads):
         part = slice(head * dim, (head + 1) * dim)
-        scores = (readers[:, part] @ sources[:, part].T / dim**0.5 / cfg.temperature).tolist()
+        scores = (readers[:, part] @ sources[:, part].T / dim**0.5 / cfg.sinkhorn_temperature).tolist()
         order = soft_permutation(scores, cfg.sinkhorn_iterations, causal)
         for i in range(length):
             at = i // size

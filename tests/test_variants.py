@@ -868,7 +868,7 @@ def test_one_batch_is_learned(variant, settings):
         ("mixed", {"head_patterns": []}, "cannot be tiled"),
         ("sinkhorn", {"block_size": 0}, r"block_size \(0\) must be at least 1"),
         ("sinkhorn", {"sinkhorn_iterations": -1}, r"sinkhorn_iterations \(-1\) must be at least 0"),
-        ("sinkhorn", {"temperature": 0}, r"temperature \(0\) must be above 0"),
+        ("sinkhorn", {"sinkhorn_temperature": 0}, r"sinkhorn_temperature \(0\) must be above 0"),
         ("sinkhorn", {"sortcut_blocks": 0}, r"sortcut_blocks \(0\) must be at least 1"),
         ("sinkhorn", {"sortcut_blocks": 2, "is_decoder": True}, r"sortcut_blocks \(2\) cannot be causal"),
         ("linear", {"attention_probs_dropout_prob": 0.1}, r"attention_probs_dropout_prob \(0.1\) must be 0"),

@@ -39,7 +39,7 @@ DRAWN: dict[str, dict[str, Any]] = {
     "big_bird": {"block_size": 4, "num_random_blocks": 2},
     "reformer": {"lsh_chunk_length": 8, "num_hashes": 2, "position_embedding_type": "none"},
     "routing": {"num_clusters": 8, "window_size": 6, "position_embedding_type": "none"},
-    "sinkhorn": {"block_size": 8, "temperature": 0.005},
+    "sinkhorn": {"block_size": 8, "sinkhorn_temperature": 0.005},
     "linformer": {"projected_length": 16},
     "compressed": {"num_hidden_layers": 2, "compression_factor": 4, "block_size": 16},
     "synthesizer": {"synthesizer_type": "factorized_random", "factor_rank": 4},

@@ -12,6 +12,8 @@ a bilinear form of two networks scores any number of them. The paper pools by su
 with the length of what is pooled.
 """
 
+from typing import Any
+
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
@@ -44,7 +46,7 @@ class EtSinkhornConfig(EtConfig):
     Args:
         block_size: tokens of a block.
         sinkhorn_iterations: normalisations of rows and columns; 0 leaves a softmax over the blocks.
-        temperature: of the permutation; the lower, the harder it is.
+        sinkhorn_temperature: temperature of the permutation; the lower, the harder it is.
         gumbel_noise: is noise added to the scores in training?
         sortcut_blocks: an encoder's queries read this many sorted blocks, the first ones, and nothing else; None has
             each read its own block and the sorted one in its place.
@@ -54,15 +56,24 @@ class EtSinkhornConfig(EtConfig):
 
     block_size: int = 64
     sinkhorn_iterations: int = 8
-    temperature: float | int = 0.75
+    sinkhorn_temperature: float | int = 0.75
     gumbel_noise: bool = True
     sortcut_blocks: int | None = None
+
+    def __post_init__(self, **kwargs):
+        # the field was called `temperature` once, and `generate` took it for its sampling temperature: checkpoints of
+        # that time still hold the old name
+        if "temperature" in kwargs:
+            self.sinkhorn_temperature = kwargs.pop("temperature")
+        super().__post_init__(**kwargs)
 
     def validate_sorting(self):
         check_at_least("block_size", self.block_size, 1, "it counts the tokens that are sorted together")
         check_at_least("sinkhorn_iterations", self.sinkhorn_iterations, 0, "0 leaves a softmax over the blocks")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature ({self.temperature}) must be above 0: scores are divided by it.")
+        if self.sinkhorn_temperature <= 0:
+            raise ValueError(
+                f"sinkhorn_temperature ({self.sinkhorn_temperature}) must be above 0: scores are divided by it."
+            )
         if self.sortcut_blocks is not None:
             check_at_least("sortcut_blocks", self.sortcut_blocks, 1, "None reads the own and one sorted block")
             if self.is_decoder:
@@ -239,7 +250,7 @@ class EtSinkhornAttention(MultiHeadAttention):
             blocks, tokens = blocks * real[..., None], real.sum(2, keepdim=True).clamp(min=1)
         means = (blocks.sum(2, dtype=torch.promote_types(hidden.dtype, torch.float32)) / tokens).to(hidden.dtype)
         keep = None if real is None else real.any(-1)[:, None]
-        how = self.config.sinkhorn_iterations, self.config.temperature
+        how = self.config.sinkhorn_iterations, self.config.sinkhorn_temperature
         return sinkhorn(self.with_noise(self.sorting_network(means, means)), *how, keep)
 
     def pool(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,7 +266,7 @@ class EtSinkhornAttention(MultiHeadAttention):
         # the paper's reader sums all tokens up to the first one of its block, which is then one among many
         readers = (before / (block * size).clamp(min=1)).to(firsts.dtype) + firsts
         scores = self.with_noise(self.sorting_network(readers, (sums / size).to(firsts.dtype)))
-        return causal_sinkhorn(scores, config.sinkhorn_iterations, config.temperature)
+        return causal_sinkhorn(scores, config.sinkhorn_iterations, config.sinkhorn_temperature)
 
     def with_noise(self, scores: Tensor) -> Tensor:
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -309,6 +320,17 @@ class EtSinkhornForMaskedLM(ForMaskedLM, EtSinkhornPreTrainedModel):
 
 class EtSinkhornForCausalLM(ForCausalLM, EtSinkhornPreTrainedModel, GenerationMixin):
     model_class = EtSinkhornModel
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """Load the generation config, without the sampling temperature that old checkpoints give by mistake.
+
+        transformers derives it from the model config's old field `temperature`: saved in generation_config.json, or
+        read from config.json where there is no such file.
+        """
+        super().adjust_generation_fn(*args, **kwargs)
+        generation = self.generation_config
+        if generation._from_model_config and generation.temperature == self.config.sinkhorn_temperature:
+            generation.temperature = None
 
 
 class EtSinkhornForSequenceClassification(ForSequenceClassification, EtSinkhornPreTrainedModel):
