@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from transformers import GenerationConfig
+from zoo import SETTINGS, build
 
 from efficient_transformers import VARIANTS
 from efficient_transformers.models.modeling_sinkhorn import EtSinkhornConfig, EtSinkhornForCausalLM
@@ -58,3 +59,13 @@ def test_a_chosen_sampling_temperature_is_kept(tmp_path):
     model.generation_config.temperature, model.generation_config.do_sample = 0.9, True
     model.save_pretrained(tmp_path)
     assert EtSinkhornForCausalLM.from_pretrained(tmp_path).generation_config.temperature == 0.9
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS.values() if v.causal], ids=lambda v: v.slug)
+def test_without_a_known_padding_token_no_id_is_padding(variant):
+    model = build(variant, SETTINGS[variant.slug][0], "CausalLM")
+    ids, how = torch.tensor([[5, 0, 7]]), {"max_new_tokens": 6, "do_sample": False}
+    assert model.config.pad_token_id is None
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    assert model.generate(ids, **how).equal(expected)
+    assert model.generate(inputs_embeds=model.get_input_embeddings()(ids), **how).equal(expected[:, 3:])

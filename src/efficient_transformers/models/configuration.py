@@ -45,6 +45,8 @@ class EtConfig(PreTrainedConfig):
         patch_size, num_channels: of an image; patches are squares, and 1 makes a token of every pixel.
         is_decoder: causal attention, everywhere in the model. `…ForCausalLM` sets it.
         use_cache: let a causal model return its cache.
+        pad_token_id: id of the tokenizer's padding token. None (no padding token is known) leaves every id a word:
+            `generate` without an `attention_mask` takes this id for padding and masks it.
     """
 
     heads: ClassVar[tuple[str, ...]] = (*ENCODER_HEADS, "CausalLM")
@@ -78,7 +80,7 @@ class EtConfig(PreTrainedConfig):
     num_channels: int = 3
     is_decoder: bool = False
     use_cache: bool = True
-    pad_token_id: int | None = 0
+    pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 

@@ -327,7 +327,7 @@ class EtSinkhornForCausalLM(ForCausalLM, EtSinkhornPreTrainedModel, GenerationMi
         transformers derives it from the model config's old field `temperature`: saved in generation_config.json, or
         read from config.json where there is no such file.
         """
-        super().adjust_generation_fn(*args, **kwargs)
+        super().adjust_generation_fn(*args, **kwargs)  # type: ignore[reportAttributeAccessIssue]
         generation = self.generation_config
         if generation._from_model_config and generation.temperature == self.config.sinkhorn_temperature:
             generation.temperature = None
