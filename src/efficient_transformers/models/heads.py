@@ -146,6 +146,11 @@ class ForCausalLM(Head):
         config.is_decoder = True
         return config
 
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """True; transformers decides it by the name of the class, and EtReformer's contains "reformer"."""
+        return True
+
     def add_head(self, config: EtConfig) -> None:
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 

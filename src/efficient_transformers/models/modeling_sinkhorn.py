@@ -145,7 +145,7 @@ class SinkhornCacheLayer(SelectableRows, CacheLayerMixin):
         row, column = (positions >= 0).nonzero(as_tuple=True)
         block, token = positions[row, column] // self.size, positions[row, column] % self.size
         sums = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        self.count = max(self.count, int(positions.max()) // self.size + 1)
+        self.count = max(self.count, 1, int(positions.max()) // self.size + 1)  # a block even if all is padding
         for name, x in (("keys", keys), ("values", values), ("sums", sums), ("firsts", hidden)):
             self.make_room(name, x)
         self.stored["keys"][row, block, token] = keys[row, :, column]
