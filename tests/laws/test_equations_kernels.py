@@ -3,6 +3,8 @@
 efficient · linear · rfa · performer
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from written_out import Weights, agree, build, heads, join, past, softmax, split
@@ -188,5 +190,5 @@ def test_performer_draws_again_after_the_interval_in_training():
     for training in (False, False, True, True, True, True):
         model.train(training)(ids)
         seen.append(model.layers[0].mixer.projection.clone())
-    changed = [not a.equal(b) for a, b in zip(seen, seen[1:], strict=False)]
+    changed = [not a.equal(b) for a, b in pairwise(seen)]
     assert changed == [False, False, True, False, True]

@@ -6,7 +6,7 @@ full · local · stride · global · mixed · longformer · big_bird
 import pytest
 import torch
 from torch import Tensor
-from written_out import EXACT, attention, agree, build, encode, heads, join, past, positions, rows, split, turned
+from written_out import EXACT, agree, attention, build, encode, heads, join, past, positions, rows, split, turned
 
 both_directions = pytest.mark.parametrize("causal", [False, True], ids=["both", "causal"])
 every_position = pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary", "none"])
@@ -51,7 +51,7 @@ def random_ones(length: int, pattern, num_heads: int) -> Tensor:
     return (table[:, i // size] == j[..., None] // size).any(-1)
 
 
-# full: Vaswani et al. 2017, eq. 1 --------------------------------------------------------------------------------------
+# full: Vaswani et al. 2017, eq. 1 ------------------------------------------------------------------------------------
 
 
 @both_directions

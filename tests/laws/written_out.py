@@ -3,17 +3,20 @@
 Nothing here or in the tests of this folder imports the package beyond the table that the models are built from: an
 error in a shared feature map, mask or norm must not be able to enter both sides of a comparison. An equation is a
 function `mix(w, x, config)` of the hidden states (n, e) of one sequence without padding; `agree` compares a model that
-computes it with `encode` for padded rows, for every attention implementation and, if causal, in pieces with a cache.
+computes it with `encode` for padded rows, for every attention implementation, in training and, if causal, in pieces
+with a cache.
 """
 
 from collections.abc import Callable
 from itertools import pairwise
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from efficient_transformers import VARIANTS
 
+DROPOUT = 0.25
 SMALL = {
     "vocab_size": 50,
     "hidden_size": 32,
@@ -21,7 +24,7 @@ SMALL = {
     "num_attention_heads": 4,
     "intermediate_size": 38,
     "max_position_embeddings": 64,
-    "hidden_dropout_prob": 0.0,
+    "hidden_dropout_prob": DROPOUT,
     "layer_norm_eps": 0.01,  # large enough to be seen where it is missing
     "initializer_range": 0.3,
     "pad_token_id": None,
@@ -189,33 +192,55 @@ def build(slug: str, head: str | None = None, **fields):
 
 
 def rows(lengths=LENGTHS, width: int = WIDTH) -> tuple[Tensor, Tensor]:
-    """Token ids and mask (b, width), with real tokens anywhere in the rows."""
+    """Token ids and mask (b, width), with real tokens anywhere in the rows. No token repeats: equal ones would tie."""
     generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(1, SMALL["vocab_size"], (len(lengths), width), generator=generator)
+    ids = torch.stack([torch.randperm(SMALL["vocab_size"], generator=generator)[:width] for _ in lengths])
     mask = torch.zeros_like(ids)
     for row, length in enumerate(lengths):
         mask[row, torch.randperm(width, generator=generator)[:length]] = 1
     return ids, mask
 
 
-def agree(slug: str, mix: Mix, pieces=PIECES, lengths=LENGTHS, implementations=("eager", "sdpa"), **fields) -> None:
-    """Assert that a model computes what `encode` does, alone, padded and in pieces with a cache."""
-    for implementation in implementations:
+def scaling_dropout():
+    """Within it, dropout with rate p multiplies by 1 - p instead of drawing: its places can be written out."""
+
+    def scale(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return x * (1 - p) if training else x
+
+    return patch("torch.nn.functional.dropout", scale)
+
+
+def dropped(x: Tensor) -> Tensor:
+    """What `scaling_dropout` makes of x."""
+    return (1 - DROPOUT) * x
+
+
+def agree(slug: str, mix: Mix, activation=gelu, **fields) -> None:
+    """Assert that a model computes what `encode` does: alone, padded, in training and in pieces with a cache."""
+    for implementation in ("eager", "sdpa"):
         model = build(slug, attn_implementation=implementation, **fields)
-        ids, mask = rows(lengths)
+        ids, mask = rows()
         expected = torch.zeros(*ids.shape, model.config.hidden_size, dtype=torch.double)
         with torch.no_grad():
             for row, real in enumerate(mask.bool()):
-                expected[row, real] = encode(model, ids[row, real], mix)
+                expected[row, real] = encode(model, ids[row, real], mix, activation=activation)
                 alone = model(ids[row : row + 1, real]).last_hidden_state[0]
                 torch.testing.assert_close(alone, expected[row, real], **EXACT)
             padded = model(ids, attention_mask=mask).last_hidden_state
             torch.testing.assert_close(padded, expected, **EXACT)
-            if not model.config.is_decoder:
-                continue
-            cache, parts = None, []
-            for start, stop in pairwise(pieces):
-                out = model(ids[:, start:stop], mask[:, :stop], past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                parts.append(out.last_hidden_state)
-            torch.testing.assert_close(torch.cat(parts, 1), expected, **EXACT)
+            if model.config.is_decoder:
+                torch.testing.assert_close(in_pieces(model, ids, mask), expected, **EXACT)
+        trained = encode(model, ids[0], mix, activation=activation, drop=dropped)
+        with scaling_dropout():
+            torch.testing.assert_close(model.train()(ids[:1]).last_hidden_state[0], trained, **EXACT)
+
+
+def in_pieces(model, ids: Tensor, mask: Tensor | None = None, cache=None) -> Tensor:
+    """Hidden states (b, n, e) of a causal model that is given `PIECES` of its input one after another."""
+    parts = []
+    for start, stop in pairwise(PIECES):
+        seen = None if mask is None else mask[:, :stop]
+        out = model(ids[:, start:stop], seen, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        parts.append(out.last_hidden_state)
+    return torch.cat(parts, 1)
