@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention import OwnValues, PackedDocuments, SequenceInfo, rotary_angles
 from .caching import prepare_cache
-from .checks import check_at_least, check_length, check_shape
+from .checks import as_mask, check_at_least, check_length, check_per_token, check_shape
 from .configuration import EtConfig
 from .images import PatchEmbeddings
 from .packing import (
@@ -409,19 +409,23 @@ class Encoder:
         r"""Encode a batch of sequences.
 
         `input_ids` (b, n) int64, or `inputs_embeds` (b, n, e) in their place, or `pixel_values` (b, channels, height,
-        width) for a model of images. `attention_mask` is 1 at real tokens and
-        0 at padding, wherever that stands: (b, n), or (b, past + n) behind a cache. `token_type_ids` and
-        `position_ids` (b, n); positions count the real tokens of a row from 0 if not given. `global_attention_mask`
-        (b, n) is 1 at tokens that read everything and that everything reads, for the variants that have them.
-        Outputs at padding are zero.
+        width) for a model of images. `attention_mask` is 1 at real tokens and 0 at padding, anywhere in a row:
+        (b, n), or (b, past + n) after a cache; without one, all tokens are real. `token_type_ids` and `position_ids`
+        (b, n) or (1, n), integers; positions count the real tokens of a row from 0 if not given, and token types are
+        ignored if `type_vocab_size` is 0.
+        `global_attention_mask` (b, n) is 1 at tokens that attend to every token and that every token attends to, for
+        the variants that have them. Both masks may be bool, integer or float, with no other values than 0 and 1: an
+        additive mask (0 and -10000) is refused, and so is a 2 for a global token, as some Longformer code writes it.
+        Traced code does not check values. Outputs at padding are zero.
 
         Where `position_ids` start again at 0 inside of a row, it holds several documents: each gives what it gives
         alone, and `pooler_output` is (documents, e), in their order. To see this, torch.compile breaks its graph where
         it is given `position_ids`, and leaves packed rows uncompiled; an exported program takes every row for one
         document.
 
-        Raises ValueError for a sequence longer than `max_position_embeddings`, a mask of another shape, both or
-        neither of `input_ids` and `inputs_embeds`, and for packed rows if a cache or attentions are asked for.
+        Raises ValueError for a sequence longer than `max_position_embeddings`, masks and ids of another shape, dtype or
+        value, both or neither of `input_ids` and `inputs_embeds`, and for packed rows if a cache or attentions are
+        asked for.
         """
         config = self.config
         name, inputs = ("input_ids", input_ids) if config.image_size is None else ("pixel_values", pixel_values)
@@ -435,6 +439,8 @@ class Encoder:
         wanted = bool(output_hidden_states), bool(output_attentions)
 
         assert inputs_embeds is not None
+        attention_mask, global_attention_mask = self.read_masks(attention_mask, global_attention_mask)
+        self.check_ids(inputs_embeds, token_type_ids, position_ids)
         if documents := self.divide(position_ids, attention_mask, inputs_embeds):
             for name, asked in (
                 ("past_key_values", past_key_values is not None),
@@ -452,7 +458,7 @@ class Encoder:
 
         cache = self.open_cache(past_key_values, use_cache)
         seen = 0 if cache is None else cache.get_seq_length()
-        keep, positions = self.locate(inputs_embeds, attention_mask, seen)
+        keep, positions = self.locate(inputs_embeds, attention_mask, seen, cache)
         inputs_embeds, keep, positions, token_type_ids, position_ids, marked, packing = self.pack(
             inputs_embeds, keep, positions, token_type_ids, position_ids, global_attention_mask, bool(seen)
         )
@@ -539,17 +545,45 @@ class Encoder:
         kinds = [mixer.cache_class for mixer in mixers]
         return prepare_cache(cache, kinds, lambda: [mixer.new_cache_layer() for mixer in mixers])
 
-    def locate(self, hidden: Tensor, mask: Tensor | None, seen: int) -> tuple[Tensor | None, Tensor]:
-        """Which of the new tokens are real (None: all), and how many real ones stand before each; -1 at padding."""
+    def read_masks(self, mask: Tensor | None, marked: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The attention_mask and the global_attention_mask as bool."""
+        if mask is not None:
+            remedy = "turn an additive mask into mask == 0; packed documents are told apart by position_ids"
+            if self.has_marked_tokens:
+                remedy += "; global tokens are marked by global_attention_mask (mask == 2, if 2 means global)"
+            mask = as_mask("attention_mask", mask, "real tokens", "padding", remedy)
+        if marked is not None:
+            remedy = "it marks tokens, and padding is said by attention_mask"
+            marked = as_mask("global_attention_mask", marked, "global tokens", "other tokens", remedy)
+        return mask, marked
+
+    def check_ids(self, embeds: Tensor, token_types: Tensor | None, position_ids: Tensor | None) -> None:
+        """Raise ValueError for ids of another dtype or shape, which would be broadcast without a word."""
+        for name, ids in (("token_type_ids", token_types), ("position_ids", position_ids)):
+            if ids is not None:
+                check_per_token(name, ids, *embeds.shape[:2])
+
+    def locate(
+        self, hidden: Tensor, mask: Tensor | None, seen: int, cache: Cache | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Which of the new tokens are real (None: all), and how many real ones precede each; -1 at padding."""
         batch, length, _ = hidden.shape
         check_length(seen + length, self.config.max_position_embeddings, type(self).__name__)
-        if mask is not None and seen and mask.shape[1] == length:  # says nothing of the past: that was real
-            mask = torch.cat([mask.new_ones(batch, seen), mask], 1)
+        if seen and (mask is None or mask.shape[1] == length):  # says nothing of the past
+            if getattr(cache, "holds_padding", False):
+                raise ValueError(
+                    f"attention_mask must cover the {seen} tokens in the cache, too, for some of them are padding: "
+                    f"give it with shape (batch, past + length) = ({batch}, {seen + length})."
+                )
+            mask = None if mask is None else torch.cat([mask.new_ones(batch, seen), mask], 1)
         if mask is not None:
             check_shape("attention_mask", mask.shape, (batch, seen + length), "batch, past + length")
-        if mask is None or (not torch.compiler.is_compiling() and bool(mask.all())):
+        if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
+            mask = None
+        if cache is not None:
+            cache.holds_padding = mask is not None  # type: ignore[attr-defined]
+        if mask is None:
             return None, torch.arange(seen, seen + length, device=hidden.device).expand(batch, -1)
-        mask = mask.bool()
         positions = (mask.long().cumsum(1) - 1).masked_fill(~mask, -1)
         return mask[:, seen:], positions[:, seen:]
 
@@ -566,7 +600,7 @@ class Encoder:
         """Everything that is per token, real tokens first, and how to get back."""
         self.check_marks(marked, positions.shape)
         if marked is not None:
-            marked = marked.bool() if keep is None else marked.bool() & keep
+            marked = marked if keep is None else marked & keep
         packing = Packing(None, keep, self.num_external)
         if keep is None or continues:
             return embeds, keep, positions, token_types, position_ids, marked, packing
@@ -591,7 +625,7 @@ class Encoder:
         """The documents of packed rows, None if each row is one."""
         if position_ids is None or position_ids.shape[1] == 1 or torch.compiler.is_exporting():
             return None
-        keep = None if mask is None else mask.bool()[:, -embeds.shape[1] :]  # in front of these is the past
+        keep = None if mask is None else mask[:, -embeds.shape[1] :]  # before these is the past
         documents = uncompiled(find_documents)(position_ids.expand(embeds.shape[:2]), keep)
         if documents is not None and mask is not None:
             check_shape("attention_mask", mask.shape, documents.rows, "batch, length")
@@ -625,7 +659,7 @@ class Encoder:
         position_ids = position_ids.expand(documents.rows)
         hidden = documents.gather(self.embeddings(embeds, position_ids, token_types))
         position_ids = documents.gather(position_ids)
-        marked = None if marked is None else documents.gather(marked.bool())
+        marked = None if marked is None else documents.gather(marked)
         own, lengths, device = None, documents.lengths, hidden.device
         if count := self.num_external:
             lengths = [count + length for length in lengths]

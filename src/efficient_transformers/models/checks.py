@@ -2,6 +2,9 @@
 
 from collections.abc import Sized
 
+import torch
+from torch import Tensor
+
 
 def check_divisible(name: str, value: int, by_name: str, by: int, remedy: str) -> None:
     """Raise ValueError unless `value` is a multiple of `by`."""
@@ -34,3 +37,39 @@ def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], ax
     """Raise ValueError unless `shape` equals `expected`; `axes` names them for the reader."""
     if tuple(shape) != expected:
         raise ValueError(f"{name} must have shape ({axes}) = {expected}, got {tuple(shape)}.")
+
+
+def is_traced() -> bool:
+    """True while torch.compile, torch.export or torch.jit.trace records a graph, which cannot branch on values."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def as_mask(name: str, mask: Tensor, one: str, zero: str, remedy: str) -> Tensor:
+    """`mask` (b, n) as bool. Bool, integers and floats are accepted as long as every value is 0 or 1.
+
+    `one` and `zero` say what the two values mean. Raises ValueError for any other value (traced code cannot check it),
+    for other than two axes, and for a float mask of zeros alone, which may be an additive mask.
+    """
+    if mask.dim() != 2:
+        raise ValueError(f"{name} must have two axes, batch and length, got shape {tuple(mask.shape)}: {remedy}.")
+    if mask.dtype == torch.bool or is_traced():
+        return mask.bool()
+    wrong = (mask != 0) & (mask != 1)  # true of NaN as well
+    if bool(wrong.any()):
+        raise ValueError(f"{name} must be 1 at {one} and 0 at {zero}, got {mask[wrong][0].item():g}: {remedy}.")
+    if mask.is_floating_point() and not bool(mask.any()):
+        raise ValueError(
+            f"{name} is all zeros in {mask.dtype}: an additive mask without padding looks like this, too. Leave it out "
+            f"if there is no {zero}; if there is nothing else, give it as bool."
+        )
+    return mask.bool()
+
+
+def check_per_token(name: str, ids: Tensor, batch: int, length: int) -> None:
+    """Raise ValueError unless `ids` are integers of shape (batch or 1, length): other shapes would be broadcast."""
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"{name} must be integers, got {ids.dtype}: convert it with .long().")
+    if is_traced():
+        return  # a comparison of symbolic sizes would tie a graph to them
+    if ids.dim() != 2 or ids.shape[0] not in (1, batch) or ids.shape[1] != length:
+        raise ValueError(f"{name} must have shape (batch or 1, length) = ({batch}, {length}), got {tuple(ids.shape)}.")
