@@ -171,9 +171,12 @@ def register_all() -> None:
             getattr(transformers, auto_name).register(config_class, variant.model_class(head), exist_ok=True)
             variant.model_class(head).register_for_auto_class(auto_name)
         if is_vision_available():
+            # transformers.AutoImageProcessor is a dummy without torchvision before transformers 5.18; this one never is
+            from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
             from .models.image_processing import EtImageProcessor  # imports Pillow
 
             # transformers looks for one with torchvision first, and warns where there is none
             processors: dict[str, type] = dict.fromkeys(("pil", "torchvision"), EtImageProcessor)
-            transformers.AutoImageProcessor.register(config_class, image_processor_classes=processors, exist_ok=True)
+            AutoImageProcessor.register(config_class, image_processor_classes=processors, exist_ok=True)
             EtImageProcessor.register_for_auto_class()
