@@ -11,7 +11,18 @@ import efficient_transformers
 MODELS = Path(efficient_transformers.__file__).parent / "models"
 FILES = sorted(path for path in MODELS.glob("*.py") if path.stem != "__init__")
 TIERS = [
-    ["checks", "packing", "resizing", "feature_maps", "hashing", "slots", "sinkhorn", "clustering"],
+    [
+        "checks",
+        "signatures",
+        "losses",
+        "packing",
+        "resizing",
+        "feature_maps",
+        "hashing",
+        "slots",
+        "sinkhorn",
+        "clustering",
+    ],
     ["fourier", "triangular", "patterns", "images"],
     ["tiles"],
     ["softmax_attention", "sparse_attention", "blocked_attention", "flex_attention", "linear_attention"],

@@ -15,10 +15,9 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-from transformers.utils.generic import can_return_tuple
 
 from .attention import OwnValues, PackedDocuments, SequenceInfo, rotary_angles
-from .caching import prepare_cache
+from .caching import check_cache, prepare_cache
 from .checks import as_mask, check_at_least, check_length, check_per_token, check_shape
 from .configuration import EtConfig
 from .images import PatchEmbeddings
@@ -34,6 +33,7 @@ from .packing import (
 )
 from .resizing import Stretch, resize_table
 from .reversible import chunks, reversible_stack, wide
+from .signatures import CACHE_FIELD, accepts
 
 
 class EtPreTrainedModel(PreTrainedModel):
@@ -390,7 +390,7 @@ class Encoder:
         else:
             self.embeddings.patch_embeddings = value
 
-    @can_return_tuple
+    @accepts()
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -424,13 +424,14 @@ class Encoder:
         document.
 
         Raises ValueError for a sequence longer than `max_position_embeddings`, masks and ids of another shape, dtype or
-        value, both or neither of `input_ids` and `inputs_embeds`, and for packed rows if a cache or attentions are
-        asked for.
+        value, both or neither of `input_ids` and `inputs_embeds`, a cache that this model cannot use, and for packed
+        rows if a cache or attentions are asked for. Raises TypeError for any other keyword, except those that Trainer
+        and `generate` pass (`signatures.SHARED`); `cache` is a second name of `past_key_values`, which is called so
+        since transformers 5.24.
         """
         config = self.config
-        name, inputs = ("input_ids", input_ids) if config.image_size is None else ("pixel_values", pixel_values)
-        if (inputs is None) == (inputs_embeds is None):
-            raise ValueError(f"give either {name} or inputs_embeds, not both and not neither.")
+        inputs = self.choose_input(input_ids, pixel_values, inputs_embeds)
+        check_cache(past_key_values, type(self).__name__, config.is_decoder)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(inputs)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -470,6 +471,20 @@ class Encoder:
         hidden, sequence = self.describe(hidden, keep, positions, position_ids, marked, cache, bool(output_attentions))
         return self.run(hidden, sequence, packing, *wanted)
 
+    def choose_input(
+        self, input_ids: Tensor | None, pixel_values: Tensor | None, inputs_embeds: Tensor | None
+    ) -> Tensor | None:
+        """What the embeddings look up: token ids, or pixels in a model of images; None with `inputs_embeds`."""
+        given = {"input_ids": input_ids, "pixel_values": pixel_values}
+        name, other = ("input_ids", "pixel_values") if self.config.image_size is None else ("pixel_values", "input_ids")
+        if given[other] is not None:
+            raise ValueError(
+                f"{type(self).__name__} takes {name} and got {other}: image_size={self.config.image_size}."
+            )
+        if (given[name] is None) == (inputs_embeds is None):
+            raise ValueError(f"give either {name} or inputs_embeds, not both and not neither.")
+        return given[name]
+
     def run(
         self,
         hidden: Tensor,
@@ -499,7 +514,7 @@ class Encoder:
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden,
             pooler_output=None if self.pooler is None else packing.pool(self.pooler, hidden),
-            past_key_values=sequence.cache,
+            **{CACHE_FIELD: sequence.cache},  # type: ignore[arg-type]
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions and attentions else None,
         )

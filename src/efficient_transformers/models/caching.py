@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .patterns import AttentionPattern
 
@@ -150,11 +150,30 @@ def cache_layer(patterns: list[AttentionPattern]) -> PatternCacheLayer:
     return PatternCacheLayer(num_prefix, span)
 
 
+def check_cache(cache: Cache | None, model: str, is_decoder: bool) -> None:
+    """Raise ValueError for a cache that this model would ignore, or whose class does more than hold layers.
+
+    Static, quantized, offloaded and encoder-decoder caches promise a layout that the layers of this package do not
+    have, so an empty one of these cannot be filled either. Before anything is computed.
+    """
+    if cache is None:
+        return
+    if not is_decoder:
+        raise ValueError(f"{model} is an encoder and uses no cache: leave past_key_values out, or set is_decoder=True.")
+    if type(cache) not in (Cache, DynamicCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}, and {model} makes caches of its own kind: pass None or an "
+            "empty DynamicCache, and to generate no cache_implementation."
+        )
+    if getattr(cache, "offloading", False):
+        raise ValueError(f"{model} cannot offload its cache: pass None or a DynamicCache without offloading.")
+
+
 def prepare_cache(cache: Cache | None, kinds: list[type], new_layers: Callable[[], list]) -> Cache:
     """A cache with the layers this model needs, of these `kinds`; `new_layers` makes them where they are not there yet.
 
-    An empty cache that somebody else made is filled in place: `generate` hands in a `DynamicCache`, and callers keep
-    the object they passed. Raises ValueError for a cache that already holds another model's states.
+    An empty `DynamicCache` is filled in place: `generate` passes one, and callers keep the object they passed. Raises
+    ValueError for a cache that already holds another model's states, or is made of other layers.
     """
     if cache is None:
         return Cache(layers=new_layers())
@@ -164,6 +183,11 @@ def prepare_cache(cache: Cache | None, kinds: list[type], new_layers: Callable[[
         raise ValueError(
             f"past_key_values ({type(cache).__name__} with {len(cache)} layers) already holds states this model "
             "did not write: pass None, or an empty cache."
+        )
+    if cache.layers and not isinstance(cache, DynamicCache):
+        raise ValueError(
+            f"past_key_values has layers of the class {type(cache.layers[0]).__name__}, and this model needs "
+            f"{', '.join(sorted({kind.__name__ for kind in kinds}))}: pass None, or an empty DynamicCache."
         )
     cache.layers[:] = new_layers()
     return cache

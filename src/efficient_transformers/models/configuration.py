@@ -51,7 +51,7 @@ class EtConfig(PreTrainedConfig):
 
     heads: ClassVar[tuple[str, ...]] = (*ENCODER_HEADS, "CausalLM")
     attends: ClassVar[bool] = True  # are there queries and keys?
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]  # one field, see signatures
 
     vocab_size: int = 30522
     hidden_size: int = 256

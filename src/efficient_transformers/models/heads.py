@@ -19,21 +19,37 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils.generic import can_return_tuple
+from transformers.models.auto import modeling_auto as auto
 
+from .backbone import Encoder
 from .configuration import EtConfig
+from .losses import IGNORED, cross_entropy, pooled_loss
+from .signatures import CACHE_FIELD, accepts, keywords
 
-IGNORED = -100  # a label of nothing, as in transformers
+BODY = keywords(Encoder.forward)
 
 
 class Head:
     """Mixin: a body under the name `model`, and what all heads do with it."""
 
     model_class: ClassVar[type[PreTrainedModel]]
+    task: ClassVar[str]  # the part of the class name that transformers takes its decisions by
+    class_names: ClassVar[Any]  # transformers' table of the classes for this task
+    accepts_loss_kwargs: ClassVar[bool] = True  # every loss divides by `num_items_in_batch`
     pools: ClassVar[bool] = False  # does the head read the pooled vector?
     reads_images: ClassVar[bool] = False
     config: EtConfig
     model: PreTrainedModel
+
+    def __init_subclass__(cls, **kwargs: Any):
+        """Enter the class into transformers' table of names.
+
+        Trainer shifts smoothed labels, and pipelines and model cards recognise a task, by the name of the class alone.
+        Here and not in the registry, since a checkpoint's own code and classes derived from these need it as well.
+        """
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, PreTrainedModel):
+            cls.class_names[cls.__name__] = cls.__name__
 
     def __init__(self, config: EtConfig):
         config = self.own_config(config)
@@ -45,6 +61,7 @@ class Head:
                 "use …ForImageClassification."
             )
         super().__init__(config)  # type: ignore[call-arg]
+        self.loss_type = self.task  # transformers cuts it out of the class name, which derived classes need not have
         self.model = self.model_class(config, add_pooling_layer=self.pools)  # type: ignore[call-arg]
         self.add_head(config)
         self.post_init()  # type: ignore[attr-defined]
@@ -86,6 +103,8 @@ class ForMaskedLM(Head):
     Logits (b, n, vocab_size); in training with `sparse_prediction` those of labelled tokens, (labels, vocab_size).
     """
 
+    task = "ForMaskedLM"
+    class_names = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     _tied_weights_keys = {"lm_head.decoder.weight": "model.embeddings.word_embeddings.weight"}
 
     def add_head(self, config: EtConfig) -> None:
@@ -102,7 +121,7 @@ class ForMaskedLM(Head):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head.decoder = new_embeddings
 
-    @can_return_tuple
+    @accepts(BODY)
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -112,10 +131,13 @@ class ForMaskedLM(Head):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput:
         inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-        outputs = self.model(*inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), **kwargs)
+        outputs = self.model(
+            *inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), return_dict=True, **kwargs
+        )
         hidden = outputs.last_hidden_state
         if self.config.sparse_prediction and self.training and labels is not None:  # type: ignore[attr-defined]
             predicted = labels != IGNORED
@@ -123,7 +145,8 @@ class ForMaskedLM(Head):
         logits = self.lm_head(hidden)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)  # type: ignore[attr-defined]
+            sizes = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits, labels, **sizes)  # type: ignore[attr-defined]
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -135,6 +158,8 @@ class ForCausalLM(Head):
     The variant's class names GenerationMixin itself, behind its pretrained base: transformers looks for it there.
     """
 
+    task = "ForCausalLM"
+    class_names = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.word_embeddings.weight"}
 
     @classmethod
@@ -160,7 +185,7 @@ class ForCausalLM(Head):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
-    @can_return_tuple
+    @accepts(BODY, {"shift_labels"})
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -172,9 +197,14 @@ class ForCausalLM(Head):
         use_cache: bool | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """`logits_to_keep` n > 0 computes the last n logits, a tensor those at its positions, 0 all of them."""
+        """`logits_to_keep` n > 0 computes the last n logits, a tensor those at its positions, 0 all of them.
+
+        `labels` (b, n) are shifted here; `shift_labels` (b, n), which collators for parallel sequences make, are not.
+        """
+        shift_labels = kwargs.pop("shift_labels", None)  # unlisted: Trainer asks its batches for every listed "label"
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -183,17 +213,19 @@ class ForCausalLM(Head):
             inputs_embeds,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)  # type: ignore[attr-defined]
+        if labels is not None or shift_labels is not None:
+            sizes = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits, labels, shift_labels=shift_labels, **sizes)  # type: ignore[attr-defined]
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_FIELD: getattr(outputs, CACHE_FIELD)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -211,9 +243,12 @@ class Classifier(Head):
 class ForSequenceClassification(Classifier):
     """Judges a whole sequence: classes, several labels at once or numbers, by `config.problem_type`."""
 
+    task = "ForSequenceClassification"
+    class_names = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    _loss_function = staticmethod(pooled_loss)
     pools = True
 
-    @can_return_tuple
+    @accepts(BODY)
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -223,14 +258,17 @@ class ForSequenceClassification(Classifier):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-        outputs = self.model(*inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), **kwargs)
+        outputs = self.model(
+            *inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), return_dict=True, **kwargs
+        )
         logits = self.classifier(self.dropout(outputs.pooler_output))
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)  # type: ignore[attr-defined]
+            loss = self.loss_function(labels, logits, self.config, num_items_in_batch)  # type: ignore[attr-defined]
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -239,7 +277,10 @@ class ForSequenceClassification(Classifier):
 class ForTokenClassification(Classifier):
     """Labels every token. Labels (b, n), -100 where there is none."""
 
-    @can_return_tuple
+    task = "ForTokenClassification"
+    class_names = auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+
+    @accepts(BODY)
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -249,12 +290,18 @@ class ForTokenClassification(Classifier):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-        outputs = self.model(*inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), **kwargs)
+        outputs = self.model(
+            *inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), return_dict=True, **kwargs
+        )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config)  # type: ignore[attr-defined]
+        loss = None
+        if labels is not None:
+            counted = {"num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits, labels, self.config, **counted)  # type: ignore[attr-defined]
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -263,10 +310,13 @@ class ForTokenClassification(Classifier):
 class ForQuestionAnswering(Head):
     """Finds the answer as a span of tokens. `start_positions` and `end_positions` (b,)."""
 
+    task = "ForQuestionAnswering"
+    class_names = auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
+
     def add_head(self, config: EtConfig) -> None:
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
-    @can_return_tuple
+    @accepts(BODY)
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -277,14 +327,18 @@ class ForQuestionAnswering(Head):
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
         inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-        outputs = self.model(*inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), **kwargs)
+        outputs = self.model(
+            *inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), return_dict=True, **kwargs
+        )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)  # type: ignore[attr-defined]
+            spans = start_logits, end_logits, start_positions, end_positions
+            loss = self.loss_function(*spans, num_items_in_batch=num_items_in_batch)  # type: ignore[attr-defined]
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits.contiguous(),
@@ -297,13 +351,15 @@ class ForQuestionAnswering(Head):
 class ForMultipleChoice(Head):
     """Picks one of several sequences. All inputs have a choices axis: (b, c, n); labels (b,)."""
 
+    task = "ForMultipleChoice"
+    class_names = auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
     pools = True
 
     def add_head(self, config: EtConfig) -> None:
         self.dropout = self.classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, 1)
 
-    @can_return_tuple
+    @accepts(BODY)
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -313,6 +369,7 @@ class ForMultipleChoice(Head):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> MultipleChoiceModelOutput:
         first = inputs_embeds if input_ids is None else input_ids
@@ -321,9 +378,9 @@ class ForMultipleChoice(Head):
         marked = self.mark(input_ids, global_attention_mask)
         inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, marked
         *inputs, marked = (None if x is None else x.flatten(0, 1) for x in inputs)
-        outputs = self.model(*inputs, global_attention_mask=marked, **kwargs)
+        outputs = self.model(*inputs, global_attention_mask=marked, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(first.shape[:2])
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -332,20 +389,27 @@ class ForMultipleChoice(Head):
 class ForImageClassification(Classifier):
     """Judges an image, a sequence of patches: classes, several labels at once or numbers, by `config.problem_type`."""
 
+    task = "ForImageClassification"
+    class_names = auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    _loss_function = staticmethod(pooled_loss)
     pools = True
     reads_images = True
     main_input_name = "pixel_values"
 
-    @can_return_tuple
+    @accepts(BODY)
     def forward(
-        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
     ) -> ImageClassifierOutput:
         """`pixel_values` (b, channels, height, width), of the size that the config states; `labels` (b,) or (b, l)."""
-        outputs = self.model(pixel_values=pixel_values, **kwargs)
+        outputs = self.model(pixel_values=pixel_values, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output))
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)  # type: ignore[attr-defined]
+            loss = self.loss_function(labels, logits, self.config, num_items_in_batch)  # type: ignore[attr-defined]
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
