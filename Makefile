@@ -27,11 +27,11 @@ zoo: .venv/installed
 		variant=$$(basename $$config .yaml); \
 		test $$variant != base || continue; \
 		publish $$config model_cards/$$variant-mlm; \
-		publish configs/zoo_era/$$variant.yaml model_cards/$$variant; \
+		publish configs/zoo_era/$$variant.yaml model_cards/$$variant-era; \
 		test ! -e configs/zoo_clm/$$variant.yaml || publish configs/zoo_clm/$$variant.yaml model_cards/$$variant-clm; \
 	done
 
-# Opens every folder of model_cards without the package, and compares it with what its card says.
+# Exports every folder of model_cards, opens it without the package, and compares it with what its card says.
 zoo-check: .venv/installed
 	.venv/bin/python training/publish.py --check model_cards/*/
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -20,7 +21,8 @@ from training_runs import ROOT, reset_accelerate, write_rows
 from efficient_transformers import VARIANTS
 from efficient_transformers.cards import costs_of, description_of, loading_code, measured
 from efficient_transformers.cli import main
-from efficient_transformers.publishing import files_to_push, missing_for_push
+from efficient_transformers.exporting import code_version, export, public_files
+from efficient_transformers.publishing import missing_for_push
 
 sys.path.insert(0, str(ROOT / "training"))
 
@@ -75,16 +77,17 @@ def published(tmp_path_factory):
     texts = {"data": data, "more_data": [data], "frequency_bias": True}
     publish.publish(train("zoo_mlm", pretrain_mlm, folder, **texts), zoo / "local-mlm")
     model = {"checkpoint": str(zoo / "local-mlm"), "standardize_pooled": True}
-    publish.publish(train("zoo_era", classify, folder, data=data, label_column="era", model=model), zoo / "local")
+    publish.publish(train("zoo_era", classify, folder, data=data, label_column="era", model=model), zoo / "local-era")
     reset_accelerate()
-    return folder / "model_cards" / "local"
+    return folder / "model_cards" / "local-era"
 
 
 def checked(*folders):
-    """Exit code and output of the check, which is a process of its own."""
-    command = [sys.executable, check_published.__file__, *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
-    return done.returncode, done.stdout + done.stderr[-3000:]
+    """Exit code of the check, and what it says of each folder, by name."""
+    command = [sys.executable, publish.__file__, "--check", *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr[-3000:]
+    return done.returncode, dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
 
 
 # --- publish.py
@@ -95,7 +98,8 @@ def test_weights_are_bfloat16_and_the_rest_is_there(published):
     assert {tensor.dtype for name, tensor in tensors.items() if "pooler.norm" not in name} == {torch.bfloat16}
     assert tensors["model.pooler.norm.mean"].dtype == torch.float32
     names = {path.name for path in published.iterdir()}
-    assert {"README.md", "config.json", "tokenizer.json", "modeling_local.py", "metrics.json", "pattern.png"} <= names
+    assert {"README.md", "config.json", "tokenizer.json", "metrics.json", "settings.yaml", "pattern.png"} <= names
+    assert not any(name.endswith(".py") for name in names)
     assert missing_for_push(published) == missing_for_push(published.with_name("local-mlm")) == []
     assert (published / "pattern.png").read_bytes().startswith(b"\x89PNG")
 
@@ -113,19 +117,27 @@ def test_the_card_says_what_was_measured(published):
         "| 24 | ",
         "| seed | 0 |",
         "training/classify.py --config",
-        "| goes on from | local-mlm |",
+        "| initialised from | et-local-mlm |",
     ):
         assert text in card.text
+    assert card.data.model_name == "et-local-era"
+    assert card.data.base_model == "et-local-mlm"
+    assert card.data.efficient_transformers_version == code_version()["version"]
 
 
-def test_a_check_finds_what_is_not_as_the_card_says(published, tmp_path):
-    """The folder as it is; with other weights; with another accuracy in its card; and without its code."""
+def test_a_card_is_written_again_from_what_lies_beside_it(published):
+    card = (published / "README.md").read_text()
+    (published / "README.md").write_text("")
+    publish.main(["--cards", str(published)])
+    assert (published / "README.md").read_text() == card
+
+
+def test_a_check_finds_what_differs_from_the_card(published, tmp_path):
+    """The folder as it is; with other weights; with another accuracy in its card; and without its tokenizer."""
     spoilt = {}
-    for name in ("weights", "accuracy", "code"):
+    for name in ("weights", "accuracy", "tokenizer"):
         spoilt[name] = tmp_path / name
-        spoilt[name].mkdir()
-        for path in published.iterdir():
-            (spoilt[name] / path.name).write_bytes(path.read_bytes())
+        shutil.copytree(published, spoilt[name])
     weights = load_file(spoilt["weights"] / "model.safetensors")
     save_file(
         {key: value + 0.1 for key, value in weights.items()}, spoilt["weights"] / "model.safetensors", {"format": "pt"}
@@ -133,29 +145,124 @@ def test_a_check_finds_what_is_not_as_the_card_says(published, tmp_path):
     card = spoilt["accuracy"] / "README.md"
     stated = re.search(r"type: accuracy\n +value: (\S+)\n", card.read_text())
     card.write_text(card.read_text().replace(stated[0], stated[0].replace(stated[1], "0.123")))
-    (spoilt["code"] / "modeling_local.py").unlink()
+    (spoilt["tokenizer"] / "tokenizer.json").unlink()
     code, said = checked(published, *spoilt.values())
-    lines = dict(line.split(": ", 1) for line in said.splitlines() if ": " in line)
     assert code == 1
-    assert lines[str(published)] == "as its card says"
-    assert "its logits differ by" in lines[str(spoilt["weights"])]
-    assert "and not 0.123, as its card says" in lines[str(spoilt["accuracy"])]
-    assert "it cannot be opened" in lines[str(spoilt["code"])]
+    assert said["local-era"] == "as its card says"
+    assert "its logits differ by" in said["weights"]
+    assert "and not 0.123, as its card says" in said["accuracy"]
+    assert "it cannot be opened" in said["tokenizer"]
+
+
+def test_published_models_do_what_their_cards_say():
+    """A classifier, a masked and a causal model of the zoo, with the code of today."""
+    folders = [ROOT / "model_cards" / name for name in ("linear-era", "longformer-mlm", "sinkhorn-clm")]
+    code, said = checked(*folders)
+    assert said == dict.fromkeys((folder.name for folder in folders), "as its card says")
+    assert code == 0
+
+
+def test_no_code_lies_in_the_folders_of_the_zoo():
+    folders = [path for path in (ROOT / "model_cards").iterdir() if path.is_dir()]
+    assert len(folders) == 2 * len(VARIANTS) + sum(variant.causal for variant in VARIANTS.values())
+    for folder in folders:
+        assert {path.suffix for path in folder.iterdir()} <= {".md", ".json", ".safetensors", ".png", ".yaml"}
+        assert json.loads((folder / "metrics.json").read_text())["name"] == f"et-{folder.name}"
+        config = json.loads((folder / "config.json").read_text())
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+        assert tokenizer["model_max_length"] == config["max_position_embeddings"]
+        assert config["dtype"] == "float32"
+
+
+def test_fine_tuning_a_published_model_moves_its_weights(tmp_path):
+    """Loaded as the README shows, in float32; in the bfloat16 of the file most steps would be rounded away."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(ROOT / "model_cards" / "linear-era")
+    rows = [{"input_ids": list(range(5, 69)), "labels": label} for label in (0, 1)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=3, learning_rate=5e-5, report_to="none", use_cpu=True, disable_tqdm=True,
+        save_strategy="no", warmup_steps=0,
+    )  # fmt: skip
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    transformers.Trainer(model, arguments, train_dataset=rows).train()
+    moved = total = 0
+    for name, parameter in model.named_parameters():
+        if name.endswith("word_embeddings.weight"):  # most words do not occur in two rows
+            continue
+        moved += (parameter != before[name]).sum().item()
+        total += parameter.numel()
+    assert moved > 0.9 * total
+
+
+# --- export
+
+
+def test_an_export_opens_without_the_package(published, tmp_path):
+    """It has today's code, whatever code lay in the folder, and none of what training keeps for itself."""
+    stale = tmp_path / "stale"
+    shutil.copytree(published, stale)
+    (stale / "backbone.py").write_text("raise ImportError")
+    (stale / "sparse.py").write_text("raise ImportError")  # a module of an earlier version
+    (stale / "checkpoints").mkdir()
+    (stale / "checkpoints" / "optimizer.bin").write_bytes(b"moments")
+    assert main(["export", str(stale), str(tmp_path / "out")]) == 0
+    models = ROOT / "src" / "efficient_transformers" / "models"
+    code = sorted(path.name for path in (tmp_path / "out").glob("*.py"))
+    assert "modeling_local.py" in code
+    assert "sparse.py" not in code
+    for name in code:
+        assert (tmp_path / "out" / name).read_bytes() == (models / name).read_bytes()
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert data.efficient_transformers_commit == code_version()["commit"]
+    assert data.model_name == "et-local-era"
+
+
+def test_a_tokenizer_keeps_its_own_code(published, tmp_path):
+    shutil.copytree(published, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": ["words.Words", None]}}))
+    (tmp_path / "model" / "words.py").write_text("from .letters import LETTERS\n")
+    (tmp_path / "model" / "letters.py").write_text("LETTERS = 26\n")
+    export(tmp_path / "model", tmp_path / "out")
+    assert {"words.py", "letters.py", "modeling_local.py"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_model_of_another_kind_is_exported_as_it_is(tmp_path):
+    config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    export(tmp_path / "bert", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "bert" / "config.json").read_bytes()
+
+
+def test_an_export_overwrites_nothing(published, tmp_path, capsys):
+    (tmp_path / "notes.md").write_text("mine")
+    for folder, out, said in (
+        (published, tmp_path, "is not an empty folder"),
+        (published, published / "out", "lies within"),
+        (tmp_path, tmp_path / "out", "there is no config.json"),
+        (tmp_path / "nowhere", tmp_path / "out", "There is no folder"),
+    ):
+        assert main(["export", str(folder), str(out)]) == 1
+        assert said in capsys.readouterr().err
 
 
 def test_the_card_s_code_runs_as_it_stands(published, tmp_path):
-    """In a fresh process without the package, from the folder in which the model lies."""
+    """In a fresh process without the package, beside the export that has the name of the card."""
+    export(published, tmp_path / "et-local-era")
     (snippet,) = re.findall(r"```python\n(.*?)```", (published / "README.md").read_text(encoding="utf-8"), re.S)
     (tmp_path / "snippet.py").write_text(snippet)
     code = "import sys, runpy; sys.modules['efficient_transformers'] = None; runpy.run_path(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code, str(tmp_path / "snippet.py")],
-        cwd=published.parent, capture_output=True, text=True, env={**os.environ, "HF_HOME": str(tmp_path)},
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "HF_HOME": str(tmp_path)},
     )  # fmt: skip
     assert done.stdout.strip() in ("a", "b"), done.stderr[-2000:]
 
 
 def test_only_finished_runs_of_known_scripts_are_published(published, tmp_path):
+    with pytest.raises(InputError, match="is the run itself"):
+        publish.publish(published, published)
     with pytest.raises(InputError, match="holds no finished run"):
         publish.publish(tmp_path, tmp_path / "out")
     metrics = json.loads((published / "metrics.json").read_text())
@@ -211,7 +318,7 @@ def test_list_shows_the_zoo(published, capsys, tmp_path):
     assert rows["linear"][-4:] == ["-"] * 4
     (tmp_path / "local-clm").mkdir()
     (tmp_path / "local-clm" / "metrics.json").write_text('{"test": {"nats_per_byte": 1.25}}')
-    assert measured(tmp_path / "local") == {"nats/byte": 1.25}
+    assert measured(tmp_path, "local") == {"nats/byte": 1.25}
     assert main(["list", "--cards", str(tmp_path / "nowhere")]) == 0
     assert "local " in capsys.readouterr().out
 
@@ -233,9 +340,9 @@ def test_what_training_keeps_for_itself_is_not_pushed(published, tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
-    assert [file.path for file in files_to_push(tmp_path)] == ["model.safetensors"]
+    assert [file.path for file in public_files(tmp_path)] == ["model.safetensors"]
     with pytest.raises(ValueError, match="There is no folder"):
-        files_to_push(tmp_path / "nowhere")
+        public_files(tmp_path / "nowhere")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     said = "; ".join(missing_for_push(tmp_path))

@@ -1,9 +1,10 @@
-"""Opens published folders as somebody who downloads them would, and compares them with what their cards say.
+"""Open exported models as a user who downloads them would, and compare them with what their cards say.
 
-    python training/check_published.py model_cards/local [model_cards/linear …]
+    python training/check_published.py FOLDER [FOLDER …]
 
-The package cannot be imported in this process. The logits that a card records must come out again, and a classifier
+The package cannot be imported in this process. The logits that a card records must be reproduced, and a classifier
 is evaluated on its test data, one window at a time: its accuracy must be that of the card, to the last digit.
+`python training/publish.py --check` exports folders of model_cards and starts this.
 """
 
 import argparse
@@ -32,23 +33,21 @@ TOLERANCE = 1e-3  # another processor adds up in another order
 
 
 def logits_of(folder: Path, auto_class: str) -> list[float]:
-    """Of the fixed text, in float32: of the classes, or the first of a language model's last token."""
+    """Logits of the fixed text: those of the classes, or the first ones of a language model's last token."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
     with torch.inference_mode():
         logits = model.eval()(**tokenizer(TEXT, return_tensors="pt")).logits[0]
     return (logits if auto_class == CLASSIFIER else logits[-1, :FIRST_LOGITS]).tolist()
 
 
 def accuracy_of(folder: Path) -> float:
-    """Share of the test windows whose class is predicted, each window alone, in float32."""
+    """Share of the test windows whose class is predicted, each window by itself."""
     values = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
     known = {field.name for field in fields(DocumentSettings)}  # what says how documents are read and cut
     settings = DocumentSettings.from_dict({name: value for name, value in values.items() if name in known})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        folder, trust_remote_code=True, dtype=torch.float32
-    ).eval()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
     positions = model.config.max_position_embeddings
     length = min(settings.max_length or settings.window_length or positions, positions)
     test = encode_documents(load_documents(settings), "test", tokenizer, length, settings)
@@ -58,7 +57,7 @@ def accuracy_of(folder: Path) -> float:
 
 
 def check(folder: Path) -> list[str]:
-    """What in a published folder is not as its card says."""
+    """Differences between an exported folder and its card."""
     card = ModelCard.load(folder / "README.md")
     found = re.search(r"```json\n(.*?)\n```", card.text, re.S)
     if found is None:
@@ -88,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         except (OSError, ValueError, ImportError) as error:
             wrong = [f"it cannot be opened: {' '.join(str(error).split())}"]
         failed = failed or bool(wrong)
-        print(f"{folder}: {'; '.join(wrong) or 'as its card says'}", flush=True)
+        print(f"{folder.name}: {'; '.join(wrong) or 'as its card says'}", flush=True)
     sys.exit(int(failed))
 
 

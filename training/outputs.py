@@ -26,6 +26,9 @@ from settings import InputError, Settings
 from sharding import whole_state
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+from efficient_transformers.exporting import code_version
+from efficient_transformers.tokenizers import fit_tokenizer
+
 SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpoints", "runs"
 # settings that change neither the data nor the weights, and so may differ when a run is continued
 FREE_TO_CHANGE = {
@@ -162,6 +165,7 @@ def metrics_of(
         "settings": yaml.safe_load(settings.to_yaml()),
         "history": progress.history,
         "versions": versions(),
+        "code": code_version(),
     }
 
 
@@ -179,6 +183,8 @@ def finish_folder(
         with writing("The trained model", settings.folder):
             bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             bare.save_pretrained(settings.folder, state_dict=state)
+            if isinstance(preparation, PreTrainedTokenizerBase):
+                fit_tokenizer(preparation, bare.config, metrics["model"]["max_length"])
             preparation.save_pretrained(settings.folder)
             (settings.folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
             write_whole(settings.folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")

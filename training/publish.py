@@ -1,11 +1,13 @@
-"""Makes a folder for the Hub of a finished run.
+"""Make the folder of the zoo from a finished run, write its card again, or check it.
 
-    python training/publish.py runs/zoo_era-local model_cards/local
-    python training/publish.py --check model_cards/local [model_cards/linear …]
+    python training/publish.py runs/zoo_era-local model_cards/local-era
+    python training/publish.py --cards model_cards/local-era [model_cards/linear-era …]
+    python training/publish.py --check model_cards/local-era [model_cards/linear-era …]
 
-The weights are rounded to bfloat16, in files of at most 3 MB, and the test scores of the card are those of the rounded
-weights. The card shows what the model reads, and records the logits of a fixed text. `--check` is
-training/check_published.py in a process of its own.
+The folder holds no code: `efficient-transformers export` and `push` add that of the day. The weights are rounded to
+bfloat16, in files of at most 3 MB, and load as float32; the test scores of the card are those of the rounded weights.
+The card shows what a token attends to, and records the logits of a fixed text. `--check` exports each folder and runs
+training/check_published.py on it, in a process that cannot import the package.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +32,20 @@ from checkpoints import write_json
 from huggingface_hub import ModelCard
 from language_models import Task
 from outputs import METRICS, SETTINGS
+from PIL import Image
 from settings import InputError, Settings
 from train_all import SCRIPTS
 from transformers import PreTrainedModel
 
 from efficient_transformers import VARIANTS, plots
-from efficient_transformers.cards import PICTURE, description_of
+from efficient_transformers.cards import PICTURE, costs_of, description_of
+from efficient_transformers.exporting import CONFIG, README, export
 from efficient_transformers.matrices import read_matrices
+from efficient_transformers.tokenizers import fit_tokenizer
 
 MOST_BYTES = 3_000_000
 DRAWN_TOKENS = 512
+PALETTE = 128  # colours
 
 
 @dataclass(frozen=True)
@@ -73,37 +80,68 @@ KINDS = {
 
 
 def publish(run: Path, out: Path) -> dict[str, Any]:
-    """Writes the folder `out` and returns its metrics.
+    """Write the folder `out` and return its metrics.
 
-    Raises InputError if the run is not finished, or of a script without a `Kind`, or a file gets too large.
+    Raises InputError if the run is not finished, `out` is the run itself, the run is of a script without a `Kind`, or
+    a file gets too large.
     """
     metrics = read_metrics(run)
-    script = script_of(metrics)
-    if (kind := KINDS.get(script)) is None:
-        raise InputError(f"{run} was trained by {script}; what can be published is trained by {', '.join(KINDS)}.")
+    kind = kind_of(run, metrics)
+    if out.resolve() == run.resolve():
+        raise InputError(f"{out} is the run itself, whose weights would be overwritten: name another folder.")
     settings = kind.settings_class.from_yaml(run / SETTINGS)
     settings.tokenizer = str(run)
     auto_class = getattr(transformers, kind.auto_class)
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.safetensors*"):
         old.unlink()
-    auto_class.from_pretrained(run, dtype=torch.bfloat16).save_pretrained(out, max_shard_size=MOST_BYTES)
-    load_tokenizer(settings).save_pretrained(out)
+    model = auto_class.from_pretrained(run, dtype=torch.bfloat16)
+    model.save_pretrained(out, max_shard_size=MOST_BYTES)
+    for code in out.glob("*.py"):  # copies would grow stale: `export` adds the code
+        code.unlink()
+    load_as_float32(out)
+    tokenizer = load_tokenizer(settings)
+    fit_tokenizer(tokenizer, model.config)
+    tokenizer.save_pretrained(out)
     shutil.copy(run / SETTINGS, out / SETTINGS)
-    draw_pattern(out, metrics["model"]["model_type"])
+    metrics["name"] = f"et-{out.name}"
     write_json(out / METRICS, metrics)  # only a folder that has it is that of a finished run
 
     scores = kind.evaluate_folder(out, ["matmul_precision=highest"])
     metrics["test_before_rounding"], metrics["test"] = metrics["test"], {**metrics["test"], **scores}
-    sections = [settings.card_notes or "", recorded_logits(out, kind.auto_class)]
-    settings.card_notes = "\n\n".join(section.strip() for section in sections if section)
-    settings.out = str(out)  # whose name the card has
-    card = kind.card(settings, metrics, auto_class.from_pretrained(out))
-    (out / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
     write_json(out / METRICS, metrics)
+    write_card(out)
     if too_large := [path.name for path in out.iterdir() if path.stat().st_size > MOST_BYTES]:
         raise InputError(f"{out} has files over {MOST_BYTES:,} bytes: {', '.join(too_large)}. Train a smaller model.")
     return metrics
+
+
+def load_as_float32(folder: Path) -> None:
+    """Let the saved model load in float32: steps of fine-tuning are lost in the rounding of bfloat16 weights."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    text = json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True)  # as transformers writes it
+    (folder / CONFIG).write_text(f"{text}\n", encoding="utf-8")
+
+
+def write_card(folder: Path) -> None:
+    """Write picture and card of a folder of the zoo, from its weights, settings and metrics."""
+    metrics = read_metrics(folder)
+    kind = kind_of(folder, metrics)
+    settings = kind.settings_class.from_yaml(folder / SETTINGS)
+    model = getattr(transformers, kind.auto_class).from_pretrained(folder)
+    draw_pattern(folder, metrics["model"]["model_type"])
+    metrics["model"]["costs"] = costs_of(model.config, metrics["model"]["max_length"])
+    sections = [settings.card_notes or "", recorded_logits(folder, kind.auto_class)]
+    settings.card_notes = "\n\n".join(section.strip() for section in sections if section)
+    settings.out = str(folder)  # where the picture is
+    (folder / README).write_text(f"{str(kind.card(settings, metrics, model)).rstrip()}\n", encoding="utf-8")
+
+
+def kind_of(folder: Path, metrics: dict[str, Any]) -> Kind:
+    script = script_of(metrics)
+    if (kind := KINDS.get(script)) is None:
+        raise InputError(f"{folder} was trained by {script}; what can be published is trained by {', '.join(KINDS)}.")
+    return kind
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
@@ -117,31 +155,53 @@ def script_of(metrics: dict[str, Any]) -> str:
 
 
 def draw_pattern(folder: Path, model_type: str) -> None:
-    """The picture of the card: what the tokens of a text read in the first layer, and in others that differ."""
+    """The picture of the card: what tokens attend to in the first layer, and in others that differ."""
     if (variant := VARIANTS.get(model_type.removeprefix("et_"))) is not None:
         figure = plots.pattern_figure(read_matrices(*plots.load_model(str(folder), DRAWN_TOKENS, None)), variant.title)
-        plots.save(figure, folder / Path(PICTURE).stem, (Path(PICTURE).suffix,))
+        (path,) = plots.save(figure, folder / Path(PICTURE).stem, (Path(PICTURE).suffix,))
+        reduce_colours(path)
+
+
+def reduce_colours(path: Path) -> None:
+    """Give a picture a palette, in which it takes a third of the bytes; its curves and matrices look the same."""
+    Image.open(path).convert("RGB").quantize(PALETTE).save(path, optimize=True)
 
 
 def recorded_logits(folder: Path, auto_class: str) -> str:
-    """A section of the card: what a check compares."""
+    """The section of the card that a check compares."""
     logits = check_published.logits_of(folder, auto_class)
     recorded = {"auto_class": auto_class, "text": check_published.TEXT, "logits": logits}
-    which = "" if auto_class == check_published.CLASSIFIER else ", at its last token and the first of the vocabulary"
+    which = "" if auto_class == check_published.CLASSIFIER else " (last token, first entries of the vocabulary)"
     return (
-        "## Recorded logits\n\nThe weights are stored in bfloat16; the results are of these weights, computed in "
-        f"float32 (`dtype=torch.float32`). So is what the model gives for this text{which}:\n\n"
+        "## Recorded logits\n\nThe weights are stored in bfloat16 and load as float32, in which the results were "
+        f"measured. The logits of a fixed text{which}, by which a copy can be checked:\n\n"
         f"```json\n{json.dumps(recorded)}\n```"
     )
 
 
+def check(folders: list[Path]) -> int:
+    """Export folders and compare them with their cards, in a process without the package; return its exit code."""
+    with tempfile.TemporaryDirectory() as temporary:
+        exported = []
+        for folder in folders:
+            exported.append(Path(temporary, str(len(exported)), folder.name))
+            export(folder, exported[-1])
+        return subprocess.run([sys.executable, check_published.__file__, *exported]).returncode
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+", help="RUN and OUT, or with --check those to be checked")
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("folders", type=Path, nargs="+", help="RUN and OUT, or the folders to write or to check")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--cards", action="store_true", help="write picture and card of each folder again")
+    modes.add_argument("--check", action="store_true", help="compare each folder with its card")
     given = parser.parse_args(arguments)
     if given.check:
-        sys.exit(subprocess.run([sys.executable, check_published.__file__, *given.folders]).returncode)
+        sys.exit(check(given.folders))
+    if given.cards:
+        for folder in given.folders:
+            write_card(folder)
+        return
     if len(given.folders) != 2:
         parser.error("a run and the folder to write are needed")
     run, out = given.folders

@@ -1,5 +1,6 @@
 """What is told of a run, whichever its task: the model card and the last lines on the screen."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from huggingface_hub import EvalResult, ModelCard
 from loop import format_scores
-from settings import Settings, find_path
+from settings import REPOSITORY, Settings, find_path
 from texts import BUNDLED
 
 from efficient_transformers.cards import PICTURE, loading_code, model_card
@@ -40,17 +41,22 @@ def make_card(
     limits: Sequence[str],
     training_rows: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    """The model card, from the same numbers as `metrics.json`: `shown` are test scores, `unit` is what is counted."""
+    """The model card, from the same numbers as `metrics.json`: `shown` are test scores, `unit` names what is counted.
+
+    The name of the model is `metrics["name"]`, or else that of its folder.
+    """
     training, model, test = metrics["training"], metrics["model"], metrics["test"]
     # a path on the disk says nothing to a reader of the card, and its folders are nobody's business
     dataset = settings.data if settings.data in BUNDLED else Path(settings.data).name
     more = [Path(name).name for name in getattr(settings, "more_data", [])]
     on_hub = "/" in settings.data and not Path(settings.data).suffix
     checkpoint, before = settings.model.get("checkpoint"), metrics.get("before")
+    code = metrics.get("code", {})
+    versions = metrics["versions"] | ({"efficient_transformers": code["version"]} if code else {})
     rate = f"{settings.learning_rate:g}"
     if settings.head_learning_rate is not None:
         rate += f" ({settings.head_learning_rate:g} of new weights)"
-    base_model = checkpoint if checkpoint and find_path(checkpoint) is None else None
+    base_model = published_name(checkpoint)
     reads_text = auto_class != "AutoModelForImageClassification"
     longest_text = f"It sees at most {model['max_length']:,} tokens of a text; cut or divide longer ones."
     results = [
@@ -66,14 +72,14 @@ def make_card(
         for key, value in shown.items()
     ]
     return model_card(
-        name=settings.folder.name,
+        name=metrics.get("name", settings.folder.name),
         auto_class=auto_class,
         description=description,
         results=results,
         training={
             "data": f"{' and '.join([dataset, *more])}: {training['windows']:,} {unit}",
             "test data": f"{test['n']:,} {unit}",
-            **({"goes on from": base_model or Path(checkpoint).name} if checkpoint else {}),
+            **({"initialised from": base_model or Path(checkpoint).name} if checkpoint else {}),
             **({"validation before training": format_scores(before)} if before else {}),
             **(training_rows or {}),
             "parameters": f"{model['parameters']:,}",
@@ -85,7 +91,7 @@ def make_card(
             "seed": settings.seed,
             "hardware": f"{training['hardware']}, precision {training['precision']}",
             "time": f"{training['seconds']:,} s, {training['tokens_per_second']:,} tokens/s",
-            "software": ", ".join(f"{key} {value}" for key, value in metrics["versions"].items()),
+            "software": ", ".join(f"{key} {value}" for key, value in versions.items()),
         },
         command=command,
         limits=[*limits, longest_text] if reads_text else limits,
@@ -93,12 +99,29 @@ def make_card(
         license=settings.license,
         language=settings.language,
         notes=settings.card_notes or "",
-        datasets=[settings.data] if on_hub else [],
+        datasets=[settings.data] if on_hub else bundled_names(settings),
         base_model=base_model,
         costs={int(length): tuple(flops) for length, flops in model.get("costs", {}).items()},
+        code=code,
         picture=PICTURE if (settings.folder / PICTURE).exists() else None,
         tags=["long-documents", model["model_type"]] if reads_text else [model["model_type"]],
     )
+
+
+def published_name(checkpoint: str | None) -> str | None:
+    """Id of a checkpoint on the Hub: its name there, or the one that a folder of the zoo has in its metrics."""
+    path = find_path(checkpoint) if checkpoint else None
+    if path is None:
+        return checkpoint
+    metrics = path / "metrics.json"
+    return json.loads(metrics.read_text(encoding="utf-8")).get("name") if metrics.exists() else None
+
+
+def bundled_names(settings: Settings) -> list[str]:
+    """Names of the data of this repository that a run was trained on; files of the user's own have none."""
+    files = [find_path(name) for name in getattr(settings, "more_data", [])]
+    ours = [path.stem for path in files if path is not None and path.resolve().parent == REPOSITORY / "data"]
+    return [BUNDLED[settings.data].name, *ours] if settings.data in BUNDLED else ours
 
 
 def report(

@@ -43,6 +43,8 @@ from transformers import (
     set_seed,
 )
 
+from efficient_transformers.tokenizers import fit_tokenizer
+
 TASKS: dict[str, Task] = {
     "classify": classify.TASK,
     "tags": tag_tokens.TASK,
@@ -184,6 +186,7 @@ def run(given: FinetuneArguments, training: TrainingArguments) -> dict[str, floa
     settings = settings_of(given, training.seed)
     set_seed(training.seed)
     made = ready(given.task, settings)
+    fit_tokenizer(made.tokenizer, made.model.config, settings.max_length)
     split = "validation"
     trainer = Trainer(
         made.model,

@@ -92,14 +92,19 @@ def loading_code(folder: str, auto_class: str, max_length: int | None = None) ->
     return "\n".join(lines)
 
 
-def description_of(model: PreTrainedModel) -> str:
-    """What the model's file says of its paper, formula and cost, as Markdown; one paragraph if it is not a variant."""
+def description_of(model: PreTrainedModel, inline: str | None = None) -> str:
+    """Paper, formula and cost from the docstring of the model's file, as Markdown; one paragraph of other models.
+
+    Maths has the delimiters that the Hub renders, `\\\\( … \\\\)` within a line and `$$ … $$`; `inline` replaces the
+    former.
+    """
     text = inspect.getdoc(inspect.getmodule(type(model))) or ""
     if not isinstance(model.config, EtConfig):
         return text.partition("\n\n")[0]
     formula = re.compile(r"^\.\. math::[ \n](.*?)(?=\n\n\S|\Z)", re.S | re.M)
     text = formula.sub(lambda found: f"$$\n{dedent(' ' * 10 + found[1]).strip()}\n$$", text)
-    text = re.sub(r":math:`(.*?)`", r"$\1$", text, flags=re.S)
+    opening, closing = (inline, inline) if inline else (r"\\(", r"\\)")  # Markdown reads \\ as one backslash
+    text = re.sub(r":math:`(.*?)`", lambda found: f"{opening}{found[1]}{closing}", text, flags=re.S)
     return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
 
 
@@ -135,13 +140,14 @@ def model_card(
     tags: Sequence[str] = (),
     costs: Mapping[int, tuple[int, int]] | None = None,
     picture: str | None = None,
+    code: Mapping[str, str] | None = None,
 ) -> ModelCard:
-    """The card of the model called `name`, whose class is opened by `auto_class`.
+    """The card of the model called `name`, which the Auto class `auto_class` opens.
 
-    `training` is shown as a table, in its order. `results` become the measured results and the `model-index`;
-    `command` is the one that gives them. `datasets` and `base_model` are Hub ids. `description`, `limits`
-    and `notes`, which stand behind the results, are Markdown. `costs` are as from `costs_of`; `picture` is the file
-    with the model's pattern.
+    `training` becomes a table, in its order. `results` become the measured results and the `model-index`; `command`
+    is the one that measures them. `datasets` and `base_model` are Hub ids. `description`, `limits` and `notes`, which
+    follow the results, are Markdown. `costs` are as from `costs_of`; `picture` is the file with the model's pattern;
+    `code` is the version and commit of this package that gave the results, as from `exporting.code_version`.
     """
     data = ModelCardData(
         model_name=name,
@@ -155,13 +161,15 @@ def model_card(
         metrics=sorted({result.metric_type for result in results}) or None,
         eval_results=list(results) or None,
     )
+    for key, value in (code or {}).items():
+        data[f"efficient_transformers_{key}"] = value
     sections = [
         f"# {name}",
         description.strip(),
-        *([f"![Which tokens a token reads]({picture})"] if picture else []),
+        *([f"![The tokens that each token attends to]({picture})"] if picture else []),
         "## Use",
         f"```python\n{loading_code(name, auto_class, max_length)}\n```",
-        "The model's code is in this repository: beside `transformers`, only `trust_remote_code=True` is needed.",
+        "The code of the model comes with it: only `transformers` and `trust_remote_code=True` are needed.",
         "## Results",
         _table(
             ("data", "split", "metric", "value"),
@@ -181,15 +189,14 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
-def measured(folder: Path) -> dict[str, float]:
-    """What the metrics beside a card of the zoo say, by the names that `list` shows; nothing where there are none.
+def measured(cards: Path, slug: str) -> dict[str, float]:
+    """Results of a variant from the folders of the zoo in `cards`, by the names that `list` shows; empty if none.
 
-    `folder` is that of the classifier of eras; `nats/byte` is that of the causal language model in `<folder>-clm`, on
-    the test split.
+    `nats/byte` is that of the causal language model, the others those of the classifier of eras, on the test splits.
     """
     classifier, language = (
         json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        for path in (folder / "metrics.json", folder.with_name(f"{folder.name}-clm") / "metrics.json")
+        for path in (cards / f"{slug}-{task}" / "metrics.json" for task in ("era", "clm"))
     )
     found = {
         "parameters": classifier.get("model", {}).get("parameters"),
@@ -205,10 +212,8 @@ def _cost_table(costs: Mapping[int, tuple[int, int]]) -> str:
         (f"{length:,}", f"{flops / 1e9:.3g}", f"{full / 1e9:.3g}", f"{flops / full:.2g}")
         for length, (flops, full) in costs.items()
     ]
-    head = ("tokens", "GFLOP of mixing tokens", "full attention of this size", "share")
-    return (
-        f"{_table(head, rows)}\n\nOf one forward pass over one sequence, by arithmetic; projections and MLPs are apart."
-    )
+    head = ("tokens", "GFLOPs of mixing tokens", "full attention of the same size", "ratio")
+    return f"{_table(head, rows)}\n\nFor a forward pass over one sequence, counted; without projections and MLPs."
 
 
 def _number(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The command line `efficient-transformers`: `list`, `describe`, `convert`, `push` and `plot`."""
+"""The command line `efficient-transformers`: `list`, `describe`, `convert`, `export`, `push` and `plot`."""
 
 import argparse
 import json
@@ -13,8 +13,9 @@ import transformers
 from .cards import costs_of, description_of, measured
 from .conversion import SOURCES, convert
 from .costs import costs_table
+from .exporting import export, public_files
 from .models.configuration import EtConfig
-from .publishing import files_to_push, missing_for_push, push
+from .publishing import missing_for_push, push, staged
 from .registry import VARIANTS
 
 # columns of `list`, from cards.measured, and how their numbers are written
@@ -75,6 +76,16 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_convert)
 
     command = commands.add_parser(
+        "export",
+        help="write a saved model with its code, to be opened without this package",
+        description="Write a saved model with the code that opens it where this package is not installed "
+        "(trust_remote_code=True), as `push` uploads it.",
+    )
+    command.add_argument("folder", help="of model_cards, of a training run, or written by save_pretrained")
+    command.add_argument("out", help="folder to write: new, or empty")
+    command.set_defaults(run=run_export)
+
+    command = commands.add_parser(
         "push",
         help="upload a saved model to the Hub",
         description="Upload a saved model to the Hub, private unless told otherwise. Given again, the command uploads "
@@ -126,7 +137,7 @@ def assignment(text: str) -> tuple[str, Any]:
 def run_list(options: argparse.Namespace) -> None:
     rows = [("variant", "what it is", "paper", "cost", "causal", *MEASURED)]
     for v in VARIANTS.values():
-        found = measured(options.cards / v.slug)
+        found = measured(options.cards, v.slug)
         shown = [format(found[name], how) if name in found else "-" for name, how in MEASURED.items()]
         rows.append((v.slug, v.title, v.paper, v.cost, "yes" if v.causal else "no", *shown))
     print_columns(rows)
@@ -139,7 +150,7 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 
 
 def run_describe(options: argparse.Namespace) -> None:
-    variant, folder = VARIANTS[options.variant], options.cards / options.variant
+    variant, folder = VARIANTS[options.variant], options.cards / f"{options.variant}-era"
     if options.length < 1:
         raise ValueError(f"--length ({options.length}) must be at least 1 token.")
     fields = {"max_position_embeddings": options.length, **options.fields}
@@ -149,14 +160,14 @@ def run_describe(options: argparse.Namespace) -> None:
         config = variant.config_class(**fields)
     with torch.device("meta"):
         model = variant.model_class()(config)
-    print(description_of(model))
+    print(description_of(model, inline="$"))
     print(f"\nModel type {variant.model_type}; heads: {', '.join(variant.heads)}.")
     if not variant.any_length:
         print("Some of its parameters belong to positions: max_position_embeddings changes their number.")
     sizes = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads"
     print(f"\nWith {sizes} and {config.max_position_embeddings:,} positions, without a head:\n")
     print(costs_table(config, list(costs_of(config, options.length))))
-    if found := measured(folder):
+    if found := measured(options.cards, options.variant):
         print(f"\nMeasured ({folder}): " + ", ".join(f"{name} {found[name]:{MEASURED[name]}}" for name in found) + ".")
 
 
@@ -195,9 +206,15 @@ def run_plot_gallery(options: argparse.Namespace) -> None:
     print(f"wrote {options.out / 'gallery.md'} and its pictures")
 
 
+def run_export(options: argparse.Namespace) -> None:
+    files = export(options.folder, options.out)
+    print(f"wrote {len(files)} files to {options.out}: open it with trust_remote_code=True")
+
+
 def run_push(options: argparse.Namespace) -> None:
-    files = files_to_push(options.folder)
     if options.dry_run:
+        with staged(options.folder, options.repo_id) as upload:
+            files = public_files(upload)
         for file in files:
             print(f"{file.size:>13,}  {'LFS' if file.is_large else '   '}  {file.path}")
         print(f"{sum(file.size for file in files):>13,}  bytes in {len(files)} files to {options.repo_id}")

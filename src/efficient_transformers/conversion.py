@@ -30,6 +30,7 @@ from .models.configuration import TEXT_HEADS
 from .models.kernel_attention import KernelConfig
 from .models.resizing import stretch_positions
 from .registry import VARIANTS, Variant
+from .tokenizers import fit_tokenizer
 
 Rules = tuple[tuple[str, str | None], ...]  # pattern of a whole name -> what it is called here; None: left
 
@@ -299,13 +300,13 @@ def convert(
     if length != len(table):
         how = "cut" if length < len(table) else {"tile": "tiled", "interpolate": "interpolated"}[positions]
         report.notes.append(f"positions: {len(table)} rows {how} to {length}")
-    if tokenizer is not None:
-        tokenizer.model_max_length = length
 
     as_in_eval = block_tables is None and _reads_blocks(source_config, variant, fields)
     if as_in_eval or block_tables is not None:
         fields = {"random_blocks": "stored", **fields}
     config = _make_config(target, source_config, kept_head, length, tokenizer, block_tables, fields)
+    if tokenizer is not None:
+        fit_tokenizer(tokenizer, config)
     if getattr(source_config, "attention_probs_dropout_prob", 0) and not config.attention_probs_dropout_prob:
         report.notes.append("attention_probs_dropout_prob is 0: the variant has no attention weights to drop from")
     if getattr(source_config, "rescale_embeddings", False):
@@ -429,8 +430,6 @@ def _read_tokenizer(source: str | Path, report: Report) -> Any:
     if backend := getattr(tokenizer, "backend_tokenizer", None):
         backend.no_truncation()
         backend.no_padding()
-    for name in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only"):
-        tokenizer.init_kwargs.pop(name, None)
     return tokenizer
 
 

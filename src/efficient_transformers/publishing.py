@@ -1,64 +1,37 @@
-"""A folder with a saved model goes to the Hub: looked over first, private unless told otherwise, in one resumable step.
+"""Push a saved model to the Hub: checked first, private by default, in one step that can be repeated.
 
-The token is that of `hf auth login` or HF_TOKEN; `huggingface_hub` itself hands it on, and here it is only
-compared with what is in the folder.
+What is uploaded is what `export` writes. The token is that of `hf auth login` or HF_TOKEN; `huggingface_hub` itself
+sends it, and here it is only compared with the contents of the folder.
 """
 
 import json
 import tempfile
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, get_token
 
-README, CONFIG, INDEX = "README.md", "config.json", "model.safetensors.index.json"
-# what a training run keeps beside its model, and what no folder should have published
-LEFT_OUT = (
-    "checkpoints/*", "checkpoint-*/*", "runs/*", "*.partial", ".*", "*/.*", "*__pycache__/*", "*.pyc",
-    "optimizer.*", "scheduler.pt", "rng_state*", "training_args.bin", "trainer_state.json",
-)  # fmt: skip
-# suffixes that a new repository keeps as large files (its .gitattributes), and the size above which every file is one
-LARGE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".npy", ".npz", ".parquet", ".arrow", ".gz", ".zip")
-LARGE_BYTES = 10_000_000
-# remote files of these kinds that are not in the folder are deleted: an old model.safetensors would be loaded in the
-# place of new shards
+from .exporting import CONFIG, README, code_files, export, is_variant, public_files, replace
+
+INDEX = "model.safetensors.index.json"
+# remote files of these kinds that are not in the folder are deleted: an old model.safetensors would be loaded instead
+# of new shards
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.py")
 
 
-@dataclass(frozen=True)
-class PushFile:
-    """One file of a push: its path in the repository, bytes, and whether the Hub will keep it by git LFS."""
-
-    path: str
-    size: int
-    is_large: bool
-
-
-def files_to_push(folder: str | Path) -> list[PushFile]:
-    """What of a folder goes to the Hub, by name. Raises ValueError if the folder is not there."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise ValueError(f"There is no folder {folder}: name one that save_pretrained or a training run has written.")
-    files = []
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        if path.is_file() and not any(fnmatch(name, pattern) for pattern in LEFT_OUT):
-            size = path.stat().st_size
-            files.append(PushFile(name, size, size > LARGE_BYTES or path.suffix in LARGE_SUFFIXES))
-    return files
-
-
 def missing_for_push(folder: str | Path) -> list[str]:
-    """What a folder lacks to be of use to those who download it, each as a clause that says the way out."""
-    root, names = Path(folder), {file.path for file in files_to_push(folder)}
+    """What a folder lacks to be of use to those who download it, each as a clause that says the way out.
+
+    The code of a variant is never missing: it is written on the way to the Hub.
+    """
+    root, names = Path(folder), {file.path for file in public_files(folder)}
     missing = []
     if CONFIG not in names:
         missing.append(f"there is no {CONFIG} (save the model by save_pretrained)")
     else:
-        auto_map = json.loads((root / CONFIG).read_text(encoding="utf-8")).get("auto_map", {})
-        code = {f"{reference.rpartition('--')[2].split('.')[0]}.py" for reference in auto_map.values()}
-        if absent := sorted(code - names):
+        config = json.loads((root / CONFIG).read_text(encoding="utf-8"))
+        if not is_variant(config) and (absent := sorted(code_files(config) - names)):
             missing.append(f"its code is not there: {', '.join(absent)} (save the model by save_pretrained)")
     shards = [name for name in names if name.endswith(".safetensors")]
     if INDEX in names:
@@ -92,11 +65,11 @@ def push(
     collection: str | None = None,
     message: str = "Model, code and card",
 ) -> str:
-    """Uploads a folder as a model repository and returns its address.
+    """Upload the export of a folder as a model repository and return its address.
 
-    Done again it uploads only what is missing or has changed, also after an interruption: large files that have
-    arrived once are known by their SHA-256. `revision` is a branch, made if it is not there. `tag` names the commit.
-    `collection` is a title, or the slug of an existing one. An existing repository keeps its visibility.
+    Repeated, it uploads only what is missing or has changed, also after an interruption: large files that have
+    arrived once are recognised by their SHA-256. `revision` is a branch, made if it is not there. `tag` names the
+    commit. `collection` is a title, or the slug of an existing one. An existing repository keeps its visibility.
 
     Raises ValueError if the folder is not fit to be published or nobody is signed in, and OSError as huggingface_hub.
     """
@@ -105,7 +78,7 @@ def push(
     token = get_token()
     if token is None:
         raise ValueError(f"{folder} is not pushed: there is no token (`hf auth login`, or set HF_TOKEN).")
-    for file in files_to_push(folder):
+    for file in public_files(folder):
         if not file.is_large and token.encode() in (Path(folder) / file.path).read_bytes():
             raise ValueError(f"{folder} is not pushed: {file.path} holds your token; remove it there.")
 
@@ -116,11 +89,10 @@ def push(
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory() as staged:
-            stage(Path(folder), Path(staged), repo_id)
+        with staged(folder, repo_id) as upload:
             commit = api.upload_folder(
                 repo_id=repo_id,
-                folder_path=staged,
+                folder_path=upload,
                 revision=revision,
                 commit_message=message,
                 delete_patterns=list(REPLACED),
@@ -142,13 +114,25 @@ def push(
     return f"{api.endpoint}/{repo_id}"
 
 
-def stage(folder: Path, staged: Path, repo_id: str) -> None:
-    """Links to the files that go to the Hub, and the card, whose code is to open the model by its name there."""
-    for file in files_to_push(folder):
-        link = staged / file.path
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to((folder / file.path).resolve())
-    card = (folder / README).read_text(encoding="utf-8")
-    name = ModelCard(card).data.model_name or folder.name  # type: ignore[attr-defined]
-    (staged / README).unlink()
-    (staged / README).write_text(card.replace(f'from_pretrained("{name}"', f'from_pretrained("{repo_id}"'), "utf-8")
+@contextmanager
+def staged(folder: str | Path, repo_id: str) -> Iterator[Path]:
+    """A temporary folder with exactly the files that a push to `repo_id` uploads."""
+    with tempfile.TemporaryDirectory() as temporary:
+        upload = Path(temporary) / "upload"
+        export(folder, upload, link=True)
+        if (upload / README).exists():
+            replace(upload / README, card_for(repo_id, upload / README))
+        yield upload
+
+
+def card_for(repo_id: str, path: Path) -> str:
+    """The text of a model card whose code opens the model by its name on the Hub.
+
+    A base model of the zoo (`et-linear-mlm`) is taken to be of the same owner.
+    """
+    card = ModelCard.load(path)
+    owner, base = repo_id.rpartition("/")[0], card.data.base_model  # type: ignore[attr-defined]
+    if owner and isinstance(base, str) and base.startswith("et-"):
+        card.data.base_model = f"{owner}/{base}"  # type: ignore[attr-defined]
+    name = card.data.model_name  # type: ignore[attr-defined]
+    return f"{str(card).rstrip()}\n".replace(f'from_pretrained("{name}"', f'from_pretrained("{repo_id}"')
