@@ -3,7 +3,7 @@ PYTHON ?= python3
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: train zoo zoo-check test test-all test-space lint format
+.PHONY: train zoo zoo-check pages test test-all test-space lint format
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
@@ -34,6 +34,10 @@ zoo: .venv/installed
 # Exports every folder of model_cards, opens it without the package, and compares it with what its card says.
 zoo-check: .venv/installed
 	.venv/bin/python training/publish.py --check model_cards/*/
+
+# Writes the README's table of variants and the gallery from src/efficient_transformers/registry.py.
+pages: .venv/installed
+	.venv/bin/python -m efficient_transformers.pages
 
 test: .venv/installed
 	.venv/bin/python -m pytest -m "not slow and not space" -n auto --dist loadgroup

@@ -30,7 +30,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from attention import (
-    BIG_BIRD,
     HEADS,
     HIDDEN,
     YARDSTICK,
@@ -85,60 +84,43 @@ class Contender:
         return self.slug is not None and VARIANTS[self.slug].causal
 
     def least_bytes(self, length: int, itemsize: int, mode: str) -> int:
-        """What a run holds at least, of its own and of the matrices written out."""
-        parameters = {"gmlp": 3}.get(self.slug or "", 0)  # W, its gradient and what it is made of
-        squares = self.squares * (mode != "generation") + parameters
-        return squares * length**2 * itemsize
+        """A lower bound on the memory of a run: matrices written out, and parameters, which may be as large."""
+        numbers = self.squares * length**2 * (mode != "generation")
+        if self.slug is not None:
+            with torch.device("meta"):
+                parameters = self.make(length).parameters()
+            # each with its gradient and the draw that it is initialised from
+            numbers += 3 * sum(parameter.numel() for parameter in parameters)
+        return numbers * itemsize
 
 
-def ours(
-    slug: str, family: str, fields: dict | None = None, squares: int = 0, implementation: str = "sdpa"
-) -> Contender:
-    fields = fields or {}
+def ours(slug: str, changes: dict | None = None, squares: int = 0, implementation: str = "sdpa") -> Contender:
+    """A layer of a variant, with the benchmark settings of its row in the registry and `changes` to them."""
+    variant = VARIANTS[slug]
+    fields = {**variant.benchmark, **(changes or {})}
+    sizes = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_hidden_layers": 1}
 
     def law(length: int) -> float:
-        if slug == "fnet":  # fast transforms are no products of matrices
+        if slug == "fnet":  # fast transforms are not matrix products
             return length * log2(length)
-        sizes = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_hidden_layers": 1}
-        return costs.attention_flops(
-            VARIANTS[slug].config_class(**sizes, **fields, max_position_embeddings=length), length
-        )
+        config = variant.config_class(**sizes, **fields, max_position_embeddings=length)
+        # a mixer without matrix products touches each token
+        return costs.attention_flops(config, length) or length
 
     make: Callable[[int], nn.Module] = lambda length: Ours(slug, fields, length, implementation)  # noqa: E731
-    variant = slug if implementation == "sdpa" else None
-    return Contender(make, law, family, variant, fields, squares, cuda_only=implementation == "flex_attention")
+    name = slug if implementation == "sdpa" else None
+    return Contender(make, law, variant.family, name, fields, squares, cuda_only=implementation == "flex_attention")
 
 
 def theirs(make: Callable[[int], nn.Module], law: Law, squares: int = 0, shortest: int = 1) -> Contender:
     return Contender(make, law, "transformers", squares=squares, shortest=shortest)
 
 
-# Kinds of compressed attention take turns in a model; a layer alone is the compressed one.
-OURS = {
-    YARDSTICK: ours("full", "patterns"),
-    "full, eager": ours("full", "patterns", squares=4 * HEADS, implementation="eager"),
-    "local": ours("local", "patterns", {"window_size": 128}),
-    "local, flex": ours("local", "patterns", {"window_size": 128}, implementation="flex_attention"),
-    "stride": ours("stride", "patterns", {"stride": 64, "hops": 2}),
-    "global": ours("global", "patterns", {"num_global_tokens": 2}),
-    "mixed": ours("mixed", "patterns", {"head_patterns": ["local:128", "stride:64:2", "global:2", "random:3"]}),
-    "longformer": ours("longformer", "patterns", {"attention_window": 256, "num_global_tokens": 1}),
-    "big_bird": ours("big_bird", "patterns", BIG_BIRD),
-    "reformer": ours("reformer", "by the data"),
-    "routing": ours("routing", "by the data"),
-    "sinkhorn": ours("sinkhorn", "by the data"),
-    "linformer": ours("linformer", "fewer keys"),
-    "compressed": ours("compressed", "fewer keys", {"attention_layers": ["compressed"]}),
-    "efficient": ours("efficient", "feature maps"),
-    "linear": ours("linear", "feature maps"),
-    "rfa": ours("rfa", "feature maps", {"num_random_features": 128}),
-    "performer": ours("performer", "feature maps", {"num_random_features": 256}),
-    "synthesizer": ours("synthesizer", "parameters, or no attention"),
-    "fnet": ours("fnet", "parameters, or no attention"),
-    "gmlp": ours("gmlp", "parameters, or no attention"),
-    "mlp_mixer": ours("mlp_mixer", "parameters, or no attention"),
-}
-CONTENDERS = OURS | {
+CONTENDERS = {
+    YARDSTICK: ours(YARDSTICK),
+    "full, eager": ours("full", squares=4 * HEADS, implementation="eager"),
+    "local, flex": ours("local", implementation="flex_attention"),
+    **{slug: ours(slug) for slug in VARIANTS if slug != YARDSTICK},
     "transformers longformer": theirs(lambda n: TheirLongformer(n, 256), lambda n: n, shortest=256),
     # writes out the weights that it gives out, asked or not
     "transformers big_bird": theirs(TheirBigBird, lambda length: length, squares=HEADS, shortest=1024),
@@ -147,8 +129,15 @@ CONTENDERS = OURS | {
     "transformers nystromformer": theirs(TheirNystromformer, lambda length: length),
 }
 
-# Products of e×e that each token takes, where they are not four; those of keys and values of Linformer are in its law.
-PROJECTIONS = {"fnet": 0, "mlp_mixer": 0, "gmlp": 6, "reformer": 3, "linformer": 2, "synthesizer": 2}
+
+def projections(name: str) -> float:
+    """Products of e×e that each token takes in the linear layers of a contender's mixer, four if it is not ours."""
+    variant = VARIANTS.get(name.removeprefix("transformers ").partition(",")[0])
+    if variant is None:
+        return 4
+    with torch.device("meta"):
+        layer = Ours(variant.slug, dict(variant.benchmark), length=1)
+    return sum(linear.weight.numel() for _, linear in costs.linears(layer, variant)) / HIDDEN**2
 
 
 def free_bytes(device: torch.device) -> int:
@@ -307,10 +296,10 @@ def exponents(rows: list[dict], name: str) -> tuple[float | None, float | None, 
     first, last = FITTED[rows[0]["device"]]
     fitted = {row["length"]: row["median"] for row in rows if row["layer"] == name and "median" in row}
     fitted = {n: y for n, y in fitted.items() if first <= n <= last}
-    law, projections = CONTENDERS[name].law, PROJECTIONS.get(name.removeprefix("transformers "), 4)
+    law, count = CONTENDERS[name].law, projections(name)
     return (
         exponent(fitted.items()),
-        exponent((n, law(n) + 2 * projections * n * HIDDEN**2) for n in fitted),
+        exponent((n, law(n) + 2 * count * n * HIDDEN**2) for n in fitted),
         exponent((n, law(n)) for n in fitted),
     )
 
@@ -373,8 +362,13 @@ def draw_curves(rows: list[dict], title: str, path: Path) -> None:
     A generated token has none: what it reads is measured, and no law of its length.
     """
     families = list(dict.fromkeys(contender.family for contender in CONTENDERS.values()))
-    figure, panels = plt.subplots(2, 3, figsize=(15, 9), layout="constrained", sharex=True, sharey=True)
-    for axes, family in zip(panels.flat, families, strict=True):
+    rows_of_panels = -(-len(families) // 3)
+    figure, panels = plt.subplots(
+        rows_of_panels, 3, figsize=(15, 4.5 * rows_of_panels), layout="constrained", sharex=True, sharey=True
+    )
+    for axes in panels.flat[len(families) :]:
+        axes.set_axis_off()
+    for axes, family in zip(panels.flat, families, strict=False):
         names = [name for name in CONTENDERS if CONTENDERS[name].family == family and not name.startswith("full")]
         if not any(row["layer"] in names for row in rows):
             axes.set_axis_off()

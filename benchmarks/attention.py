@@ -84,7 +84,7 @@ FREE = {
 }
 PROJECTIONS, LONGFORMER = "projections alone", "transformers Longformer ±128"
 WINDOWS = (512, 256, 128)  # of Longformer, on both sides together; with one global token
-BIG_BIRD: dict[str, Any] = {"block_size": 64, "num_random_blocks": 3}
+BIG_BIRD: dict[str, Any] = dict(VARIANTS["big_bird"].benchmark)
 LAYERS = 6
 THEIR_SIZES: dict[str, Any] = {
     "hidden_size": HIDDEN, "num_attention_heads": HEADS, "intermediate_size": 4 * HIDDEN, "vocab_size": 128,

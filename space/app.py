@@ -18,14 +18,6 @@ from transformers import PreTrainedModel
 from efficient_transformers import VARIANTS, costs, plots
 from efficient_transformers.matrices import read_matrices
 
-# The field of each config that the slider sets; the others have none.
-KNOBS: dict[str, str] = {
-    "local": "window_size", "stride": "stride", "global": "num_global_tokens", "mixed": "head_patterns",
-    "longformer": "attention_window", "big_bird": "block_size", "reformer": "lsh_chunk_length",
-    "routing": "window_size", "sinkhorn": "block_size", "linformer": "projected_length", "compressed": "block_size",
-    "synthesizer": "factor_rank", "rfa": "num_random_features", "performer": "num_random_features",
-    "mlp_mixer": "token_mixing_size",
-}  # fmt: skip
 HEAD_SIZE, SPEED_SIZE, ROUNDS = 16, 256, 5
 
 
@@ -33,16 +25,7 @@ def fields(slug: str, knob: int, heads: int, causal: bool) -> dict[str, Any]:
     """The config's fields that the page sets. Raises gr.Error for a decoder of an encoder."""
     if causal and not VARIANTS[slug].causal:
         raise gr.Error(f"{VARIANTS[slug].title} cannot be causal.")
-    found: dict[str, Any] = {"num_attention_heads": heads, "is_decoder": causal}
-    name = KNOBS.get(slug)
-    if name == "attention_window":
-        found[name] = 2 * knob  # both sides together
-    elif name == "head_patterns":
-        kinds = f"local:{knob}", f"stride:{knob}:3", "global:3", f"random:2:{knob}"
-        found[name] = [kinds[head % 4] for head in range(heads)]
-    elif name is not None:
-        found[name] = knob
-    return found
+    return {"num_attention_heads": heads, "is_decoder": causal, **VARIANTS[slug].knob_fields(knob, heads)}
 
 
 def read_text(text: str, length: int) -> list[str]:
@@ -98,7 +81,7 @@ def large_config(slug: str, changes: dict[str, Any], heads: int, tokens: int) ->
 
 
 def cost(slug: str, changes: dict[str, Any], heads: int, tokens: int) -> str:
-    knob = KNOBS.get(slug)
+    knob = VARIANTS[slug].knob
     setting = f" With `{knob}={changes[knob]}`:" if knob else ""
     table = costs.costs_table(large_config(slug, changes, heads, tokens), [tokens // 4, tokens // 2, tokens])
     return f"**{VARIANTS[slug].cost}** in time and memory ({plots.paper_link(VARIANTS[slug])}).{setting}\n\n{table}"
@@ -129,7 +112,7 @@ def page() -> gr.Blocks:
     choices = [(variant.title, slug) for slug, variant in VARIANTS.items()]
     with gr.Blocks(title="efficient_transformers") as blocks:
         gr.Markdown(
-            "# What does a token read?\nTwenty ways of self-attention on long documents, as their code computes."
+            "# What does a token attend to?\nEfficient self-attention on long documents, as the code computes it."
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=280):

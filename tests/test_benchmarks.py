@@ -29,7 +29,12 @@ def file(folder, name, rows, device="a CPU"):
 
 
 def test_every_variant_contends():
-    assert {contender.slug for contender in everything.CONTENDERS.values()} == {*VARIANTS, None}
+    contenders = everything.CONTENDERS
+    assert {contender.slug for contender in contenders.values()} == {*VARIANTS, None}
+    for slug, variant in VARIANTS.items():
+        assert contenders[slug].family == variant.family
+        assert 0 < contenders[slug].law(512) < contenders[slug].law(1024)
+        assert contenders[slug].make(512).layer.config.max_position_embeddings == 512
     theirs = {name for name in everything.CONTENDERS if name.startswith("transformers ")}
     assert theirs == {f"transformers {x}" for x in ("longformer", "big_bird", "reformer", "fnet", "nystromformer")}
 
@@ -82,6 +87,15 @@ def test_an_exponent_is_fitted_between_2k_and_16k(power):
     on_gpu = [row("local", [1e-3 * n**power] * 3, n) | {"device": "cuda"} for n in (16384, 32768, 65536)]
     on_gpu.append(on_gpu[0] | {"length": 8192, "median": 1e6})  # shorter ones cost what launching costs
     assert everything.exponents(on_gpu, "local")[0] == pytest.approx(power)
+
+
+def test_projections_and_parameters_are_those_of_the_layers():
+    count = {name: everything.projections(name) for name in ("local", "longformer", "reformer", "linformer", "gmlp")}
+    assert count == {"local": 4, "longformer": 4, "reformer": 3, "linformer": 2, "gmlp": 6}
+    assert everything.projections("transformers reformer") == 3
+    assert everything.projections("transformers nystromformer") == 4
+    gmlp = everything.CONTENDERS["gmlp"]
+    assert 3 < gmlp.least_bytes(8192, 4, "generation") / (4 * 8192**2) < 3.1  # W, its gradient, its draw
 
 
 def test_what_would_not_fit_is_noted_and_left_out(monkeypatch):

@@ -2,7 +2,6 @@
 
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,8 @@ from zoo import CASES, IDS, MODES, SETTINGS, build, inputs, one_layer, readable
 
 from efficient_transformers import VARIANTS, cli, plots
 from efficient_transformers.matrices import KINDS, Matrix, read_matrices
+from efficient_transformers.mixer_matrices import default_matrices, influence_matrices
+from efficient_transformers.models.attention import SequenceInfo
 from efficient_transformers.models.configuration import PatternConfig
 
 PATTERNS = [mode for mode in MODES if issubclass(mode.values[0].config_class, PatternConfig)]
@@ -20,7 +21,7 @@ PATTERNS = [mode for mode in MODES if issubclass(mode.values[0].config_class, Pa
 def test_a_drawn_pattern_is_what_outputs_depend_on(variant, settings, decoder):
     model = build(variant, settings, **one_layer(settings), use_cache=False, is_decoder=decoder)
     ids, external = inputs(1, 23), getattr(model.config, "num_external_tokens", 0)
-    drawn = [m for m in read_matrices(model, ids) if m.columns == "key"]
+    drawn = [m for m in read_matrices(model, ids) if m.columns != "segment"]
     depends = readable(model, model.get_input_embeddings()(ids))
     if not drawn:  # compressed keys: what a segment's weight stands for is all its tokens
         assert variant.slug == "compressed"
@@ -95,6 +96,27 @@ def test_the_fourier_matrix_is_the_one_of_the_transform():
     cosines, sines = (m.values for m in read_matrices(build(VARIANTS["fnet"], {}), inputs(1, 15)))
     transform = torch.fft.fft(torch.eye(15, dtype=torch.complex128))
     torch.testing.assert_close(torch.complex(cosines, sines), transform)
+
+
+def test_influences_are_the_weights_of_a_mixer_that_mixes_all_features_alike():
+    """The picture of a new mixer that returns no attention weights."""
+    weight = torch.randn(9, 9, dtype=torch.float64)
+    (found,) = default_matrices(lambda hidden, _: (weight @ hidden, None), *mixer_input(9))
+    torch.testing.assert_close(found.values, weight.abs())
+
+
+@pytest.mark.parametrize("slug", ["sinkhorn", "fnet", "gmlp", "mlp_mixer"])
+def test_influences_are_norms_of_the_jacobian_of_a_mixer(slug):
+    model = build(VARIANTS[slug], {}, is_decoder=VARIANTS[slug].causal, use_cache=False)
+    mixer, (hidden, sequence) = model.layers[0].mixer, mixer_input(12)
+    (found,) = influence_matrices(mixer, hidden, sequence)
+    jacobian = torch.autograd.functional.jacobian(lambda x: mixer(x, sequence)[0][0, 7], hidden)  # (e, 1, n, e)
+    torch.testing.assert_close(found.values[7], jacobian[:, 0].square().sum((0, 2)).div(32).sqrt())
+    assert not (VARIANTS[slug].causal and found.values.triu(1).any())
+
+
+def mixer_input(length: int):
+    return torch.randn(1, length, 32, dtype=torch.float64), SequenceInfo(torch.arange(length)[None])
 
 
 def test_reading_leaves_the_model_as_it_was():
@@ -177,13 +199,3 @@ def test_a_checkpoint_reads_its_own_tokens(tmp_path):
     assert matrix.values.equal(read_matrices(model, ids)[0].values)
     with pytest.raises(ValueError, match="window_size cannot be changed"):
         plots.load_model(str(tmp_path), None, None, changes={"window_size": 3})
-
-
-def test_every_variant_has_a_picture_and_a_section_in_the_gallery():
-    assert plots.DRAWN.keys() == VARIANTS.keys()
-    text = Path("docs/gallery.md").read_text()
-    for slug, variant in VARIANTS.items():
-        assert Path(f"docs/gallery/{slug}.png").stat().st_size < 200_000
-        assert plots.section(variant) in text, "make it again: efficient-transformers plot gallery"
-        formula = plots.about(variant)[1]
-        assert bool(formula) == (slug not in ("full", "mixed"))

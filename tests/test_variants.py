@@ -60,8 +60,6 @@ def never_short(monkeypatch):
 def test_the_table_is_complete():
     assert SETTINGS.keys() == VARIANTS.keys()
     for variant in VARIANTS.values():
-        assert variant.causal == ("CausalLM" in variant.heads)
-        assert variant.attention == variant.config_class.attends
         for head in (None, *variant.heads):
             name = variant.model_class(head).__name__
             assert name in efficient_transformers.__all__

@@ -28,30 +28,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
     "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "initializer_range": 0.2,
 }  # fmt: skip
-# What the pictures of the variants are drawn of; reversible or norm_first make no difference to them.
-DRAWN: dict[str, dict[str, Any]] = {
-    "full": {},
-    "local": {"window_size": 6},
-    "stride": {"stride": 8, "hops": 3},
-    "global": {"num_global_tokens": 3},
-    "mixed": {"num_attention_heads": 4, "head_patterns": ["local:6", "stride:8:3", "global:3", "random:2:4"]},
-    "longformer": {"attention_window": 12, "num_global_tokens": 3},
-    "big_bird": {"block_size": 4, "num_random_blocks": 2},
-    "reformer": {"lsh_chunk_length": 8, "num_hashes": 2, "position_embedding_type": "none"},
-    "routing": {"num_clusters": 8, "window_size": 6, "position_embedding_type": "none"},
-    "sinkhorn": {"block_size": 8, "sinkhorn_temperature": 0.005},
-    "linformer": {"projected_length": 16},
-    "compressed": {"num_hidden_layers": 2, "compression_factor": 4, "block_size": 16},
-    "synthesizer": {"synthesizer_type": "factorized_random", "factor_rank": 4},
-    "efficient": {},
-    "linear": {},
-    "rfa": {"num_random_features": 64},
-    "performer": {"num_random_features": 64},
-    "fnet": {},
-    "gmlp": {},
-    "mlp_mixer": {"token_mixing_size": 32},
-}
-# The first words of the Gettysburg Address (1863): words that come again are what content-based attention finds.
+# The beginning of the Gettysburg Address (1863). It repeats words: content-based attention finds them.
 TEXT = """Four score and seven years ago our fathers brought forth on this continent a new nation , conceived in
 liberty , and dedicated to the proposition that all men are created equal . Now we are engaged in a great
 civil war , testing whether that nation , or any nation so conceived and so dedicated , can long endure . We
@@ -86,7 +63,7 @@ def drawn_model(slug: str, length: int = 64, seed: int = 0, **changes: Any) -> P
     if slug not in VARIANTS:
         raise ValueError(f"variant ({slug!r}) must be one of {', '.join(VARIANTS)}, or the folder of a checkpoint.")
     variant = VARIANTS[slug]
-    settings = {**SIZES, "max_position_embeddings": length, **DRAWN[slug], **changes}
+    settings = {**SIZES, "max_position_embeddings": length, **variant.demo, **changes}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return variant.model_class()(variant.config_class(**settings)).eval()
@@ -170,13 +147,22 @@ def draw(axes: "Axes", matrix: Matrix, bar: bool = True) -> None:
             axes.figure.colorbar(image, ax=axes, shrink=0.7, extend=extend).ax.tick_params(labelsize=8)
 
 
-def save(figure: "Figure", stem: Path, suffixes: Sequence[str] = (".png", ".svg"), dpi: int = 110) -> list[Path]:
-    """Write the figure to `stem` with each suffix; the same figure gives the same bytes."""
+def save(
+    figure: "Figure",
+    stem: Path,
+    suffixes: Sequence[str] = (".png", ".svg"),
+    dpi: int = 110,
+    description: str | None = None,
+) -> list[Path]:
+    """Write the figure to `stem` with each suffix; the same figure gives the same bytes.
+
+    description: stored in the metadata of the files.
+    """
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + suffix) for suffix in suffixes]
     for path in paths:
-        date = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-        figure.savefig(path, dpi=dpi, metadata=date)
+        metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+        figure.savefig(path, dpi=dpi, metadata=metadata | ({"Description": description} if description else {}))
     return paths
 
 
@@ -190,31 +176,33 @@ def about(variant: Variant) -> tuple[str, str, str]:
 
 
 def gallery(folder: Path) -> None:
-    """Write `gallery/<variant>.png`, `gallery.md` with all of them and the montage `gallery.png` into `folder`."""
-    sections, firsts = [], []
+    """Write `gallery.md`, the pictures `gallery/<variant>.png` in it, and the montage `gallery.png` into `folder`."""
+    firsts = []
     for slug, variant in VARIANTS.items():
         model = drawn_model(slug)
         matrices = read_matrices(model, word_ids(TEXT, 64, SIZES["vocab_size"]))
         save(pattern_figure(matrices, variant.title), folder / "gallery" / slug, (".png",))
-        sections.append(section(variant))
         small = drawn_model(slug, 32)
         firsts.append((variant, read_matrices(small, word_ids(TEXT, 32, SIZES["vocab_size"]))))
-    save(montage(firsts), folder / "gallery", (".png",), dpi=140)
-    (folder / "gallery.md").write_text("\n\n".join([PREFACE, *sections]) + "\n", encoding="utf-8")
+    save(montage(firsts), folder / "gallery", (".png",), dpi=140, description=montage_description())
+    (folder / "gallery.md").write_text(gallery_page(), encoding="utf-8")
 
 
 PREFACE = """# Gallery
 
-What each variant reads, as its code computes it on 64 words of a text: rows are queries, columns keys; a pattern is
-drawn where a weight of attention is above zero. Models are small and untrained, their weights drawn from a seed, and
-their settings stand below each picture; everything else is the same for all. `efficient-transformers plot gallery`
-makes this page and its pictures, and `efficient-transformers plot pattern <variant or checkpoint>` one of them, with
-other settings or of a trained model."""
+The matrix of each variant, as its code computes it on 64 words of a text: rows are queries, columns are keys. Patterns
+are drawn where an attention weight is above zero. The models are small and untrained, with weights drawn from a seed.
+The settings are below each picture; everything else is the same for all. `make pages` makes this page and its pictures;
+`efficient-transformers plot pattern <variant or checkpoint>` draws one of them, with other settings or of a trained
+model."""
+
+
+def gallery_page() -> str:
+    return "\n\n".join([PREFACE, *map(section, VARIANTS.values())]) + "\n"
 
 
 def section(variant: Variant) -> str:
     headline, formula, words = about(variant)
-    settings = ", ".join(f"{name}={value}" for name, value in DRAWN[variant.slug].items()) or "defaults"
     lines = [
         f"## {variant.title}",
         f"![the matrix of {variant.title}](gallery/{variant.slug}.png)",
@@ -222,9 +210,13 @@ def section(variant: Variant) -> str:
         *([f"```math\n{formula}\n```"] if formula else []),
         words,
         f"Cost: {variant.cost}. Causal: {'yes' if variant.causal else 'no'}. Paper: {paper_link(variant)}. "
-        f"Model type: `{variant.model_type}`. Drawn with `{settings}`.",
+        f"Model type: `{variant.model_type}`. Drawn with `{demo_settings(variant)}`.",
     ]
     return "\n\n".join(lines)
+
+
+def demo_settings(variant: Variant) -> str:
+    return ", ".join(f"{name}={value}" for name, value in variant.demo.items()) or "defaults"
 
 
 def paper_link(variant: Variant) -> str:
@@ -232,12 +224,16 @@ def paper_link(variant: Variant) -> str:
     return f"[{variant.paper}](https://arxiv.org/abs/{number})"
 
 
-def montage(firsts: Sequence[tuple[Variant, Sequence[Matrix]]]) -> "Figure":
-    """A tile for each variant, with its cost; of mixed heads all in one tile."""
-    figure = new_figure(figsize=(11.6, 12.6))
-    for axes, (variant, matrices) in zip(figure.subplots(4, 5).flat, firsts, strict=True):
+def montage(firsts: Sequence[tuple[Variant, Sequence[Matrix]]], columns: int = 5) -> "Figure":
+    """A tile for each variant, with its cost; if it has four patterns, all of them in one tile."""
+    rows = -(-len(firsts) // columns)
+    figure = new_figure(figsize=(11.6, 0.6 + 3 * rows))
+    tiles = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in tiles[len(firsts) :]:
+        axes.set_axis_off()
+    for axes, (variant, matrices) in zip(tiles, firsts, strict=False):
         draw(axes, united(matrices), bar=False)
-        cost = fill(variant.cost.replace("·", "· "), 29).replace("· ", "·")  # lines end behind a product's dot
+        cost = fill(variant.cost.replace("·", "· "), 29).replace("· ", "·")  # lines end after a product's dot
         axes.set_title(fill(variant.title, 22), fontsize=13)
         axes.set_xlabel(cost, fontsize=10.5)
         axes.set_xticks([])
@@ -246,8 +242,13 @@ def montage(firsts: Sequence[tuple[Variant, Sequence[Matrix]]]) -> "Figure":
     return figure
 
 
+def montage_description() -> str:
+    """The rows that the montage shows, stored in its file: a test compares them with today's."""
+    return "; ".join(f"{v.title}, {v.cost}, {demo_settings(v)}" for v in VARIANTS.values())
+
+
 def united(matrices: Sequence[Matrix]) -> Matrix:
-    """The one that tells most: weights before patterns and parameters; four patterns side by side."""
+    """The most telling matrix: weights before patterns and parameters; four patterns side by side."""
     weights = [matrix for matrix in matrices if matrix.kinds is None and matrix.rows == "query"]
     kinds = [matrix.kinds for matrix in matrices if matrix.kinds is not None]
     if weights or len(kinds) != 4:

@@ -1,11 +1,19 @@
-"""The one table of variants, and the one place that talks to the Auto classes."""
+"""The table of variants, and the only place that registers them with the Auto classes.
 
-from dataclasses import dataclass
+A row holds everything the project says of a variant. The README table, the gallery, the benchmark of all variants, the
+demo, the cost tables and the tests are derived from it: a new variant is its modeling file, a row here, a row in
+`tests/zoo.py` and its own test. `make pages` then updates the README and the gallery.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from types import ModuleType
+from typing import Any, Literal
 
 import transformers
 from transformers.utils import is_vision_available
 
+from . import mixer_costs, mixer_matrices
 from .models import (
     modeling_big_bird,
     modeling_compressed,
@@ -30,28 +38,67 @@ from .models import (
 )
 from .models.configuration import EtConfig
 
+Family = Literal["fixed patterns", "content-based patterns", "fewer keys", "feature maps", "no query-key products"]
 
-@dataclass(frozen=True)
+
+def same_for_all(size: int, heads: int) -> Any:
+    return size
+
+
+def one_pattern_per_head(size: int, heads: int) -> list[str]:
+    kinds = f"local:{size}", f"stride:{size}:3", "global:3", f"random:2:{size}"
+    return [kinds[head % 4] for head in range(heads)]
+
+
+@dataclass(frozen=True, eq=False)
 class Variant:
-    """One row: what a variant is and what it can do.
+    """One row of the table.
 
-    slug: `et_<slug>` is its model type.
-    cost: law of its time and memory in n tokens of d features per head; the other letters are its config fields.
-    causal: is there a CausalLM head? any_length: is it free of per-position parameters besides the embeddings?
-    chooses: does it depend on the data which tokens a token reads? attention: are there weights of attention?
-    normalised: do the rows of `output_attentions`, the matrix in front of the values, sum to one, whatever the input?
+    Identity:
+        slug: `et_<slug>` is the model type, `Et<Slug>…` the prefix of the class names.
+        module: defines the config and the models. Its docstring has a headline, the formula (`.. math::`) and a
+            description, which the gallery and the model cards show.
+        title: name in tables and pictures.
+        paper: `arXiv:<number>`.
+        family: by what the n×n matrix is made cheaper; groups the benchmark's plots.
+    In words:
+        attends_to: completes "a token attends to …", as Markdown.
+        cost: law of time and memory in n tokens of d features per head; other letters are fields of the config.
+    Facts, which the tests check:
+        any_length: are there no per-position parameters besides the embeddings?
+        chooses: does the content decide which tokens a token attends to?
+        normalised: do the rows of `output_attentions` sum to one for every input?
+    Arithmetic:
+        flops: `(config, length)` → FLOPs of the mixers of all layers, see `mixer_costs`.
+        state: `(config, layer, length)` → numbers in a decoder's cache; None if there is no decoder.
+        linears_in_flops: parts of the names of linear layers that `flops` counts, because not all tokens pass them.
+        matrices: `(mixer, hidden, sequence)` → the matrices to draw, see `mixer_matrices`.
+    Settings, as fields of the config:
+        demo: for pictures of 32 or 64 tokens.
+        benchmark: for layers of hidden size 256 and 4 heads on up to 65,536 tokens.
+        knob: the field that the slider of the demo sets, if there is one.
+        knob_value: `(slider, heads)` → the value of that field.
     """
 
     slug: str
     module: ModuleType
+    _: KW_ONLY
     title: str
     paper: str
+    family: Family
+    attends_to: str
     cost: str
-    causal: bool = True
     any_length: bool = True
     chooses: bool = False
-    attention: bool = True
     normalised: bool = True
+    flops: mixer_costs.Flops
+    state: mixer_costs.State | None = None
+    linears_in_flops: tuple[str, ...] = ()
+    matrices: mixer_matrices.Matrices = mixer_matrices.default_matrices
+    demo: Mapping[str, Any] = field(default_factory=dict)
+    benchmark: Mapping[str, Any] = field(default_factory=dict)
+    knob: str | None = None
+    knob_value: Callable[[int, int], Any] = same_for_all
 
     @property
     def model_type(self) -> str:
@@ -69,95 +116,324 @@ class Variant:
     def heads(self) -> tuple[str, ...]:
         return self.config_class.heads
 
+    @property
+    def causal(self) -> bool:
+        """Is there a CausalLM head?"""
+        return "CausalLM" in self.heads
+
+    @property
+    def attention(self) -> bool:
+        """Are there attention weights?"""
+        return self.config_class.attends
+
     def model_class(self, head: str | None = None) -> type[transformers.PreTrainedModel]:
         """The class with a head (`"MaskedLM"`, …), or the bare model."""
         return getattr(self.module, f"{self.stem}For{head}" if head else f"{self.stem}Model")
+
+    def knob_fields(self, slider: int, heads: int) -> dict[str, Any]:
+        """The config fields for a position of the demo's slider: one or none."""
+        return {} if self.knob is None else {self.knob: self.knob_value(slider, heads)}
 
 
 VARIANTS = {
     variant.slug: variant
     for variant in (
-        Variant("full", modeling_full, "full attention", "arXiv:1706.03762", "n²·d"),
-        Variant("local", modeling_local, "local (sliding window)", "arXiv:2004.05150", "n·window_size·d"),
-        Variant("stride", modeling_stride, "strided", "arXiv:1904.10509", "n·hops·d, or n²/stride·d"),
-        Variant("global", modeling_global, "global tokens", "arXiv:2004.08483", "n·num_global_tokens·d"),
-        Variant("mixed", modeling_mixed, "a pattern per head", "arXiv:1904.10509", "mean of the heads"),
-        Variant("longformer", modeling_longformer, "Longformer", "arXiv:2004.05150", "n·attention_window·d"),
-        Variant("big_bird", modeling_big_bird, "BigBird", "arXiv:2007.14062", "n·block_size·d", causal=False),
+        Variant(
+            "full",
+            modeling_full,
+            title="full attention",
+            paper="arXiv:1706.03762",
+            family="fixed patterns",
+            attends_to="every token: the reference",
+            cost="n²·d",
+            flops=mixer_costs.pattern_flops,
+            state=mixer_costs.pattern_state,
+            matrices=mixer_matrices.pattern_matrices,
+        ),
+        Variant(
+            "local",
+            modeling_local,
+            title="local (sliding window)",
+            paper="arXiv:2004.05150",
+            family="fixed patterns",
+            attends_to="`window_size` neighbours on each side",
+            cost="n·window_size·d",
+            flops=mixer_costs.pattern_flops,
+            state=mixer_costs.pattern_state,
+            matrices=mixer_matrices.pattern_matrices,
+            demo={"window_size": 6},
+            benchmark={"window_size": 128},
+            knob="window_size",
+        ),
+        Variant(
+            "stride",
+            modeling_stride,
+            title="strided",
+            paper="arXiv:1904.10509",
+            family="fixed patterns",
+            attends_to="every `stride`-th token, `hops` of them on each side or all",
+            cost="n·hops·d, or n²/stride·d",
+            flops=mixer_costs.pattern_flops,
+            state=mixer_costs.pattern_state,
+            matrices=mixer_matrices.pattern_matrices,
+            demo={"stride": 8, "hops": 3},
+            benchmark={"stride": 64, "hops": 2},
+            knob="stride",
+        ),
+        Variant(
+            "global",
+            modeling_global,
+            title="global tokens",
+            paper="arXiv:2004.08483",
+            family="fixed patterns",
+            attends_to="a few global tokens, which attend to every token: the first, marked, or learned ones",
+            cost="n·num_global_tokens·d",
+            flops=mixer_costs.pattern_flops,
+            state=mixer_costs.pattern_state,
+            matrices=mixer_matrices.pattern_matrices,
+            demo={"num_global_tokens": 3},
+            benchmark={"num_global_tokens": 2},
+            knob="num_global_tokens",
+        ),
+        Variant(
+            "mixed",
+            modeling_mixed,
+            title="a pattern per head",
+            paper="arXiv:1904.10509",
+            family="fixed patterns",
+            attends_to="a pattern per head: `local:128`, `stride:64:2`, `global:2`, `random:3`, or a union by `|`",
+            cost="mean of the heads",
+            flops=mixer_costs.pattern_flops,
+            state=mixer_costs.pattern_state,
+            matrices=mixer_matrices.pattern_matrices,
+            demo={"num_attention_heads": 4, "head_patterns": ["local:6", "stride:8:3", "global:3", "random:2:4"]},
+            benchmark={"head_patterns": ["local:128", "stride:64:2", "global:2", "random:3"]},
+            knob="head_patterns",
+            knob_value=one_pattern_per_head,
+        ),
+        Variant(
+            "longformer",
+            modeling_longformer,
+            title="Longformer",
+            paper="arXiv:2004.05150",
+            family="fixed patterns",
+            attends_to="a window and global tokens, whose rows have their own projections; or one pattern per head",
+            cost="n·attention_window·d",
+            flops=mixer_costs.longformer_flops,
+            state=mixer_costs.pattern_state,
+            linears_in_flops=(".global_",),
+            matrices=mixer_matrices.pattern_matrices,
+            demo={"attention_window": 12, "num_global_tokens": 3},
+            benchmark={"attention_window": 256, "num_global_tokens": 1},
+            knob="attention_window",
+            knob_value=lambda slider, heads: 2 * slider,  # of both sides together
+        ),
+        Variant(
+            "big_bird",
+            modeling_big_bird,
+            title="BigBird",
+            paper="arXiv:2007.14062",
+            family="fixed patterns",
+            attends_to="a window of blocks, the first, the last and random blocks; or one pattern per head",
+            cost="n·block_size·d",
+            flops=mixer_costs.pattern_flops,
+            matrices=mixer_matrices.pattern_matrices,
+            demo={"block_size": 4, "num_random_blocks": 2},
+            benchmark={"block_size": 64, "num_random_blocks": 3},
+            knob="block_size",
+        ),
         Variant(
             "reformer",
             modeling_reformer,
-            "Reformer",
-            "arXiv:2001.04451",
-            "n·num_hashes·lsh_chunk_length·d",
+            title="Reformer",
+            paper="arXiv:2001.04451",
+            family="content-based patterns",
+            attends_to="tokens whose vectors point in a similar direction, found by several rounds of hashing",
+            cost="n·num_hashes·lsh_chunk_length·d",
             chooses=True,
+            flops=mixer_costs.reformer_flops,
+            state=mixer_costs.keys_and_values,
+            demo={"lsh_chunk_length": 8, "num_hashes": 2, "position_embedding_type": "none"},
+            knob="lsh_chunk_length",
         ),
         Variant(
             "routing",
             modeling_routing,
-            "Routing Transformer",
-            "arXiv:2003.05997",
-            "n·(num_clusters + n/num_clusters)·d",
+            title="Routing Transformer",
+            paper="arXiv:2003.05997",
+            family="content-based patterns",
+            attends_to="the tokens of its cluster, found by online k-means; in half of the heads, a window",
+            cost="n·(num_clusters + n/num_clusters)·d",
             chooses=True,
+            flops=mixer_costs.routing_flops,
+            state=mixer_costs.keys_and_values,
+            matrices=mixer_matrices.routing_matrices,
+            demo={"num_clusters": 8, "window_size": 6, "position_embedding_type": "none"},
+            knob="window_size",
         ),
         Variant(
             "sinkhorn",
             modeling_sinkhorn,
-            "Sinkhorn sorting network",
-            "arXiv:2002.11296",
-            "n·(block_size + n/block_size)·d",
+            title="Sinkhorn sorting network",
+            paper="arXiv:2002.11296",
+            family="content-based patterns",
+            attends_to="its own block and one mixed from all blocks by a learned sorting; or the first sorted ones",
+            cost="n·(block_size + n/block_size)·d",
+            flops=mixer_costs.sinkhorn_flops,
+            state=mixer_costs.sinkhorn_state,
+            linears_in_flops=(".sorting_network.",),
+            demo={"block_size": 8, "sinkhorn_temperature": 0.005},
+            knob="block_size",
         ),
         Variant(
             "linformer",
             modeling_linformer,
-            "Linformer",
-            "arXiv:2006.04768",
-            "n·projected_length·d",
-            causal=False,
+            title="Linformer",
+            paper="arXiv:2006.04768",
+            family="fewer keys",
+            attends_to="`projected_length` learned sums over all positions",
+            cost="n·projected_length·d",
             any_length=False,
             normalised=False,
+            flops=mixer_costs.linformer_flops,
+            linears_in_flops=(".k_proj", ".v_proj"),
+            matrices=mixer_matrices.linformer_matrices,
+            demo={"projected_length": 16},
+            knob="projected_length",
         ),
         Variant(
             "compressed",
             modeling_compressed,
-            "memory-compressed attention",
-            "arXiv:1801.10198",
-            "n²/compression_factor·d, and n·block_size·d",
+            title="memory-compressed attention",
+            paper="arXiv:1801.10198",
+            family="fewer keys",
+            attends_to="in turn its block of `block_size` tokens, and a key for every `compression_factor` tokens",
+            cost="n²/compression_factor·d, and n·block_size·d",
+            flops=mixer_costs.compressed_flops,
+            state=mixer_costs.compressed_state,
+            matrices=mixer_matrices.compressed_matrices,
+            demo={"num_hidden_layers": 2, "compression_factor": 4, "block_size": 16},
+            benchmark={"attention_layers": ["compressed"]},
+            knob="block_size",
         ),
-        Variant("synthesizer", modeling_synthesizer, "Synthesizer", "arXiv:2005.00743", "n²·d", any_length=False),
-        Variant("efficient", modeling_efficient, "Efficient Attention", "arXiv:1812.01243", "n·d²"),
-        Variant("linear", modeling_linear, "Linear Transformer", "arXiv:2006.16236", "n·d²"),
+        Variant(
+            "synthesizer",
+            modeling_synthesizer,
+            title="Synthesizer",
+            paper="arXiv:2005.00743",
+            family="no query-key products",
+            attends_to="every token, by weights that compare no tokens: trained, low-rank, or made from the token",
+            cost="n²·d",
+            any_length=False,
+            flops=mixer_costs.synthesizer_flops,
+            state=mixer_costs.synthesizer_state,
+            demo={"synthesizer_type": "factorized_random", "factor_rank": 4},
+            knob="factor_rank",
+        ),
+        Variant(
+            "efficient",
+            modeling_efficient,
+            title="Efficient Attention",
+            paper="arXiv:1812.01243",
+            family="feature maps",
+            attends_to="every token, through sums: softmax over a query's features and over the keys' positions",
+            cost="n·d²",
+            flops=mixer_costs.kernel_flops,
+            state=mixer_costs.kernel_state,
+            matrices=mixer_matrices.kernel_matrices,
+        ),
+        Variant(
+            "linear",
+            modeling_linear,
+            title="Linear Transformer",
+            paper="arXiv:2006.16236",
+            family="feature maps",
+            attends_to="every token, through sums: elu + 1 of queries and keys instead of exp",
+            cost="n·d²",
+            flops=mixer_costs.kernel_flops,
+            state=mixer_costs.kernel_state,
+            matrices=mixer_matrices.kernel_matrices,
+        ),
         Variant(
             "rfa",
             modeling_rfa,
-            "Random Feature Attention",
-            "arXiv:2103.02143",
-            "n·num_random_features·d",
+            title="Random Feature Attention",
+            paper="arXiv:2103.02143",
+            family="feature maps",
+            attends_to="every token, through sums: the Gaussian kernel by random features, with an optional gate",
+            cost="n·num_random_features·d",
             normalised=False,
+            flops=mixer_costs.kernel_flops,
+            state=mixer_costs.kernel_state,
+            matrices=mixer_matrices.kernel_matrices,
+            demo={"num_random_features": 64},
+            benchmark={"num_random_features": 128},
+            knob="num_random_features",
         ),
-        Variant("performer", modeling_performer, "Performer", "arXiv:2009.14794", "n·num_random_features·d"),
-        Variant("fnet", modeling_fnet, "FNet", "arXiv:2105.03824", "n·log(n)·d", causal=False, attention=False),
+        Variant(
+            "performer",
+            modeling_performer,
+            title="Performer",
+            paper="arXiv:2009.14794",
+            family="feature maps",
+            attends_to="every token, through sums: softmax attention estimated with positive random features",
+            cost="n·num_random_features·d",
+            flops=mixer_costs.kernel_flops,
+            state=mixer_costs.kernel_state,
+            matrices=mixer_matrices.kernel_matrices,
+            demo={"num_random_features": 64},
+            benchmark={"num_random_features": 256},
+            knob="num_random_features",
+        ),
+        Variant(
+            "fnet",
+            modeling_fnet,
+            title="FNet",
+            paper="arXiv:2105.03824",
+            family="no query-key products",
+            attends_to="every token, by a Fourier transform over tokens and features, without parameters",
+            cost="n·log(n)·d",
+            flops=mixer_costs.no_flops,
+            matrices=mixer_matrices.fourier_matrices,
+        ),
         Variant(
             "gmlp",
             modeling_gmlp,
-            "gMLP",
-            "arXiv:2105.08050",
-            "n²·intermediate_size",
+            title="gMLP",
+            paper="arXiv:2105.08050",
+            family="no query-key products",
+            attends_to="every token, by a trained matrix that gates an MLP; optionally also with a tiny attention",
+            cost="n²·intermediate_size",
             any_length=False,
-            attention=False,
+            flops=mixer_costs.gmlp_flops,
+            state=mixer_costs.gmlp_state,
+            matrices=mixer_matrices.gate_matrices,
         ),
         Variant(
             "mlp_mixer",
             modeling_mlp_mixer,
-            "MLP-Mixer",
-            "arXiv:2105.01601",
-            "n·token_mixing_size·hidden_size",
-            causal=False,
+            title="MLP-Mixer",
+            paper="arXiv:2105.01601",
+            family="no query-key products",
+            attends_to="every token, by an MLP over the positions, shared by all features",
+            cost="n·token_mixing_size·hidden_size",
             any_length=False,
-            attention=False,
+            flops=mixer_costs.mlp_mixer_flops,
+            matrices=mixer_matrices.token_mlp_matrices,
+            demo={"token_mixing_size": 32},
+            knob="token_mixing_size",
         ),
     )
 }
+
+
+def variant_of(config: transformers.PreTrainedConfig) -> Variant:
+    """The row of a config. Raises ValueError if its model type is in no row."""
+    variant = VARIANTS.get(config.model_type.removeprefix("et_"))
+    if variant is None:
+        known = ", ".join(variant.model_type for variant in VARIANTS.values())
+        raise ValueError(f"the config's model_type ({config.model_type!r}) must be a variant of the zoo: {known}.")
+    return variant
 
 
 def register_all() -> None:
