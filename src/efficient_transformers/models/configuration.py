@@ -1,16 +1,22 @@
 """The fields every variant has, their checks, and what makes a checkpoint open on its own."""
 
+import json
+from dataclasses import fields
 from difflib import get_close_matches
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .checks import check_at_least, check_divisible, check_entries
 from .images import count_patches
 from .patterns import AttentionPattern
 
 TEXT_HEADS = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 ENCODER_HEADS = (*TEXT_HEADS, "ImageClassification")
 
 
@@ -90,6 +96,11 @@ class EtConfig(PreTrainedConfig):
             close = get_close_matches(key, type(self).__dataclass_fields__, n=1, cutoff=0.8)
             if close and not hasattr(PreTrainedConfig, key):
                 raise TypeError(f"{type(self).__name__} has no field {key!r}; did you mean {close[0]!r}?")
+        labels = self.id2label
+        if labels is not None and not isinstance(labels, dict):
+            raise ValueError(
+                f"id2label ({labels!r}) must be a dict of label names by number, as {{0: 'no', 1: 'yes'}}."
+            )
         module, stem = type(self).__module__.rpartition(".")[2], type(self).__name__.removesuffix("Config")
         self.auto_map = {"AutoConfig": f"{module}.{stem}Config", "AutoModel": f"{module}.{stem}Model"}
         self.auto_map |= {f"AutoModelFor{head}": f"{module}.{stem}For{head}" for head in self.heads}
@@ -148,6 +159,55 @@ class EtConfig(PreTrainedConfig):
             rate = getattr(self, name)
             if rate is not None and not 0 <= rate < 1:
                 raise ValueError(f"{name} ({rate}) must lie in [0, 1): it is the share of values set to zero.")
+
+    def validate_common(self):
+        """The fields of transformers that every model has: what this package does not do is refused, not ignored."""
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"problem_type ({self.problem_type!r}) must be None or one of {', '.join(PROBLEM_TYPES)}.")
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError(
+                "problem_type 'single_label_classification' needs num_labels of at least 2, and it is 1: one class "
+                "has a loss of 0. Set num_labels=2, or problem_type='regression' or 'multi_label_classification'."
+            )
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        if self.dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype ({self.dtype!r}) must be None, a torch.dtype or the name of one, as 'float32'.")
+        for name in ("is_encoder_decoder", "add_cross_attention"):
+            if getattr(self, name, False):
+                raise ValueError(f"{name} (True) must be False: these models have no second stack to attend to.")
+        check_at_least("chunk_size_feed_forward", self.chunk_size_feed_forward, 0, "0 does not divide the sequence")
+        check_at_least("initializer_range", self.initializer_range, 0, "it is a standard deviation")
+        for name in ("hidden_act", "pooler_act"):
+            if (value := getattr(self, name)) not in ACT2FN:
+                nearest = get_close_matches(value, ACT2FN, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"{name} ({value!r}) is no activation of transformers; the nearest one is {nearest!r}."
+                )
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save as in transformers. Raises ValueError for a config that could not be loaded again as it is."""
+        self.check_loadable()
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def check_loadable(self) -> None:
+        """Raise ValueError if loading what would be saved fails or leads to other values.
+
+        Fields set after construction have met no check yet, and those that construction derives were not derived again.
+        """
+        try:
+            saved = json.loads(self.to_json_string(use_diff=False))
+            loaded = json.loads(type(self).from_dict(saved).to_json_string(use_diff=False))
+        except (AttributeError, TypeError, ValueError, StrictDataclassError) as error:
+            raise ValueError(
+                f"this {type(self).__name__} could not be loaded again, so it is not saved: {error} A field was set to "
+                "something else after construction: correct it or delete it."
+            ) from error
+        for name in {field.name for field in fields(self)} - PreTrainedConfig.__dataclass_fields__.keys():
+            if saved[name] != loaded[name]:
+                raise ValueError(
+                    f"{name} ({saved[name]}) would be loaded as {loaded[name]}, so this {type(self).__name__} is not "
+                    "saved: it depends on a field that was changed after construction. Make a new config instead."
+                )
 
 
 class PatternConfig:

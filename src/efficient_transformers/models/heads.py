@@ -235,7 +235,9 @@ class Classifier(Head):
     """A head of dropout and one linear layer onto the labels."""
 
     def add_head(self, config: EtConfig) -> None:
-        self.num_labels = config.num_labels or 2
+        if not config.num_labels:
+            raise ValueError(f"num_labels ({config.num_labels}) must be at least 1 for {type(self).__name__}.")
+        self.num_labels = config.num_labels
         self.dropout = self.classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
 

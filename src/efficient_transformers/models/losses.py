@@ -59,6 +59,8 @@ def pooled_loss(
     if problem == "regression":
         losses = nn.functional.mse_loss(pooled_logits, labels, reduction="none")
         return losses.mean() if num_items_in_batch is None else losses.sum() / on_device(num_items_in_batch, losses)
+    if problem != "multi_label_classification":
+        raise ValueError(f"problem_type ({problem!r}) is not one that a loss exists for.")
     counted = labels != IGNORED
     losses = nn.functional.binary_cross_entropy_with_logits(pooled_logits, labels, reduction="none")
     total = losses.where(counted, 0).sum()
