@@ -27,7 +27,7 @@ TIERS = [
     ["tiles"],
     ["softmax_attention", "sparse_attention", "blocked_attention", "flex_attention", "linear_attention"],
     ["configuration", "caching", "sinkhorn_attention", "slot_attention", "synthetic_attention"],
-    ["attention"],
+    ["attention", "generation"],
     ["reversible"],
     ["kernel_attention", "backbone", "image_processing"],
     ["heads"],

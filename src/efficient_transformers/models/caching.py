@@ -1,6 +1,7 @@
 """What a causal model has to remember, and no more."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,9 +11,14 @@ from .patterns import AttentionPattern
 
 
 class SelectableRows:
-    """Mixin of the cache layers: what `generate` does with the rows of a batch, and that nothing can be taken back."""
+    """Mixin of the cache layers: what `generate` does with the rows of a batch.
+
+    is_croppable: can the newest tokens be removed again, as assisted decoding does with rejected candidates?
+    kept: what is kept instead of the tokens; the reason why a layer is not croppable.
+    """
 
     is_croppable = False
+    kept: ClassVar[str]
 
     @property
     def num_rows(self) -> int:
@@ -25,7 +31,13 @@ class SelectableRows:
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
-            raise ValueError("a cache that forgets cannot be rolled back: generate without assistant or look-up.")
+            raise ValueError(
+                f"tokens_to_remove ({tokens_to_remove}) must be 0: this cache keeps {self.kept}, from which no token "
+                "can be removed. Run the model again without the tokens, or copy the cache before they are added."
+            )
+
+    def activate_past_recording(self) -> None:
+        """Keep what `crop` needs until it is called; of a layer that is croppable only then."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select(beam_idx)
@@ -42,9 +54,12 @@ class PatternCacheLayer(SelectableRows, DynamicLayer):
 
     Kept are the first `num_prefix` real tokens and the last `span` ones; `span=None` keeps all. Positions count the
     real tokens of each row and are -1 at padding, so rows may be padded anywhere. Memory does not grow with the
-    length where the span is finite; eviction is amortised over `span` steps. What grows has room to grow into, so that
-    a token is written behind the others instead of copying them all.
+    length where the span is finite; eviction is amortised over `span` steps. Tokens that came after the last eviction
+    can be removed again; `activate_past_recording` leaves evictions to `crop`. What grows has room to grow into, so
+    that a token is written after the others instead of copying them all.
     """
+
+    AXES: ClassVar[dict[str, int]] = {"keys": 2, "values": 2, "positions": 1}  # the axis of the tokens
 
     keys: Tensor  # type: ignore[reportIncompatibleVariableOverride] — there from the first update on
     values: Tensor  # type: ignore[reportIncompatibleVariableOverride]
@@ -54,7 +69,8 @@ class PatternCacheLayer(SelectableRows, DynamicLayer):
         super().__init__()
         self.num_prefix, self.span = num_prefix, span
         self.is_empty = True
-        self.cumulative_length = 0
+        self.cumulative_length = self.removable = 0
+        self.records_past = False
         self.room: dict[str, Tensor] = {}  # of each tensor: it and what is free behind it
 
     def update(self, key_states: Tensor, value_states: Tensor, positions: Tensor, *args, **kwargs):  # type: ignore[override]
@@ -68,10 +84,45 @@ class PatternCacheLayer(SelectableRows, DynamicLayer):
             self.values = self.extended("values", self.values, value_states, 2)
             self.positions = self.extended("positions", self.positions, positions, 1)
         self.cumulative_length += key_states.shape[2]
+        self.removable += key_states.shape[2]
         everything = self.keys, self.values, self.positions
+        if not self.records_past:
+            self.evict_if_full()
+        return everything
+
+    def evict_if_full(self) -> None:
         if self.span is not None and self.positions.shape[1] > self.num_prefix + 2 * self.span:
             self.evict(self.span)
-        return everything
+            self.removable = 0
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return self.span is None or self.records_past or self.removable == self.cumulative_length
+
+    def activate_past_recording(self) -> None:
+        self.records_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens: -tokens_to_remove of them, or all but that many if it is above 0.
+
+        Raises ValueError where tokens that the window needs then have been evicted.
+        """
+        # older versions of transformers count the tokens that stay, newer ones those that go
+        count = self.cumulative_length - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        if count > self.removable:
+            raise ValueError(
+                f"{count} tokens must be no more than the {self.removable} that came after the last eviction: this "
+                f"cache keeps {self.num_prefix} + {self.span} tokens of each row. Call activate_past_recording() on it "
+                "before the tokens are added."
+            )
+        if count > 0:
+            for name, axis in self.AXES.items():
+                x: Tensor = getattr(self, name)
+                setattr(self, name, x.narrow(axis, 0, x.shape[axis] - count))
+            self.cumulative_length -= count
+            self.removable -= count
+        if not self.is_empty:
+            self.evict_if_full()
 
     def extended(self, name: str, old: Tensor, new: Tensor, axis: int) -> Tensor:
         """`old` and `new` one behind the other, along `axis`."""
@@ -101,6 +152,7 @@ class PatternCacheLayer(SelectableRows, DynamicLayer):
 
     def reset(self) -> None:
         self.is_empty = True
+        self.removable = 0
         self.room.clear()
         super().reset()
 
@@ -118,6 +170,8 @@ class PatternCacheLayer(SelectableRows, DynamicLayer):
 
 class BucketCacheLayer(PatternCacheLayer):
     """Keys and values of all tokens, with their positions and with the buckets that the data put them in."""
+
+    AXES: ClassVar[dict[str, int]] = {**PatternCacheLayer.AXES, "buckets": 3}
 
     buckets: Tensor
 

@@ -23,6 +23,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from .backbone import Encoder
 from .configuration import EtConfig
+from .generation import OwnCacheGeneration
 from .losses import IGNORED, cross_entropy, pooled_loss
 from .signatures import CACHE_FIELD, accepts, keywords
 
@@ -152,7 +153,7 @@ class ForMaskedLM(Head):
         )
 
 
-class ForCausalLM(Head):
+class ForCausalLM(OwnCacheGeneration, Head):
     """Predicts the next token, with a cache. Sets `is_decoder` in its own copy of the config.
 
     The variant's class names GenerationMixin itself, behind its pretrained base: transformers looks for it there.
@@ -170,11 +171,6 @@ class ForCausalLM(Head):
         config = deepcopy(config)
         config.is_decoder = True
         return config
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        """True; transformers decides it by the name of the class, and EtReformer's contains "reformer"."""
-        return True
 
     def add_head(self, config: EtConfig) -> None:
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -64,6 +64,8 @@ class RandomFeatureConfig(KernelConfig):
 class StateCacheLayer(SelectableRows, CacheLayerMixin):
     """The state of linear attention: sums over all tokens so far, of a size that does not grow with them."""
 
+    kept = "sums over all tokens"
+
     def __init__(self):
         super().__init__()
         self.state: LinearState | None = None

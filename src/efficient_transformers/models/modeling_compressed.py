@@ -103,6 +103,7 @@ class CompressedCacheLayer(SelectableRows, CacheLayerMixin):
     """
 
     is_compileable = False
+    kept = "one key and one value of each segment of tokens"
 
     def __init__(self, factor: int, kernel: int):
         super().__init__()

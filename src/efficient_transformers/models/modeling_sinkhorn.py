@@ -115,6 +115,8 @@ class SinkhornCacheLayer(SelectableRows, CacheLayerMixin):
     sorted: keys and values that the block of the newest token reads, (b, h, s, d); None if they have to be computed.
     """
 
+    kept = "sums over the tokens of each block"
+
     def __init__(self, size: int):
         super().__init__()
         self.size = size
