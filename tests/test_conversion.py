@@ -8,6 +8,7 @@ import numpy
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertTokenizer
 
 from efficient_transformers.cli import main
@@ -445,6 +446,14 @@ def bert_folder(tmp_path):
     make("Bert", "MaskedLM", dtype=torch.float32).save_pretrained(folder)
     BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=40).save_pretrained(folder)
     return folder
+
+
+def test_a_model_converted_from_half_precision_loads_to_be_trained(tmp_path):
+    """Stored as it was; in bfloat16 weights most steps of fine-tuning would be rounded away."""
+    convert(make("Bert", "MaskedLM", dtype=torch.bfloat16), "local").save(tmp_path)
+    assert {x.dtype for x in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path).dtype == torch.float32
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_command_line_end_to_end(bert_folder, tmp_path, capsys):

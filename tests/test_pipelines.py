@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, pipeline
 from zoo import build
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.tokenizers import fit_tokenizer
+from efficient_transformers.folders import fit_tokenizer
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 TEXT = "the tariff and the canal of the union " * 600  # over 4,096 tokens

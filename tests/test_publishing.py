@@ -104,6 +104,11 @@ def test_weights_are_bfloat16_and_the_rest_is_there(published):
     assert (published / "pattern.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_leaves_a_tokenizer_that_knows_the_length_of_the_model(published):
+    run = published.parents[1] / "zoo_era-local"
+    assert transformers.AutoTokenizer.from_pretrained(run).model_max_length == 64
+
+
 def test_the_card_says_what_was_measured(published):
     card = ModelCard.load(published / "README.md")
     metrics = json.loads((published / "metrics.json").read_text())

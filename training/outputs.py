@@ -27,7 +27,7 @@ from sharding import whole_state
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from efficient_transformers.exporting import code_version
-from efficient_transformers.tokenizers import fit_tokenizer
+from efficient_transformers.folders import fit_tokenizer
 
 SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpoints", "runs"
 # settings that change neither the data nor the weights, and so may differ when a run is continued

@@ -39,9 +39,9 @@ from transformers import PreTrainedModel
 
 from efficient_transformers import VARIANTS, plots
 from efficient_transformers.cards import PICTURE, costs_of, description_of
-from efficient_transformers.exporting import CONFIG, README, export
+from efficient_transformers.exporting import README, export
+from efficient_transformers.folders import fit_tokenizer, load_as_float32
 from efficient_transformers.matrices import read_matrices
-from efficient_transformers.tokenizers import fit_tokenizer
 
 MOST_BYTES = 3_000_000
 DRAWN_TOKENS = 512
@@ -114,13 +114,6 @@ def publish(run: Path, out: Path) -> dict[str, Any]:
     if too_large := [path.name for path in out.iterdir() if path.stat().st_size > MOST_BYTES]:
         raise InputError(f"{out} has files over {MOST_BYTES:,} bytes: {', '.join(too_large)}. Train a smaller model.")
     return metrics
-
-
-def load_as_float32(folder: Path) -> None:
-    """Let the saved model load in float32: steps of fine-tuning are lost in the rounding of bfloat16 weights."""
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    text = json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True)  # as transformers writes it
-    (folder / CONFIG).write_text(f"{text}\n", encoding="utf-8")
 
 
 def write_card(folder: Path) -> None:

@@ -43,7 +43,7 @@ from transformers import (
     set_seed,
 )
 
-from efficient_transformers.tokenizers import fit_tokenizer
+from efficient_transformers.folders import fit_tokenizer
 
 TASKS: dict[str, Task] = {
     "classify": classify.TASK,

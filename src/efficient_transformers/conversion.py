@@ -25,12 +25,12 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from .folders import fit_tokenizer, load_as_float32
 from .models.checks import check_at_least, check_entries, check_shape
 from .models.configuration import TEXT_HEADS
 from .models.kernel_attention import KernelConfig
 from .models.resizing import stretch_positions
 from .registry import VARIANTS, Variant
-from .tokenizers import fit_tokenizer
 
 Rules = tuple[tuple[str, str | None], ...]  # pattern of a whole name -> what it is called here; None: left
 
@@ -242,8 +242,12 @@ class Conversion:
     tokenizer: Any = None
 
     def save(self, folder: str | Path) -> None:
-        """Write config, code, safetensors, tokenizer and the report (`conversion.json`)."""
+        """Write config, code, safetensors, tokenizer and the report (`conversion.json`).
+
+        Weights keep the source's precision on the disk and load as float32, to be trained further.
+        """
         self.model.save_pretrained(folder)
+        load_as_float32(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         (Path(folder) / "conversion.json").write_text(self.report.to_json(), encoding="utf-8")

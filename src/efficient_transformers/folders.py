@@ -1,5 +1,7 @@
-"""Prepare a tokenizer for the folder of the model that it is saved with."""
+"""What every folder with a saved model needs: a tokenizer that knows the length, and weights that load as float32."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -24,3 +26,16 @@ def fit_tokenizer(tokenizer: Any, config: PreTrainedConfig, max_length: int | No
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         for name in NOT_SAVED:
             tokenizer.init_kwargs.pop(name, None)
+
+
+def load_as_float32(folder: str | Path) -> None:
+    """Let a model saved in half precision load in float32, by the `dtype` in its config.json.
+
+    transformers loads a model in the precision that its config names, and in bfloat16 weights most steps of
+    fine-tuning are lost in rounding. `from_pretrained(…, dtype=torch.bfloat16)` loads the stored precision.
+    """
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("dtype") in ("bfloat16", "float16"):
+        text = json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True)  # as transformers writes it
+        path.write_text(f"{text}\n", encoding="utf-8")
