@@ -123,7 +123,7 @@ def linformer_matrices(mixer: Any, hidden: Tensor, sequence: SequenceInfo) -> It
     """The projection F of the values, and the weights of each head over the projected keys."""
     weights = mixer(hidden, sequence)[1][0]  # (h, n, n)
     projections: list[Any] = [*mixer.projections] or [sequence.shared]
-    matrix = projections[-1].matrix(hidden.shape[1]).expand(len(weights), -1, -1).to(weights)  # (h, k, n)
+    matrix = projections[-1](hidden.shape[1]).expand(len(weights), -1, -1).to(weights)  # (h, k, n)
     # the mixer returns the n×k weights times F: they are its factor, the only one if F has full rank
     factors = torch.linalg.lstsq(matrix.mT, weights.mT, driver="gelsd").solution.mT
     yield Matrix("F, the projection of the values", matrix[0], rows="projected value", columns="token")

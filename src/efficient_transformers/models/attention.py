@@ -105,6 +105,18 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
 
+def no_rows(hidden: Tensor, *layers: nn.Module) -> Tensor | float:
+    """Zero, computed by `layers` from no rows of `hidden` (…, n, e).
+
+    Added to what is computed without these layers, it gives their parameters a gradient of zero: DDP
+    waits for a gradient of every parameter in every step, and another process may use the layers.
+    """
+    if not torch.is_grad_enabled():
+        return 0.0
+    empty = hidden[..., :0, :]
+    return torch.stack([layer(empty).sum() for layer in layers]).sum()
+
+
 class OwnValues(nn.Module):
     """A module that knows how its own parameters and buffers begin, and which of their axes are positions.
 

@@ -142,11 +142,14 @@ class EtEmbeddings(OwnValues):
 
 
 class ExternalTokens(nn.Module):
-    """Learned embeddings that stand in front of every sequence and are cut off at the end."""
+    """Learned embeddings in front of every sequence, cut off at the end: (…, n, e) -> (…, count + n, e)."""
 
     def __init__(self, count: int, hidden_size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(count, hidden_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.cat([self.weight.to(hidden.dtype).expand(*hidden.shape[:-2], -1, -1), hidden], -2)
 
 
 class EtMLP(nn.Module):
@@ -683,7 +686,7 @@ class Encoder:
             at = torch.arange(len(number), device=device)
             place = at - (sizes.cumsum(0) - sizes)[number]  # in its document
             source = torch.where(place < count, place, at - count * number)
-            hidden = torch.cat([self.external_tokens.weight.to(hidden.dtype), hidden])[source]
+            hidden = self.external_tokens(hidden)[source]
             position_ids = torch.cat([torch.arange(count, device=device), position_ids + count])[source]
             marked = None if marked is None else nn.functional.pad(marked, (count, 0))[source]
             own = (place >= count).nonzero()[:, 0]
@@ -717,7 +720,7 @@ class Encoder:
         """Put the external tokens in front and write down what the mixers may know."""
         if count := self.num_external:
             batch = hidden.shape[0]
-            hidden = torch.cat([self.external_tokens.weight.to(hidden.dtype).expand(batch, -1, -1), hidden], 1)
+            hidden = self.external_tokens(hidden)
             front = torch.arange(count, device=hidden.device).expand(batch, -1)
             positions = torch.cat([front, torch.where(positions < 0, -1, positions + count)], 1)
             position_ids = torch.cat([front, position_ids + count], 1)

@@ -37,4 +37,7 @@ class PatchEmbeddings(nn.Module):
         axes = "batch, channels, height, width"
         check_shape("pixel_values", pixel_values.shape, (len(pixel_values), *self.shape), axes)
         patches = F.pixel_unshuffle(pixel_values, self.patch_size)  # (b, c·p², height/p, width/p)
-        return self.projection(patches.flatten(2).transpose(1, 2).to(self.projection.weight.dtype))
+        patches, weight = patches.flatten(2).transpose(1, 2), self.projection.weight
+        if isinstance(weight, Tensor) and weight.is_floating_point():  # a quantised layer converts its own input
+            patches = patches.to(weight.dtype)
+        return self.projection(patches)

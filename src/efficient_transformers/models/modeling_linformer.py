@@ -52,7 +52,7 @@ class EtLinformerConfig(EtConfig):
 
 
 class LengthProjection(OwnValues):
-    """E of all heads, or of each of h: sums over positions, (b, 1 or h, n, e) -> (b, 1 or h, k, e)."""
+    """E, one matrix for all heads or one for each of h."""
 
     position_axes: ClassVar = {"weight": (2,)}
     summed_axes: ClassVar = {"weight": (2,)}
@@ -65,12 +65,14 @@ class LengthProjection(OwnValues):
         # the paper's proof draws with variance 1/k, which lets keys grow with the length; so they stay as they were
         init.normal_(self.weight, std=self.weight.shape[2] ** -0.5)
 
-    def matrix(self, length: int) -> Tensor:
+    def forward(self, length: int) -> Tensor:
         """The columns of the first `length` positions, (1 or h, k, n)."""
         return first_positions(self.weight, length, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("hkn,bhne->bhke", self.matrix(x.shape[2]).to(x.device), x)
+
+def project(projection: nn.Module, x: Tensor) -> Tensor:
+    """Sums over positions by a `LengthProjection`, (b, 1 or h, n, e) -> (b, 1 or h, k, e)."""
+    return torch.einsum("hkn,bhne->bhke", projection(x.shape[2]).to(x.device), x)
 
 
 class EtLinformerAttention(MultiHeadAttention):
@@ -99,7 +101,7 @@ class EtLinformerAttention(MultiHeadAttention):
             return self.attend_eagerly(q, hidden, sequence, projections, dropout)
         if sequence.rotary is not None or self.config.projection_sharing == "none":
             k, v = self.keys_and_values(hidden, sequence)
-            k, v = projections[0](k), projections[-1](v)
+            k, v = project(projections[0], k), project(projections[-1], v)
         else:
             k, v = self.projected(hidden, sequence.keep, projections)
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout), None
@@ -113,20 +115,25 @@ class EtLinformerAttention(MultiHeadAttention):
         r"""Projected keys and values, (b, h, k, d) each, of k rows instead of n where all heads share E.
 
         .. math:: E (X W + \mathbf 1 b^\top) = (E X) W + (E \mathbf 1) b^\top
+
+        b is the layer's output for a row of zeros, so the layer may be any affine map: an adapter or a quantised layer.
         """
         real = hidden.new_ones(hidden.shape[:2]) if keep is None else keep.to(hidden.dtype)
         with_count = [real[..., None] * hidden, real[..., None]]
-        short = [[projection(x[:, None])[:, 0] for x in with_count] for projection in projections]
-        pairs = zip((self.k_proj, self.v_proj), (short[0], short[-1]), strict=True)
-        return [self.split_heads(linear(x) + (count - 1).to(x.dtype) * linear.bias) for linear, (x, count) in pairs]
+        short = [[project(projection, x[:, None])[:, 0] for x in with_count] for projection in projections]
+        result = []
+        for linear, (x, count) in zip((self.k_proj, self.v_proj), (short[0], short[-1]), strict=True):
+            rows = linear(F.pad(x, (0, 0, 0, 1)))
+            result.append(self.split_heads(rows[:, :-1] + (count - 1).to(rows.dtype) * rows[:, -1:]))
+        return result
 
     def attend_eagerly(
         self, q: Tensor, hidden: Tensor, sequence: SequenceInfo, projections: list, dropout: float
     ) -> tuple[Tensor, Tensor]:
         k, v = self.keys_and_values(hidden, sequence)
         everything = torch.ones(1, dtype=torch.bool, device=q.device)
-        _, reads = softmax_attention(q, projections[0](k), projections[-1](v), everything)
-        matrix = projections[-1].matrix(v.shape[2]).to(v)
+        _, reads = softmax_attention(q, project(projections[0], k), project(projections[-1], v), everything)
+        matrix = projections[-1](v.shape[2]).to(v)
         weights = reads @ matrix
         if sequence.keep is not None:
             weights = weights * (sequence.keep[:, None, :, None] & sequence.keep[:, None, None])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.generation import GenerationMixin
 
-from .attention import PatternAttention, SequenceInfo
+from .attention import PatternAttention, SequenceInfo, no_rows
 from .backbone import Encoder, EtPreTrainedModel
 from .blocked_attention import global_positions, put_rows
 from .checks import check_at_least, check_divisible, check_entries
@@ -113,6 +113,15 @@ class EtLongformerConfig(PatternConfig, EtConfig):
         ]
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Is the output of `layer` nothing but its weight times the input plus its bias, both at hand?
+
+    Adapters and quantisers replace the layer or its weight; offloading replaces its `forward`, which loads the weight.
+    """
+    wrapped = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) is nn.Linear and not wrapped and type(layer.weight) in (Tensor, nn.Parameter)
+
+
 class LongformerAttention(PatternAttention):
     """Window and global tokens; the rows of the latter with projections of their own."""
 
@@ -134,7 +143,7 @@ class LongformerAttention(PatternAttention):
         real = sequence.positions >= 0
         tokens, present = global_positions(self.groups[0][0], real, sequence.global_mask)
         if tokens is None:
-            return mixed, weights
+            return mixed + no_rows(hidden, self.global_q_proj, self.global_k_proj, self.global_v_proj), weights
         index, rotary = tokens[..., None], sequence.rotary
         if rotary is not None:
             cos, sin = (angle.gather(1, index[..., None].expand(-1, -1, *angle.shape[2:])) for angle in rotary)
@@ -142,9 +151,8 @@ class LongformerAttention(PatternAttention):
         q = self.split_heads(self.global_q_proj(hidden.gather(1, index.expand(-1, -1, hidden.shape[2]))), rotary)
         dropout = self.dropout if self.training else 0.0
         k_proj, v_proj = self.global_k_proj, self.global_v_proj
-        # an adapter that stands in for a layer is more than its weight
-        plain = weights is None and type(k_proj) is nn.Linear and type(v_proj) is nn.Linear
-        if plain and self.config.folds_global_rows(tokens.shape[1]):
+        foldable = weights is None and is_plain(k_proj) and is_plain(v_proj)
+        if foldable and self.config.folds_global_rows(tokens.shape[1]):
             projections = k_proj.weight, k_proj.bias, v_proj.weight, v_proj.bias
             rows = folded_attention(q, hidden, *projections, sequence.keep, dropout)
             return put_rows(mixed, rows, tokens, present), None
