@@ -11,6 +11,7 @@ import efficient_transformers
 MODELS = Path(efficient_transformers.__file__).parent / "models"
 FILES = sorted(path for path in MODELS.glob("*.py") if path.stem != "__init__")
 TIERS = [
+    ["tracing"],
     [
         "checks",
         "signatures",

@@ -17,6 +17,7 @@ from .patterns import AttentionPattern, times_drawn
 from .softmax_attention import softmax_attention
 from .sparse_attention import biased_attention, by_rows, is_short, mask_size, sparse_attention
 from .tiles import as_bias
+from .tracing import count_blocks, is_exported, is_traced
 
 
 @dataclass
@@ -228,6 +229,11 @@ class PatternAttention(MultiHeadAttention):
             return softmax_attention(q, k, v, self.allowed(sequence, sequence.positions), dropout)
         return self.mix(q, k, v, sequence, dropout), None
 
+    @property
+    def uses_kernel(self) -> bool:
+        """Return True if FlexAttention runs; an exported graph holds plain products instead, for any runtime."""
+        return self.config._attn_implementation == "flex_attention" and not is_exported()
+
     def takes_marks(self, pattern: AttentionPattern) -> bool:
         """Do the tokens that the caller marked become global in heads with this pattern?"""
         return True
@@ -235,7 +241,7 @@ class PatternAttention(MultiHeadAttention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceInfo, dropout: float) -> Tensor:
         """All heads through the engine that suits the place, (b, h, n, d)."""
         mixed, keep, table = [], sequence.keep, self.random_blocks
-        length, traced = q.shape[2], torch.compiler.is_compiling() or q.device.type != "cpu"
+        length, traced = q.shape[2], is_traced() or q.device.type != "cpu"
         if len(self.groups) > 1 and sequence.global_mask is None and not traced and table is None:
             rows = sequence.lengths or (length,) * len(q)
             if all(is_short(pattern, real, len(heads)) for real in set(rows) for pattern, heads in self.groups):
@@ -247,7 +253,7 @@ class PatternAttention(MultiHeadAttention):
             marked, tokens = sequence.global_mask, sequence.global_tokens
             if not self.takes_marks(pattern):
                 marked = tokens = None
-            if self.config._attn_implementation == "flex_attention" and not dropout and blocks is None:
+            if self.uses_kernel and not dropout and blocks is None:
                 out = flex_sparse_attention(*part, pattern, keep, marked, sequence.block_masks)
             elif traced:
                 out = blocked_attention(*part, pattern, keep, marked, dropout, blocks, self.global_rows)
@@ -273,11 +279,13 @@ class PatternAttention(MultiHeadAttention):
             table = self.random_blocks if pattern.num_random_blocks else None
             drawn = replace(pattern, num_random_blocks=0) if table is not None else pattern
             head = torch.arange(len(heads) if pattern.num_random_blocks else 1, device=i.device)[:, None, None]
-            if drawn.depends_on_length:
-                rows = [drawn.allows(head, i[b], j[b], length) for b, length in enumerate(lengths.tolist())]
-                allowed = torch.stack(rows)
+            if drawn.num_random_blocks:  # as many for each row as its own length has
+                size, row = drawn.block_size, torch.arange(i.shape[0], device=i.device)[:, None, None, None]
+                count = count_blocks(j.shape[-1] if is_traced() else int(lengths.max()), size)
+                blocks = drawn.random_blocks(len(heads), count, (lengths + size - 1) // size).flatten(0, 1)
+                allowed = drawn.allows(row * len(heads) + head, i, j, lengths[:, None, None, None], blocks)
             else:
-                allowed = drawn.allows(head, i, j, 0)
+                allowed = drawn.allows(head, i, j, lengths[:, None, None, None])
             if sequence.global_mask is not None and self.takes_marks(pattern):
                 allowed = allowed | sequence.global_mask[:, None, :, None] | sequence.global_mask[:, None, None, :]
             if table is not None:  # global tokens read everything once

@@ -34,6 +34,7 @@ from .packing import (
 from .resizing import Stretch, resize_table
 from .reversible import chunks, reversible_stack, wide
 from .signatures import CACHE_FIELD, accepts
+from .tracing import check_exporter, is_exported, is_traced
 
 
 class EtPreTrainedModel(PreTrainedModel):
@@ -201,7 +202,7 @@ class EtBlock(GradientCheckpointingLayer):
         if not self.chunk_size:
             return self.feed_forward_chunk(hidden)
         rule = self.feed_forward_chunk
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not is_traced():
             rule = partial(checkpoint, rule, use_reentrant=False)
         return torch.cat([rule(hidden[:, rows]) for rows in chunks(hidden.shape[1], self.chunk_size)], 1)
 
@@ -262,7 +263,7 @@ class RunningNorm(OwnValues):
     @torch.no_grad()
     def watch(self, vectors: Tensor) -> None:
         """Plain averages over the first examples, then such that an example counts 1/e of it MEMORY examples later."""
-        count = len(vectors)
+        count = vectors.shape[0]
         share = (count / (self.seen + count)).clamp(min=1 - (1 - 1 / self.MEMORY) ** count)
         variance, mean = torch.var_mean(vectors, 0, correction=0)
         between = share * (1 - share) * (mean - self.mean).square()
@@ -288,10 +289,10 @@ class EtPooler(nn.Module):
             case "mean":
                 pooled = (hidden * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp(min=1)
             case "cls":
-                pooled = hidden[torch.arange(len(hidden), device=hidden.device), keep.int().argmax(1)]
+                pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), keep.int().argmax(1)]
             case "last":
                 last = (keep * torch.arange(keep.shape[1], device=hidden.device)).argmax(1)
-                pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
+                pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         return self.activation(self.dense(self.norm(pooled)))
 
 
@@ -423,8 +424,8 @@ class Encoder:
 
         Where `position_ids` start again at 0 inside of a row, it holds several documents: each gives what it gives
         alone, and `pooler_output` is (documents, e), in their order. To see this, torch.compile breaks its graph where
-        it is given `position_ids`, and leaves packed rows uncompiled; an exported program takes every row for one
-        document.
+        it is given `position_ids`, and leaves packed rows uncompiled; an exported or traced program takes every row
+        for one document.
 
         Raises ValueError for a sequence longer than `max_position_embeddings`, masks and ids of another shape, dtype or
         value, both or neither of `input_ids` and `inputs_embeds`, a cache that this model cannot use, and for packed
@@ -432,6 +433,7 @@ class Encoder:
         and `generate` pass (`signatures.SHARED`); `cache` is a second name of `past_key_values`, which is called so
         since transformers 5.24.
         """
+        check_exporter(type(self).__name__)
         config = self.config
         inputs = self.choose_input(input_ids, pixel_values, inputs_embeds)
         check_cache(past_key_values, type(self).__name__, config.is_decoder)
@@ -524,7 +526,7 @@ class Encoder:
 
     def recomputes(self, sequence: SequenceInfo, output_hidden_states: bool) -> bool:
         """Does the stack run without keeping its activations? Not where there is something to give out or to store."""
-        if not self.config.reversible or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not self.config.reversible or not torch.is_grad_enabled() or is_traced():
             return False
         checkpointing = self.gradient_checkpointing and self.training  # type: ignore[attr-defined]
         gives_out = output_hidden_states or sequence.output_attentions
@@ -551,8 +553,16 @@ class Encoder:
         return mean(streams).to(dtype), hidden_states, attentions
 
     def open_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
-        """The cache to read and write, or None."""
+        """The cache to read and write, or None. Exported programs have none."""
         if not self.config.is_decoder:
+            return None
+        if is_exported():
+            if cache is not None or use_cache:
+                raise ValueError(
+                    f"{type(self).__name__} cannot be exported with a cache, whose size changes with every token: "
+                    "leave past_key_values out and use_cache=None or False. The exported program takes the whole "
+                    "sequence at each step."
+                )
             return None
         wanted = self.config.use_cache if use_cache is None else use_cache
         if (self.gradient_checkpointing or self.config.reversible) and self.training:  # type: ignore[attr-defined]
@@ -596,7 +606,7 @@ class Encoder:
             mask = None if mask is None else torch.cat([mask.new_ones(batch, seen), mask], 1)
         if mask is not None:
             check_shape("attention_mask", mask.shape, (batch, seen + length), "batch, past + length")
-        if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
+        if mask is not None and not is_traced() and bool(mask.all()):
             mask = None
         if cache is not None:
             cache.holds_padding = mask is not None  # type: ignore[attr-defined]
@@ -622,7 +632,7 @@ class Encoder:
         packing = Packing(None, keep, self.num_external)
         if keep is None or continues:
             return embeds, keep, positions, token_types, position_ids, marked, packing
-        if not torch.compiler.is_compiling() and bool((keep[:, 1:] <= keep[:, :-1]).all()):
+        if not is_traced() and bool((keep[:, 1:] <= keep[:, :-1]).all()):
             return embeds, keep, positions, token_types, position_ids, marked, packing  # padded on the right already
         packing.order = order = packing_order(keep)
         per_token = [keep, positions, token_types, position_ids, marked]
@@ -641,7 +651,7 @@ class Encoder:
 
     def divide(self, position_ids: Tensor | None, mask: Tensor | None, embeds: Tensor) -> Documents | None:
         """The documents of packed rows, None if each row is one."""
-        if position_ids is None or position_ids.shape[1] == 1 or torch.compiler.is_exporting():
+        if position_ids is None or position_ids.shape[1] == 1 or is_exported():
             return None
         keep = None if mask is None else mask[:, -embeds.shape[1] :]  # before these is the past
         documents = uncompiled(find_documents)(position_ids.expand(embeds.shape[:2]), keep)
@@ -740,7 +750,7 @@ class Encoder:
     ) -> SequenceInfo:
         """What the mixers may know of rows with their external tokens."""
         config = self.config
-        numbers = not torch.compiler.is_compiling()
+        numbers = not is_traced()
         rotary = None
         if config.position_embedding_type == "rotary":
             rotary = rotary_angles(position_ids, config.head_dim, config.rope_theta, dtype)
@@ -759,7 +769,7 @@ class Encoder:
 
 def uncompiled(function: Callable) -> Callable:
     """Runs as it is where torch.compile meets it: documents are other ones at each step, as would be their graph."""
-    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+    return torch.compiler.disable(function) if is_traced() else function
 
 
 def mean(streams: list[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .patterns import AttentionPattern
+from .tracing import count_blocks, is_traced
 
 TILE = 64  # queries of a tile where blocks do not say otherwise; it reads so many keys and the window on either side
 
@@ -33,12 +34,11 @@ def blocked_attention(
         return masked_attention(q, k, v, pattern, keep, dropout)
     step, reach, size = pattern.dilation, pattern.reach, pattern.block_size
     per_class = (length + step - 1) // step  # tokens of a residue class modulo the dilation
-    if reach is None:
+    if reach is None:  # a class is one tile
         size, reach = per_class, 0
     elif not pattern.in_blocks and not pattern.num_random_blocks:
         size = TILE
-    # of a traced length one more, in one division: a count that may be 1 would be taken for 1
-    count = (per_class + (1 if isinstance(length, int) else 2) * size - 1) // size
+    count = 1 if pattern.reach is None else count_blocks(per_class, size)
     device, last = q.device, length - 1
 
     def tiles_of(x: Tensor, index: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def blocked_attention(
 
 def put_rows(x: Tensor, rows: Tensor, tokens: Tensor, present: Tensor) -> Tensor:
     """`x` (b, h, n, d) with `rows` (b, h, g, d) at positions `tokens` (b, g) that are `present`."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and not is_traced():
         # writes just what is there; elsewhere `nonzero` would wait for the device, and no trace knows how much it finds
         row, number = present.expand(len(x), -1).nonzero(as_tuple=True)
         values = rows[row, :, number].to(x.dtype)
@@ -124,7 +124,7 @@ def put_rows(x: Tensor, rows: Tensor, tokens: Tensor, present: Tensor) -> Tensor
 
 def marks_of(tokens: Tensor, present: Tensor, real: Tensor) -> Tensor:
     """(b, n) True at the positions `tokens` (b, g) that are `present`."""
-    return torch.zeros_like(real).expand(len(tokens), -1).scatter(1, tokens, present.expand_as(tokens))
+    return torch.zeros_like(real).expand(tokens.shape[0], -1).scatter(1, tokens, present.expand_as(tokens))
 
 
 def global_positions(
@@ -136,7 +136,8 @@ def global_positions(
     if global_mask is not None:
         position = torch.arange(length, device=real.device)
         marked = real & (global_mask | pattern.is_global(position, real.sum(1, keepdim=True)))
-        most = marked.sum(1).max().item()
+        # torch.jit.trace would record the number in its example as a constant: room for all instead
+        most = length if torch.jit.is_tracing() else marked.sum(1).max().item()
         if torch.compiler.is_compiling():  # a number that only the data tells
             torch._check(most >= 0)
             torch._check(most <= length)

@@ -5,6 +5,8 @@ from collections.abc import Sized
 import torch
 from torch import Tensor
 
+from .tracing import is_traced
+
 
 def check_divisible(name: str, value: int, by_name: str, by: int, remedy: str) -> None:
     """Raise ValueError unless `value` is a multiple of `by`."""
@@ -37,11 +39,6 @@ def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...], ax
     """Raise ValueError unless `shape` equals `expected`; `axes` names them for the reader."""
     if tuple(shape) != expected:
         raise ValueError(f"{name} must have shape ({axes}) = {expected}, got {tuple(shape)}.")
-
-
-def is_traced() -> bool:
-    """True while torch.compile, torch.export or torch.jit.trace records a graph, which cannot branch on values."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def as_mask(name: str, mask: Tensor, one: str, zero: str, remedy: str) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
+from .tracing import is_traced
+
 GRID = 2**16  # steps of a cosine by which tokens are ranked: coarser than rounding, so that equal tokens are equal
 DISPENSABLE = 0.05  # a centroid that saves its members less than this share of the average starts again elsewhere
 PATIENCE = 0.9  # decay of that average: early in training a centroid may soon point where no token does any more
@@ -106,10 +108,10 @@ def cluster_statistics(x: Tensor, centroids: Tensor, keep: Tensor | None) -> Clu
         # as a product, because a scattered sum adds in another order each time on a GPU
         sums, distortion, savings = (members.transpose(1, 2) @ values).split([x.shape[-1], 1, 1], -1)
         count, length = centroids.shape[1], x.shape[1]
-        lowest = best.new_full((len(x), count), 2.0).scatter_reduce(1, cluster, best, "amin")
+        lowest = best.new_full((x.shape[0], count), 2.0).scatter_reduce(1, cluster, best, "amin")
         position = torch.arange(length, device=x.device)
         found = torch.where(best == lowest.gather(1, cluster), position, length - 1)
-        first = cluster.new_full((len(x), count), length - 1).scatter_reduce(1, cluster, found, "amin")
+        first = cluster.new_full((x.shape[0], count), length - 1).scatter_reduce(1, cluster, found, "amin")
         farthest = x.gather(1, first[..., None].expand(-1, -1, x.shape[-1]))
         return ClusterStatistics(sums, farthest, lowest, distortion[..., 0], savings[..., 0]).packed()
 
@@ -178,7 +180,7 @@ def by_head(rule: Callable[..., Tensor], x: Tensor, centroids: Tensor, *rest: Te
     with torch.autocast(x.device.type, enabled=False):
         tensors: list[Any] = [x.to(wide), centroids.to(wide).expand(batch, -1, -1, -1), *rest]
         tensors = [None if tensor is None else tensor.flatten(0, 1) for tensor in tensors]
-        if torch.compiler.is_compiling() or x.device.type != "cpu":
+        if is_traced() or x.device.type != "cpu":
             return rule(*tensors).unflatten(0, (batch, heads))
         size = max(1, AT_ONCE // (centroids.shape[1] * length))
         parts = [None if tensor is None else tensor.split(size) for tensor in tensors]

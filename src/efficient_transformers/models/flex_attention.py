@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import flex_attention as flex
 
 from .patterns import AttentionPattern, rounded_length
+from .tracing import is_traced
 
 BLOCK = 128  # tokens on a side of the blocks that the kernel computes or leaves out
 MOST_SHAPES = 256  # that one process may compile, of lengths, patterns and batches; torch's own limit is 8
@@ -58,7 +59,7 @@ def flex_sparse_attention(
         rows = 1 if keep is None and global_mask is None else batch
         block_masks[key] = block_mask(pattern, num_heads, length + padding, real, marked, rows)
     q, k, v = (F.pad(x, (0, 0, 0, padding)) if padding else x for x in (q, k, v))
-    if torch.compiler.is_compiling():  # a part of what is being compiled
+    if is_traced():  # a part of what is being compiled
         out = flex.flex_attention(q, k, v, block_mask=block_masks[key])
     else:
         with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
@@ -115,7 +116,7 @@ def blocks_of(
     some = (furthest.clamp(max=possibly) // step * step >= nearest)[None]  # is there a multiple of the dilation?
     whole = (furthest <= surely)[None] if step == 1 else torch.zeros_like(some)
 
-    everywhere = pattern.is_global(token[None], real[:, None]).expand(len(real), -1)
+    everywhere = pattern.is_global(token[None], real[:, None]).expand(real.shape[0], -1)
     if marked is not None:
         everywhere = everywhere | marked
     everywhere = everywhere.unflatten(1, (-1, BLOCK))

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tracing import is_traced
+
 
 def fourier_mix(x: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
     """By fast transforms, O(n·e·log(n·e)), rows of equal length together. `lengths` counts real tokens; None: all n."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return transform(x)
     return FourierMix.apply(x, [x.shape[1]] * len(x) if lengths is None else list(lengths))  # type: ignore[return-value]
 

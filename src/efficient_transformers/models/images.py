@@ -35,7 +35,7 @@ class PatchEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(b, c, height, width) -> (b, n, e)."""
         axes = "batch, channels, height, width"
-        check_shape("pixel_values", pixel_values.shape, (len(pixel_values), *self.shape), axes)
+        check_shape("pixel_values", pixel_values.shape, (pixel_values.shape[0], *self.shape), axes)
         patches = F.pixel_unshuffle(pixel_values, self.patch_size)  # (b, c·p², height/p, width/p)
         patches, weight = patches.flatten(2).transpose(1, 2), self.projection.weight
         if isinstance(weight, Tensor) and weight.is_floating_point():  # a quantised layer converts its own input

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .feature_maps import FeatureMap
+from .tracing import count_blocks, is_traced
 
 # By measurement:
 CHUNK = 128  # tokens whose weights are written out
@@ -176,7 +177,7 @@ def plan(k: Tensor, feature_map: FeatureMap, projection: Tensor | None) -> tuple
     def call(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
 
-    if torch.compiler.is_compiling():
+    if is_traced():
         return None, call
     features = k.shape[-1] if projection is None else projection.shape[-2] * feature_map.per_row
     of_token = k.shape[0] * k.shape[1] * features
@@ -313,7 +314,7 @@ def chunked_products(
 
     Within a chunk the weights are written out; what came before it is read from a state at its beginning.
     """
-    length, size = q.shape[2], CHUNK if torch.compiler.is_compiling() else min(CHUNK, q.shape[2])
+    length, size = q.shape[2], CHUNK if is_traced() else min(CHUNK, q.shape[2])
     q, k, v = (in_chunks(x, size) for x in (q, k, v))  # (b, h, c, size, ·)
     weights = q @ k.transpose(-1, -2)
     earlier = q.new_ones(q.shape[2], q.shape[2])
@@ -358,10 +359,9 @@ def decay_between(to: Tensor, since: Tensor, diagonal: int = 0) -> Tensor:
 def in_chunks(x: Tensor, size: int) -> Tensor:
     """(b, h, n, ·) -> (b, h, c, size, ·), filled up with zeros."""
     length = x.shape[2]
-    if torch.compiler.is_compiling():
+    if is_traced():
         # selected by index, because folding a padded sequence would make a traced length a multiple of the chunk
-        count = (length + 2 * size - 1) // size
-        index = torch.arange(count * size, device=x.device)
+        index = torch.arange(count_blocks(length, size) * size, device=x.device)
         x = x.index_select(2, index.clamp(max=length - 1)) * (index < length)[:, None]
     elif length % size:
         x = F.pad(x, (0, 0, 0, -length % size))
@@ -375,7 +375,7 @@ def nonzero(x: Tensor) -> Tensor:
 
 def fla_takes(q: Tensor) -> bool:
     """Is flash-linear-attention there, and may it run?"""
-    return q.is_cuda and q.dtype == torch.float32 and not torch.compiler.is_compiling() and fla() is not None
+    return q.is_cuda and q.dtype == torch.float32 and not is_traced() and fla() is not None
 
 
 @lru_cache(maxsize=1)

@@ -38,6 +38,7 @@ from .packing import first_positions
 from .patterns import AttentionPattern
 from .sinkhorn_attention import in_blocks, real_tokens
 from .softmax_attention import softmax_attention
+from .tracing import is_traced
 
 Kind = Literal["local", "compressed"]
 
@@ -232,7 +233,7 @@ class EtCompressedAttention(PatternAttention):
         if causal:
             return causal_attention(q, k, v, factor, dropout), None
         mask = None
-        if real is not None and (sequence.keep is not None or torch.compiler.is_compiling()):
+        if real is not None and (sequence.keep is not None or is_traced()):
             # finite: a row may be nothing but padding
             mask = q.new_zeros(real.shape[:2]).masked_fill(~real.any(-1), torch.finfo(q.dtype).min / 2)[:, None, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout), None
@@ -278,7 +279,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, factor: int, dropout: floa
     count, skipped = k.shape[2], factor - 1
     rows = q.transpose(1, 2)  # (b, n, h, d), as it lies in memory
     place = torch.arange(count * factor, device=q.device)
-    if length < factor or torch.compiler.is_compiling():
+    if length < factor or is_traced():
         rows = rows.index_select(1, (place + skipped).clamp(max=length - 1))
     else:
         rows = F.pad(rows, (0, 0, 0, 0, -skipped, count * factor - length + skipped))

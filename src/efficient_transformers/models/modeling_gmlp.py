@@ -36,6 +36,7 @@ from .packing import first_positions
 from .patterns import AttentionPattern
 from .softmax_attention import softmax_attention
 from .sparse_attention import sparse_attention
+from .tracing import is_traced
 from .triangular import triangular_product
 
 
@@ -82,7 +83,7 @@ class TinyAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceInfo) -> Tensor:
         if self.config._attn_implementation == "eager":
             return self.read(q, k, v, sequence.positions, sequence.positions)
-        if torch.compiler.is_compiling():
+        if is_traced():
             mixed = blocked_attention(q, k, v, self.pattern, sequence.keep)
         else:
             mixed = sparse_attention(q, k, v, self.pattern, sequence.lengths)

@@ -39,6 +39,7 @@ from .heads import (
 from .slot_attention import slot_attention
 from .slots import Slots, chain_into_slots, recent_counts, sort_into_slots
 from .softmax_attention import softmax_attention
+from .tracing import is_traced
 
 
 @strict
@@ -160,7 +161,7 @@ class EtReformerAttention(MultiHeadAttention):
             batch, _, length, _ = q.shape
             lengths = keep.sum(1) if keep is not None else torch.full((batch,), length, device=q.device)
             factors = bucket_factors(lengths, config.lsh_chunk_length, config.bucket_limit)
-            if not torch.compiler.is_compiling():  # the rows of a batch rarely need all columns
+            if not is_traced():  # the rows of a batch rarely need all columns
                 needed = factors.amax(0)
                 factors = None if bool((factors == needed).all()) else factors
                 rotations, widest = narrowed(rotations, widest, needed.tolist()), needed.tolist()

@@ -56,6 +56,7 @@ from .slot_attention import slot_attention
 from .slots import Slots, recent_counts, sort_into_slots
 from .softmax_attention import softmax_attention
 from .sparse_attention import sparse_attention
+from .tracing import count_blocks, is_traced
 
 
 @strict
@@ -189,7 +190,7 @@ class EtRoutingAttention(MultiHeadAttention):
 
         near_v, far_v = v.split(self.sides, 1)
         mixed = []
-        if near_v.shape[1] and (torch.compiler.is_compiling() or v.device.type != "cpu"):
+        if near_v.shape[1] and (is_traced() or v.device.type != "cpu"):
             mixed.append(blocked_attention(*near, near_v, self.window, sequence.keep, dropout=dropout))
         elif near_v.shape[1]:
             mixed.append(sparse_attention(*near, near_v, self.window, sequence.lengths, dropout=dropout))
@@ -227,8 +228,8 @@ class EtRoutingAttention(MultiHeadAttention):
         size, count = self.config.cluster_size, self.config.clusters_per_head
         real = torch.ones(batch, length, dtype=torch.bool, device=q.device) if keep is None else keep
         sizes = None if size else -(-real.sum(1) // count)
-        if size is None:  # of a traced length one more, in one division: a count that may be 1 would be taken for 1
-            size = (length + (1 if isinstance(length, int) else 2) * count - 1) // count
+        if size is None:
+            size = count_blocks(length, count)
         elif isinstance(length, int):
             size = min(size, length)
         slots = Slots(*(nearest_tokens(x, self.centroids, size, sizes, keep) for x in (q, k)))  # type: ignore[reportArgumentType]

@@ -38,6 +38,7 @@ from .heads import (
 from .sinkhorn import causal_sinkhorn, gumbel_noise, sinkhorn
 from .sinkhorn_attention import in_blocks, real_tokens, sinkhorn_attention, sinkhorn_matrix, sort_blocks
 from .softmax_attention import softmax_attention
+from .tracing import is_traced
 
 
 @strict
@@ -226,7 +227,7 @@ class EtSinkhornAttention(MultiHeadAttention):
         real = real_tokens(hidden, size, sequence.keep)
         order = self.sort_causally(*self.pool(hidden)) if causal else self.sort(hidden, real)
         if config.sortcut_blocks is not None:
-            if torch.compiler.is_compiling():  # rows of zeros are not read, and a traced count may be too small
+            if is_traced():  # rows of zeros are not read, and a traced count may be too small
                 order = F.pad(order, (0, 0, 0, config.sortcut_blocks))
             order = order[:, :, : config.sortcut_blocks]
         how = order, real, causal, config.sortcut_blocks is not None
@@ -237,7 +238,7 @@ class EtSinkhornAttention(MultiHeadAttention):
                 weights = weights * sequence.keep[:, None, :, None]
             return F.dropout(weights, self.dropout) @ v, weights
         out = sinkhorn_attention(queries, keys, values, *how, self.dropout).flatten(2, 3)
-        if torch.compiler.is_compiling():  # a slice would ask how a traced length compares
+        if is_traced():  # a slice would ask how a traced length compares
             return out.index_select(2, torch.arange(length, device=q.device)), None
         return out[:, :, :length], None
 

@@ -40,6 +40,7 @@ from .patterns import AttentionPattern
 from .softmax_attention import masked_softmax
 from .sparse_attention import sparse_attention
 from .synthetic_attention import Term, matrix, outer, product, synthetic_attention
+from .tracing import is_traced
 
 PRODUCTS = ("vanilla", "dense", "factorized_random")  # whose scores are products of features
 KINDS = (*PRODUCTS, "random", "fixed", "factorized_dense")
@@ -156,11 +157,12 @@ class EtSynthesizerAttention(MultiHeadAttention):
             seen = sequence.cache.get_seq_length(self.layer)
             memory: PatternCacheLayer = sequence.cache.layers[self.layer]  # type: ignore[assignment]
             keys, values, positions = memory.update(k, v, sequence.positions)
-        traced, products = torch.compiler.is_compiling() or v.device.type != "cpu", set(self.kinds) <= set(PRODUCTS)
+        traced, products = is_traced() or v.device.type != "cpu", set(self.kinds) <= set(PRODUCTS)
         eager = sequence.output_attentions or config._attn_implementation == "eager"
         if seen or eager or (traced and not products):
             i, j = sequence.positions[..., None], (positions if seen else sequence.positions)[:, None]
-            allowed = ((j >= 0) & (i >= 0) & ((j <= i) | (not causal)))[:, None]
+            allowed = ((j >= 0) & (i >= 0))[:, None]
+            allowed = allowed & (j <= i)[:, None] if causal else allowed
             terms = self.terms(hidden, q, keys if seen else k, (i[..., 0].clamp(min=0), j[:, 0].clamp(min=0)))
             scores = [term.rule(*term.tensors, j.shape[-1]) for term in terms]
             weights = masked_softmax(sum(scores[1:], scores[0]), allowed).to(v.dtype)
@@ -232,7 +234,7 @@ def of_positions(table: Tensor, length: int, positions: Tensor | None) -> Tensor
 def as_one_product(terms: list[Term], v: Tensor) -> list[Tensor]:
     """Terms that are products as queries, keys and values of one width, (b, h, n, ≥ d) each, behind it zeros."""
     pairs = zip(*(term.tensors for term in terms), strict=True)
-    q, k = (torch.cat([x.expand(len(v), -1, -1, -1) for x in some], -1) for some in pairs)
+    q, k = (torch.cat([x.expand(v.shape[0], -1, -1, -1) for x in some], -1) for some in pairs)
     width = max(q.shape[-1], v.shape[-1])
     return [F.pad(x.to(v.dtype), (0, width - x.shape[-1])) for x in (q * width**0.5, k, v)]  # engines divide by √width
 

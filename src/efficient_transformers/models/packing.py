@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .tracing import is_traced
+
 
 def packing_order(keep: Tensor) -> Tensor:
     """Positions of the real tokens of each row, in order, then of the padding: (b, n) bool -> (b, n) int64."""
@@ -37,7 +39,7 @@ def pack(x: Tensor, order: Tensor) -> Tensor:
 def first_positions(x: Tensor, length: int, *axes: int) -> Tensor:
     """The first `length` entries of `x` along each of `axes`."""
     for axis in axes:
-        if torch.compiler.is_compiling():  # a slice would ask how a traced length compares
+        if is_traced():  # a slice would ask how a traced length compares
             x = x.index_select(axis, torch.arange(length, device=x.device))
         elif length < x.shape[axis]:  # of all of them a slice would have a gradient filled and copied for nothing
             x = x.narrow(axis, 0, length)

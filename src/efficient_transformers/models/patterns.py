@@ -135,14 +135,19 @@ class AttentionPattern:
             found = found | (block == 0) | (block == (length - 1) // self.block_size)
         return found
 
-    def allows(self, head: Tensor, i: Tensor, j: Tensor, length: int) -> Tensor:
-        """May query i of `head` read key j in a sequence of `length` real tokens? Broadcasts, bool."""
+    def allows(self, head: Tensor, i: Tensor, j: Tensor, length: int | Tensor, blocks: Tensor | None = None) -> Tensor:
+        """May query i of `head` read key j in a sequence of `length` real tokens? Broadcasts, bool.
+
+        `blocks` (h, blocks, r) are the random ones of each `head`; None draws those of one length.
+        """
         allowed = self.in_window(i, j)
         if self.global_tokens or self.global_ends:
             allowed = allowed | self.is_global(i, length) | self.is_global(j, length)
         if self.num_random_blocks:
-            drawn = self.random_blocks(int(head.max()) + 1, -(-length // self.block_size)).to(i.device)
-            allowed = allowed | (times_drawn(drawn, head, i, j, self.block_size) > 0)
+            if blocks is None:
+                assert isinstance(length, int)
+                blocks = self.random_blocks(int(head.max()) + 1, -(-length // self.block_size)).to(i.device)
+            allowed = allowed | (times_drawn(blocks, head, i, j, self.block_size) > 0)
         return allowed & (j <= i) if self.causal else allowed
 
     def dense(self, length: int, num_heads: int = 1, device: torch.device | str = "cpu") -> Tensor:
@@ -235,7 +240,7 @@ def draw_blocks(
     blocks = ranks + ends
     blocks = blocks + width[..., None] * (blocks >= first[:, None])
     blocks = blocks.masked_fill(number >= left[..., None], -1)
-    return blocks if real_blocks is None else blocks.expand(len(real_blocks), -1, -1, -1)
+    return blocks if real_blocks is None else blocks.expand(real_blocks.shape[0], -1, -1, -1)
 
 
 drawn_blocks = lru_cache(maxsize=64)(draw_blocks)

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .attention import SequenceInfo
+from .tracing import is_traced
 
 
 def reversible_stack(blocks: Sequence[nn.Module], hidden: Tensor, sequence: SequenceInfo) -> Tensor:
@@ -46,7 +47,7 @@ def wide(hidden: Tensor) -> Tensor:
     bits is exact in float64, so each layer meets its input bit for bit again. In float32 it does not, the rounding of
     the layers makes much of little, and in 16 of them nothing may be left of the gradient.
     """
-    if torch.compiler.is_compiling():  # a traced pass keeps its activations
+    if is_traced():  # a traced pass keeps its activations
         return hidden
     kind = hidden.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -11,21 +11,16 @@ from torch.nn import functional as F
 
 from .sparse_attention import DropoutMasks, softmax_backward_
 from .tiles import RUN_ENTRIES, SCRATCH
+from .tracing import count_blocks, is_traced
 
 LEAST = 1e-20  # share of a sorted token that counts; less is none, and a division by it stays finite in float32
 Read = tuple[Tensor, Tensor, Tensor | None]  # keys and values (…, m, d), and a bias (…, 1 or r, m) of their scores
 
 
-def count_blocks(length: int, size: int) -> int:
-    """Blocks of `size` that hold `length` tokens."""
-    # of a traced length one more, in one division: a count that may be 1 would be taken for 1
-    return (length + (1 if isinstance(length, int) else 2) * size - 1) // size
-
-
 def in_blocks(x: Tensor, size: int) -> Tensor:
     """(…, n, d) -> (…, c, size, d); what the last block lacks is padded with anything finite."""
     length = x.shape[-2]
-    if isinstance(length, int) and not torch.compiler.is_compiling():
+    if isinstance(length, int) and not is_traced():
         return (
             F.pad(x, (0, 0, 0, -length % size)).unflatten(-2, (-1, size))
             if length % size
@@ -96,7 +91,7 @@ def sinkhorn_attention(
         reads = [(sorted_k.flatten(2, 3), sorted_v.flatten(2, 3), bias)]
     else:
         queries, reads = q, [(k[:, :, first:], v[:, :, first:], own_bias), (sorted_k, sorted_v, bias)]
-    if torch.compiler.is_compiling() or q.device.type != "cpu":
+    if is_traced() or q.device.type != "cpu":
         weights = F.dropout(joint_softmax(queries, [(keys, x) for keys, _, x in reads]), dropout)
         parts = weights.split([keys.shape[-2] for keys, _, _ in reads], -1)
         mixed = [part @ values for part, (_, values, _) in zip(parts, reads, strict=True)]
@@ -156,7 +151,7 @@ def biases(
         return None, None
     own = q.new_zeros(real.shape).masked_fill(~real, lowest)[:, None, :, None]
     there = mass.clamp(min=LEAST).log().to(q.dtype).masked_fill(mass < LEAST, lowest)
-    return own.expand(len(q), q.shape[1], *own.shape[2:]), there[..., None, :]
+    return own.expand(*q.shape[:2], *own.shape[2:]), there[..., None, :]
 
 
 def joint_softmax(q: Tensor, reads: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:

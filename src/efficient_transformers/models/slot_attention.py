@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .slots import Slots
 from .sparse_attention import DropoutMasks
 from .tiles import RUN_ENTRIES, SCRATCH
+from .tracing import is_traced
 
 # Slots of the heads that share a turn of the loop, by measurement. A training step of two layers over 32 padded rows of
 # 64 tokens, 4 heads, 4 rounds of chunks of 8, takes 1,200 ms head by head, as each operation is called for a few
@@ -31,7 +32,7 @@ def slot_attention(q: Tensor, k: Tensor, v: Tensor, slots: Slots, dropout: float
     Returns (b, h, n, d) in `v.dtype`, zeros at padding. Products run in the input's dtype, softmax and logsumexp in
     float32 or wider.
     """
-    if torch.compiler.is_compiling() or q.device.type != "cpu":
+    if is_traced() or q.device.type != "cpu":
         out = batched_slots(q, k, v, slots, dropout)
     else:
         seed = int(torch.randint(2**62, ())) if dropout else 0

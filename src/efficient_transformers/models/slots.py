@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .tracing import count_blocks, is_traced
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -138,9 +140,8 @@ def sorted_tokens(buckets: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]
 def in_chunks(x: Tensor, size: int) -> Tensor:
     """(b, h, r, n) -> (b, h, r · ⌈n / size⌉, size), -1 in what is left of the last chunk; one chunk is cut at n."""
     length = x.shape[-1]
-    traced = torch.compiler.is_compiling()
-    size = size if traced else min(size, length)
-    groups = (length + (2 if traced else 1) * size - 1) // size  # a traced number that may be 1 is taken for 1
+    size = size if is_traced() else min(size, length)
+    groups = count_blocks(length, size)
     # selected by index: to fold what was padded would make a traced length a multiple of the chunk
     place = torch.arange(groups * size, device=x.device)
     chunks = torch.where(place < length, x[..., place.clamp(max=length - 1)], -1)

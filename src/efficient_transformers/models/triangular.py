@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .tracing import is_traced
+
 ROWS = 512  # of the matrix at a time: a product large enough for full speed, a copy small enough for the cache
 
 
@@ -15,7 +17,7 @@ def triangular_product(weight: Tensor, x: Tensor) -> Tensor:
 
     O(n²·f). Chunks of rows leave out the columns behind them. There is no second derivative.
     """
-    if torch.compiler.is_compiling():
+    if is_traced():
         return (weight.tril() @ x).to(x.dtype)
     return TriangularProduct.apply(weight, x)  # type: ignore[return-value]
 
