@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import zoo
 from written_out import EXACT, PIECES, build, in_pieces, rows
 
 from efficient_transformers import VARIANTS
@@ -25,6 +26,8 @@ SETTINGS = {
     "performer": [{"num_random_features": 8}],
     "gmlp": [{}, {"tiny_attention_size": 5}],
 }
+# a new variant is tested with its settings in zoo.py
+SETTINGS |= {v.slug: zoo.SETTINGS[v.slug] for v in VARIANTS.values() if v.causal and v.slug not in SETTINGS}
 CASES = [
     pytest.param(slug, fields, id=f"{slug}-{number}")
     for slug, settings in SETTINGS.items()

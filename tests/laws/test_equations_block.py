@@ -25,6 +25,7 @@ from written_out import (
 )
 
 from efficient_transformers import VARIANTS
+from efficient_transformers.models.kernel_attention import KernelConfig
 
 every_variant = pytest.mark.parametrize("slug", VARIANTS)
 
@@ -100,7 +101,9 @@ def test_image_patches():
 
 
 EXTRA = {"routing": {"num_clusters": 2}, "big_bird": {"block_size": 4}}
-UNWEIGHTED = "efficient", "linear", "rfa", "performer", "gmlp", "mlp_mixer", "fnet"  # have no weights to drop
+WEIGHTED = [  # have attention weights to drop
+    slug for slug, v in VARIANTS.items() if v.attention and not issubclass(v.config_class, KernelConfig)
+]
 
 
 def with_ones_at(slug: str, place: str):
@@ -135,7 +138,7 @@ def test_dropout_of_hidden_states(slug, place):
         torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - DROPOUT * training)))
 
 
-@pytest.mark.parametrize("slug", [slug for slug in VARIANTS if slug not in UNWEIGHTED])
+@pytest.mark.parametrize("slug", WEIGHTED)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_dropout_of_attention_weights(slug, implementation):
     """Values that are all one come out as sums of the kept weights over 1 - p: one on average, and one in eval."""
