@@ -68,10 +68,8 @@ class PatternCacheLayer(SelectableRows, DynamicLayer):
     def __init__(self, num_prefix: int, span: int | None):
         super().__init__()
         self.num_prefix, self.span = num_prefix, span
-        self.is_empty = True
-        self.cumulative_length = self.removable = 0
         self.records_past = False
-        self.room: dict[str, Tensor] = {}  # of each tensor: it and what is free behind it
+        self.reset()
 
     def update(self, key_states: Tensor, value_states: Tensor, positions: Tensor, *args, **kwargs):  # type: ignore[override]
         """Append (b, h, n, d) keys and values at `positions` (b, n); return all there are, with their positions."""
@@ -151,10 +149,11 @@ class PatternCacheLayer(SelectableRows, DynamicLayer):
         return self.cumulative_length
 
     def reset(self) -> None:
-        self.is_empty = True
-        self.removable = 0
-        self.room.clear()
-        super().reset()
+        """Release everything: as after `__init__`, in every version of transformers."""
+        self.keys = self.values = self.positions = None  # type: ignore[assignment]
+        self.is_initialized, self.is_empty = False, True
+        self.cumulative_length = self.removable = 0
+        self.room: dict[str, Tensor] = {}  # of each tensor: it and the free space after it
 
     @property
     def num_rows(self) -> int:
@@ -177,6 +176,10 @@ class BucketCacheLayer(PatternCacheLayer):
 
     def __init__(self):
         super().__init__(0, None)
+
+    def reset(self) -> None:
+        super().reset()
+        self.buckets = None  # type: ignore[assignment]
 
     def update(self, key_states: Tensor, value_states: Tensor, positions: Tensor, buckets: Tensor, *args, **kwargs):  # type: ignore[override]
         """Append (b, h, n, d) keys and values at `positions` (b, n) in `buckets` (b, h, r, n); return all there are."""
