@@ -230,7 +230,7 @@ def test_routing(causal, position, size):
 def test_routing_centroids_follow_their_members(causal):
     """m ← λm + (1 - λ)Σx over the queries and keys nearest to a centroid, μ = m/‖m‖; and not in eval."""
     fields = {"num_clusters": 2, "local_heads": 0, "num_hidden_layers": 1, "ema_decay": 0.6}
-    model = build("routing", is_decoder=causal, **fields)
+    model = build("routing", is_decoder=causal, noise=0, **fields)
     ids = rows()[0]
     mixer, inputs = model.layers[0].mixer, []
     mixer.register_forward_hook(lambda m, args, out: inputs.append(args[0].detach()))
@@ -250,6 +250,7 @@ def test_routing_centroids_follow_their_members(causal):
             sums = 0.6 * sums + 0.4 * found
             means = sums / sums.norm(dim=-1, keepdim=True)
         torch.testing.assert_close(mixer.centroids, means)
+        torch.testing.assert_close(mixer.sums, sums)
 
 
 def test_routing_defaults():

@@ -22,7 +22,7 @@ def engine(request, monkeypatch):
 
 
 def over_keys(of_heads):
-    """softmax(qkᵀ/√d)v over the keys that `of_heads(n, layer, config)` allows, (h or 1, n, n)."""
+    """softmax(qkᵀ/√d)v over the keys that `of_heads(n, w, config)` allows, (n, n) or (h, n, n)."""
 
     def mix(w, x, config):
         counts = of_heads(len(x), w, config) * past(len(x), config)
@@ -252,7 +252,7 @@ def test_big_bird_external():
 
 
 def test_big_bird_stored():
-    """A stored block is a further key even where the window or a global block holds it, as in the authors' code."""
+    """A stored block adds its keys once more even where the window or a global block holds them already."""
 
     def counts(length, w, config):
         i, j = positions(length)

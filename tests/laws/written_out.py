@@ -29,7 +29,7 @@ SMALL = {
     "initializer_range": 0.3,
     "pad_token_id": None,
 }
-LENGTHS = 29, 17, 6, 1  # real tokens of each row of the batches
+LENGTHS = 29, 17, 12, 1  # real tokens of each row of the batches; 12 fills blocks of 2, 3, 4 and 6
 WIDTH = 33
 PIECES = 0, 9, 10, 11, 19, 20, 33  # where a cached pass is cut: single tokens and longer pieces
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -177,17 +177,16 @@ def encode(model, ids: Tensor, mix: Mix, types: Tensor | None = None, activation
     return x[len(external) :]
 
 
-def build(slug: str, head: str | None = None, **fields):
-    """A small model in eval mode and float64, whose biases and norms are no longer the zeros and ones of the start."""
+def build(slug: str, head: str | None = None, noise: float = 0.2, **fields):
+    """A small model in eval mode and float64, no weight of which is still the zero, one or mean that it started as."""
     torch.manual_seed(3)
     variant = VARIANTS[slug]
     implementation = fields.pop("attn_implementation", "eager")
     config = variant.config_class(**{**SMALL, **fields})
     config._attn_implementation = implementation
     model = variant.model_class(head)(config).double().eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "scale")) or "norm" in name or parameter.dim() == 1:
-            parameter.data += 0.3 * torch.randn_like(parameter)
+    for parameter in model.parameters():
+        parameter.data += noise * torch.randn_like(parameter)
     return model
 
 
