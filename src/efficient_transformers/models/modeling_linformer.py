@@ -137,7 +137,13 @@ class EtLinformerAttention(MultiHeadAttention):
         weights = reads @ matrix
         if sequence.keep is not None:
             weights = weights * (sequence.keep[:, None, :, None] & sequence.keep[:, None, None])
-        return (F.dropout(reads, dropout) @ matrix if dropout else weights) @ v, weights
+        used = weights
+        if (expose := sequence.exposure()) is not None:
+            weights, used = expose(weights)
+        out = used @ v
+        if dropout:  # of projected keys; what it changes is added, so that the weights stay part of the graph
+            out = out + (F.dropout(reads, dropout) - reads) @ matrix @ v
+        return out, weights
 
 
 class EtLinformerPreTrainedModel(EtPreTrainedModel):
