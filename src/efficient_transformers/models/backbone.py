@@ -49,6 +49,11 @@ class EtPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     mixer_class: ClassVar[type[nn.Module]]
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """True; transformers searches the source file for a class named …Attention(nn.Module), and gMLP has one."""
+        return True
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, OwnValues):
