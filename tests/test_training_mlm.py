@@ -464,7 +464,7 @@ def test_a_checkpoint_is_trained_on(finished, config, tmp_path):
     best = read_metrics(folder)["validation"]
     assert found["before"] == pytest.approx({name: best[name] for name in SCORES}, rel=1e-5)
     card = ModelCard.load(tmp_path / "out/README.md")
-    assert "goes on from | out |" in card.text
+    assert "initialised from | out |" in card.text
     ours, theirs = load_file(tmp_path / "out/model.safetensors"), load_file(folder / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert not any(torch.equal(ours[name], theirs[name]) for name in ours if name.endswith("dense.weight"))

@@ -157,7 +157,7 @@ def linformer_flops(config: EtLinformerConfig, length: int) -> int:
     hidden, rows = config.hidden_size, config.projected_length
     of_all = config.position_embedding_type == "rotary" or config.projection_sharing == "none"
     matrices = 2 if of_all or config.projection_sharing == "headwise" else 1
-    projected = 2 * (length if of_all else rows) * hidden**2
+    projected = 2 * (length if of_all else rows + 1) * hidden**2  # a row of zeros gives the bias
     counts = 0 if of_all else matrices * rows * length  # the factors of the bias
     of_layer = matrices * rows * length * hidden + counts + projected + 2 * length * rows * hidden
     return config.num_hidden_layers * 2 * of_layer

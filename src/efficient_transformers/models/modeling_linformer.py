@@ -67,7 +67,9 @@ class LengthProjection(OwnValues):
 
     def forward(self, length: int) -> Tensor:
         """The columns of the first `length` positions, (1 or h, k, n)."""
-        return first_positions(self.weight, length, 2)
+        columns = first_positions(self.weight, length, 2)
+        # without gradients a view of a parameter still claims to need one, on which torch's FLOP counter fails
+        return columns if torch.is_grad_enabled() else columns.detach()
 
 
 def project(projection: nn.Module, x: Tensor) -> Tensor:
