@@ -43,8 +43,19 @@ def same_choices(monkeypatch):
     monkeypatch.setattr(attention.SequenceInfo, "decide", decide)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     """Modules that share something dear, as a finished training run, keep their tests in one process."""
     for item in items:
         if item.path.stem.startswith(("test_training", "test_data", "test_hub")):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    tables: dict[tuple[str, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            tables.setdefault((str(item.path), item.originalname), []).append(item)  # type: ignore[attr-defined]
+    for cases in tables.values():
+        (count,) = cases[0].get_closest_marker("sampled").args  # type: ignore[union-attr]
+        fast = {round(place * len(cases) / count) for place in range(count)}
+        for number, item in enumerate(cases):
+            if number not in fast:
+                item.add_marker(pytest.mark.slow)

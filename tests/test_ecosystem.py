@@ -36,6 +36,7 @@ def small(variant, head, **changes):
     return build(variant, SETTINGS[variant.slug][0], head, **fields)
 
 
+@pytest.mark.sampled(3)
 @every_variant
 def test_trainer_fine_tunes(variant, tokenizer, tmp_path):
     """A word decides the class; the Trainer learns it, saves, and the saved model says the same in a pipeline."""

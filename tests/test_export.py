@@ -40,6 +40,7 @@ print("opened", len(json.loads((root / "cases.json").read_text())))
 """
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("slug", VARIANTS)
 def test_a_checkpoint_opens_without_the_package(slug, tmp_path):
     variant, cases = VARIANTS[slug], []

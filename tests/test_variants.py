@@ -356,6 +356,7 @@ def test_every_length_up_to_the_stated_one(variant, settings):
 # 6 · half precision --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(4)
 @every_variant
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_at_8192_tokens(variant, dtype, same_choices):
@@ -455,6 +456,7 @@ def test_memory_for_the_backward_grows_linearly(slug):
 # 8 · a good citizen of transformers ----------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(40)
 @every_head
 def test_saving_and_loading_changes_nothing(variant, head, tmp_path):
     model = build(variant, SETTINGS[variant.slug][0], head, dtype=torch.float32)
@@ -746,6 +748,7 @@ def test_flex_attention_is_a_part_of_a_compiled_model():
     torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sampled(2)
 @every_variant
 def test_export_at_a_fixed_length_agrees_with_eager(variant):
     """torch.export without a guard on values."""
@@ -760,6 +763,7 @@ def test_export_at_a_fixed_length_agrees_with_eager(variant):
 ANY_LENGTH = [(case, name) for case, name in zip(CASES, IDS, strict=True) if case[1].get("hops", 0) is not None]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("variant", "settings"), [case for case, _ in ANY_LENGTH], ids=[name for _, name in ANY_LENGTH]
 )
@@ -795,6 +799,7 @@ def padded(length):
     return ids, mask
 
 
+@pytest.mark.sampled(2)
 @every_variant
 def test_compile_is_one_graph_and_agrees_with_eager(variant):
     torch.compiler.reset()  # all variants share the encoder's code, of which torch keeps eight compiled versions
@@ -827,6 +832,7 @@ def test_eval_is_deterministic_and_dropout_is_not(variant, settings):
     assert model(ids).last_hidden_state.equal(first)
 
 
+@pytest.mark.sampled(6)
 @every_case
 def test_one_batch_is_learned(variant, settings):
     model = build(variant, settings, "SequenceClassification", dtype=torch.float32, initializer_range=0.05).train()
