@@ -103,6 +103,27 @@ def test_ids_per_token_are_integers_of_one_shape(variant):
                 model(ids, **{name: wrong})
 
 
+@pytest.mark.parametrize("head", ["MaskedLM", "CausalLM", "TokenClassification"])
+@torch.no_grad()
+def test_labels_per_token_are_laid_out_as_the_tokens(head):
+    """Losses flatten logits and labels, so that transposed labels would be those of other tokens."""
+    model, ids = build(VARIANTS["full"], {}, head), inputs(3, 7)
+    labels = ids % 2
+    assert model(ids, labels=labels).loss.isfinite()
+    names = ["labels", "shift_labels"] if head == "CausalLM" else ["labels"]
+    for name in names:
+        for wrong in (labels.T, labels.flatten(), labels[:, :5], labels[:1]):
+            with pytest.raises(ValueError, match=rf"{name} must have shape \(batch, length\) = \(3, 7\)"):
+                model(ids, **{name: wrong})
+
+
+def test_half_of_an_answer_is_refused():
+    model, ids = build(VARIANTS["full"], {}, "QuestionAnswering"), inputs(3, 7)
+    for name in ("start_positions", "end_positions"):
+        with pytest.raises(ValueError, match="both start_positions and end_positions"):
+            model(ids, **{name: torch.tensor([1, 2, 3])})
+
+
 @pytest.mark.parametrize(("variant", "settings"), [case for case, _ in CAUSAL], ids=[name for _, name in CAUSAL])
 @torch.no_grad()
 def test_a_mask_may_leave_the_past_out_only_where_nothing_of_it_was_padding(variant, settings):

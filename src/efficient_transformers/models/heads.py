@@ -22,6 +22,7 @@ from transformers.modeling_outputs import (
 from transformers.models.auto import modeling_auto as auto
 
 from .backbone import Encoder
+from .checks import check_shape
 from .configuration import EtConfig
 from .generation import OwnCacheGeneration
 from .losses import IGNORED, cross_entropy, pooled_loss
@@ -84,6 +85,13 @@ class Head:
         return nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
 
 
+def check_labels(hidden: Tensor, **labels: Tensor | None) -> None:
+    """Raise ValueError unless labels per token have the shape (b, n): losses flatten them, whatever their axes are."""
+    for name, given in labels.items():
+        if given is not None:
+            check_shape(name, given.shape, tuple(hidden.shape[:2]), "batch, length")
+
+
 class MaskedLMHead(nn.Module):
     """BERT's: dense, activation, norm, then the (tied) word embeddings and a bias."""
 
@@ -140,6 +148,7 @@ class ForMaskedLM(Head):
             *inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), return_dict=True, **kwargs
         )
         hidden = outputs.last_hidden_state
+        check_labels(hidden, labels=labels)
         if self.config.sparse_prediction and self.training and labels is not None:  # type: ignore[attr-defined]
             predicted = labels != IGNORED
             hidden, labels = hidden[predicted], labels[predicted]
@@ -215,6 +224,7 @@ class ForCausalLM(OwnCacheGeneration, Head):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
+        check_labels(outputs.last_hidden_state, labels=labels, shift_labels=shift_labels)
         if labels is not None or shift_labels is not None:
             sizes = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(logits, labels, shift_labels=shift_labels, **sizes)  # type: ignore[attr-defined]
@@ -298,6 +308,7 @@ class ForTokenClassification(Classifier):
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
+            check_labels(outputs.last_hidden_state, labels=labels)
             counted = {"num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(logits, labels, self.config, **counted)  # type: ignore[attr-defined]
         return TokenClassifierOutput(
@@ -328,6 +339,8 @@ class ForQuestionAnswering(Head):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError("give both start_positions and end_positions, or neither: a loss needs the whole span.")
         inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
         outputs = self.model(
             *inputs, global_attention_mask=self.mark(input_ids, global_attention_mask), return_dict=True, **kwargs
