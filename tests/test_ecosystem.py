@@ -101,7 +101,7 @@ def test_lora_wraps_and_trains(variant):
     wrapped = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=targets, r=4))
     trainable = {name for name, p in wrapped.named_parameters() if p.requires_grad}
     assert any("lora_A" in name for name in trainable)
-    assert all("lora" in name or "classifier" in name for name in trainable)
+    assert all("lora" in name or "classifier" in name or "pooler" in name for name in trainable)
     ids = torch.randint(5, 50, (4, 30))
     loss = wrapped(input_ids=ids, labels=torch.tensor([0, 1, 0, 1])).loss
     loss.backward()

@@ -188,6 +188,15 @@ class OwnValues(nn.Module):
     def init_own(self) -> None:
         """Give the parameters and buffers of this module itself their values, by transformers' `initialization`."""
 
+    @property
+    def learns(self) -> bool:
+        """Are all parameters of this module trained? Only then may its buffers follow the data.
+
+        An adapter is saved without the buffers of its base, whose parameters are frozen: those must be what they were
+        in the base's checkpoint. A copy that PEFT trains as a whole (`modules_to_save`) is saved with its buffers.
+        """
+        return all(parameter.requires_grad for parameter in self.parameters())
+
     def register_drawn(self, name: str, values: Tensor) -> None:
         """A buffer of values that were drawn on the CPU, where the module is being made."""
         self.register_buffer(name, values.to(torch.get_default_device()))

@@ -258,8 +258,9 @@ class RunningNorm(OwnValues):
         init.zeros_(self.variance)
         init.zeros_(self.seen)
 
-    def forward(self, vectors: Tensor) -> Tensor:
-        if self.training:
+    def forward(self, vectors: Tensor, follow: bool = False) -> Tensor:
+        """The vectors (b, e) by the statistics so far, which `follow` first moves to these vectors."""
+        if follow:
             self.watch(vectors.to(self.mean.dtype))
         normal = (vectors - self.mean) * (self.variance + self.EPSILON).rsqrt()
         return torch.where(self.seen > 0, normal.to(vectors.dtype), vectors)  # nothing is known of a body not trained
@@ -276,14 +277,37 @@ class RunningNorm(OwnValues):
         self.seen += count
 
 
-class EtPooler(nn.Module):
+class PoolerDense(OwnValues):
+    """A linear layer (…, e) -> (…, e) that is new in every classifier, and so never adapted but trained as a whole.
+
+    Not an `nn.Linear`: PEFT would put an adapter on it (`target_modules="all-linear"`) inside the copy that it trains
+    of the whole pooler, and save what it cannot load.
+    """
+
+    def __init__(self, config: EtConfig):
+        super().__init__()
+        self.std = config.initializer_range
+        linear = nn.Linear(config.hidden_size, config.hidden_size)
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def init_own(self) -> None:
+        init.normal_(self.weight, std=self.std)
+        init.zeros_(self.bias)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return nn.functional.linear(vectors, self.weight, self.bias)
+
+
+class EtPooler(OwnValues):
     """One vector per sequence: its mean, first or last real token, then BERT's dense layer and (there) tanh."""
+
+    weight = None  # PEFT asks every module it has trained as a whole for one when it merges IA³ and others
 
     def __init__(self, config: EtConfig):
         super().__init__()
         self.pooling = config.classifier_pooling
         self.norm = RunningNorm(config.hidden_size) if config.standardize_pooled else nn.Identity()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = PoolerDense(config)
         self.activation = ACT2FN[config.pooler_act]
 
     def forward(self, hidden: Tensor, keep: Tensor | None) -> Tensor:
@@ -297,7 +321,9 @@ class EtPooler(nn.Module):
             case "last":
                 last = (keep * torch.arange(keep.shape[1], device=hidden.device)).argmax(1)
                 pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
-        return self.activation(self.dense(self.norm(pooled)))
+        if isinstance(self.norm, RunningNorm):
+            pooled = self.norm(pooled, follow=self.training and self.learns)
+        return self.activation(self.dense(pooled))
 
 
 @dataclass

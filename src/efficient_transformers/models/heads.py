@@ -3,6 +3,7 @@
 transformers' `GenericFor…` heads build their body through an Auto class, which fails inside a checkpoint.
 """
 
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -237,6 +238,36 @@ class ForCausalLM(OwnCacheGeneration, Head):
         )
 
 
+class PoolingHead(Head):
+    """A head whose body pools, and whose pooler is trained and saved with an adapter.
+
+    What PEFT trains as a whole beside an adapter it finds by the end of a module's name, by default `classifier`. The
+    pooler is new in a classifier that is made from a language model, so it has to be among them: under the name
+    `pooler_classifier`, for PEFT alone. In the tree of modules and in checkpoints it is the body's `pooler`.
+    """
+
+    pools = True
+
+    @property
+    def pooler_classifier(self) -> nn.Module:
+        return self.model.pooler  # type: ignore[return-value]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "pooler_classifier":
+            self.model.pooler = value
+        else:
+            super().__setattr__(name, value)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """All modules; with `remove_duplicate=False`, as PEFT asks, the second name of the pooler as well."""
+        yield from super().named_modules(memo, prefix, remove_duplicate)  # type: ignore[misc]
+        if not remove_duplicate:
+            # an empty module in its place: no parameter is to be listed twice
+            yield f"{prefix}.pooler_classifier".removeprefix("."), nn.Module()
+
+
 class Classifier(Head):
     """A head of dropout and one linear layer onto the labels."""
 
@@ -248,13 +279,12 @@ class Classifier(Head):
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
 
 
-class ForSequenceClassification(Classifier):
+class ForSequenceClassification(PoolingHead, Classifier):
     """Judges a whole sequence: classes, several labels at once or numbers, by `config.problem_type`."""
 
     task = "ForSequenceClassification"
     class_names = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     _loss_function = staticmethod(pooled_loss)
-    pools = True
 
     @accepts(BODY)
     def forward(
@@ -359,12 +389,11 @@ class ForQuestionAnswering(Head):
         )
 
 
-class ForMultipleChoice(Head):
+class ForMultipleChoice(PoolingHead):
     """Picks one of several sequences. All inputs have a choices axis: (b, c, n); labels (b,)."""
 
     task = "ForMultipleChoice"
     class_names = auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
-    pools = True
 
     def add_head(self, config: EtConfig) -> None:
         self.dropout = self.classifier_dropout(config)
@@ -397,13 +426,12 @@ class ForMultipleChoice(Head):
         )
 
 
-class ForImageClassification(Classifier):
+class ForImageClassification(PoolingHead, Classifier):
     """Judges an image, a sequence of patches: classes, several labels at once or numbers, by `config.problem_type`."""
 
     task = "ForImageClassification"
     class_names = auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     _loss_function = staticmethod(pooled_loss)
-    pools = True
     reads_images = True
     main_input_name = "pixel_values"
 

@@ -182,7 +182,7 @@ class RandomFeatureAttention(KernelAttention):
 
     def count_pass(self) -> None:
         interval = self.config.feature_redraw_interval
-        if interval is None:
+        if interval is None or not self.learns:
             return
         self.passes += 1
         if int(self.passes) % interval == 0:

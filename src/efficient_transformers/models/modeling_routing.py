@@ -222,7 +222,7 @@ class EtRoutingAttention(MultiHeadAttention):
             return Routes(None, torch.zeros(batch, 0, 1, length, dtype=torch.long, device=q.device), None)
         q, k = (x.transpose(1, 2) * self.head_dim**-0.5 for x in (q, k))
         statistics = None
-        if self.training:
+        if self.training and self.learns:
             statistics = together([cluster_statistics(x, self.centroids, keep) for x in ((q,) if causal else (q, k))])
         if causal:
             return Routes(None, nearest_centroid(q, self.centroids)[:, :, None], statistics)
