@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .patterns import AttentionPattern
-from .tracing import count_blocks, is_traced
+from .tracing import count_blocks, is_exported, is_traced
 
 TILE = 64  # queries of a tile where blocks do not say otherwise; it reads so many keys and the window on either side
 
@@ -35,7 +35,7 @@ def blocked_attention(
     step, reach, size = pattern.dilation, pattern.reach, pattern.block_size
     per_class = (length + step - 1) // step  # tokens of a residue class modulo the dilation
     if reach is None:  # a class is one tile
-        size, reach = per_class, 0
+        size, reach = count_blocks(length, step), 0
     elif not pattern.in_blocks and not pattern.num_random_blocks:
         size = TILE
     count = 1 if pattern.reach is None else count_blocks(per_class, size)
@@ -44,7 +44,7 @@ def blocked_attention(
     def tiles_of(x: Tensor, index: Tensor) -> Tensor:
         """(b, …, n, d) -> (b, …, s, c, m, d) at `index` (s, c, m), clamped to the ends; those have to be masked."""
         # selected by index, where folding a padded sequence would make a traced length a multiple of the tile
-        return x.index_select(-2, index.clamp(0, last).flatten()).unflatten(-2, (step, -1, index.shape[-1]))
+        return x.index_select(-2, index.clamp(0, last).flatten()).unflatten(-2, index.shape)
 
     within = torch.arange(count, device=device)[:, None] * size  # (c, 1), start of each tile in its class
     residue = torch.arange(step, device=device)[:, None, None]
@@ -98,7 +98,12 @@ def blocked_attention(
     parts = weights.split([score.shape[-1] for score in scores], -1)
     mixed = sum((part @ value for part, value in zip(parts[1:], values[1:], strict=True)), parts[0] @ values[0])
     position = torch.arange(length, device=device)
-    out = mixed.movedim(2, 4).flatten(2, 4).index_select(2, position)
+    if is_exported():  # to fold tiles of a symbolic number would take a proof about divisions
+        row = position // step
+        tile, slot = (torch.zeros_like(row), row) if pattern.reach is None else (row // size, row % size)
+        out = mixed[:, :, position % step, tile, slot]
+    else:
+        out = mixed.movedim(2, 4).flatten(2, 4).index_select(2, position)
 
     if tokens is not None and global_rows:
         reads = real[:, None, None] & present[:, None, :, None]

@@ -292,7 +292,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, factor: int, dropout: floa
     count, skipped = k.shape[2], factor - 1
     rows = q.transpose(1, 2)  # (b, n, h, d), as it lies in memory
     place = torch.arange(count * factor, device=q.device)
-    if length < factor or is_traced():
+    if is_traced() or length < factor:
         rows = rows.index_select(1, (place + skipped).clamp(max=length - 1))
     else:
         rows = F.pad(rows, (0, 0, 0, 0, -skipped, count * factor - length + skipped))

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .tracing import count_blocks, is_traced
+from .tracing import count_blocks, is_exported, is_traced
+
+PADDING = 2**40  # a bucket behind all others; times any length it is an int64
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Slots:
 
 def with_group_before(x: Tensor, empty: int) -> Tensor:
     """(b, h, g, c) -> (b, h, g, 2c): each group behind the one before it; `empty` stands before the first."""
-    before = F.pad(x[:, :, :-1], (0, 0, 1, 0), value=empty)
+    group = torch.arange(x.shape[2], device=x.device)  # by index: a slice of a traced length may be empty
+    before = torch.where(group[:, None] > 0, x.index_select(2, (group - 1).clamp(min=0)), empty)
     return torch.cat([before, x], -1)
 
 
@@ -118,8 +120,9 @@ def chain_into_slots(
         lengths = real[:, 0, 0].sum(-1)  # (b,), the same in all rounds
         chunks = -(-lengths // size)
     number = torch.arange(groups // rounds, device=tokens.device)
-    start = torch.arange(rounds, device=tokens.device)[:, None] * (groups // rounds)
-    last = (start - groups // rounds) % groups + chunks[:, None, None] - 1  # of the round before
+    turn, in_round = torch.arange(rounds, device=tokens.device)[:, None], groups // rounds
+    start = turn * in_round
+    last = (turn - 1) % rounds * in_round + chunks[:, None, None] - 1  # of the round before
     before = torch.where(number > 0, start + number - 1, last).flatten(1)  # (b, g)
     previous = tokens.gather(2, before[:, None, :, None].clamp(min=0).expand(-1, heads, -1, size))
     previous = torch.where((chunks > 1)[:, None, None, None], previous, -1)
@@ -129,12 +132,21 @@ def chain_into_slots(
 def sorted_tokens(buckets: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """Tokens by bucket, then by position, padding last; and where real ones stand: (b, h, r, n) each."""
     if keep is not None:
-        buckets = torch.where(keep[:, None, None], buckets, torch.iinfo(buckets.dtype).max)
-    order = buckets.argsort(dim=-1, stable=True)
+        buckets = torch.where(keep[:, None, None], buckets, PADDING)
+    order = stable_order(buckets)
     if keep is None:
         return order, torch.ones_like(order, dtype=torch.bool)
     place = torch.arange(order.shape[-1], device=order.device)
     return order, (place < keep.sum(1)[:, None, None, None]).expand_as(order)
+
+
+def stable_order(buckets: Tensor) -> Tensor:
+    """`buckets.argsort(dim=-1, stable=True)` of int64 ≥ 0, (…, n); ONNX has no stable sort, so ties go by position."""
+    if not is_exported():
+        return buckets.argsort(dim=-1, stable=True)
+    length = buckets.shape[-1]
+    place = torch.arange(length, device=buckets.device)
+    return (buckets * length + place).argsort(dim=-1)
 
 
 def in_chunks(x: Tensor, size: int) -> Tensor:
