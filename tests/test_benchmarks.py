@@ -1,17 +1,15 @@
 """The benchmark of all variants goes on where it stopped; comparing two of them finds what got slower."""
 
 import json
-import sys
 from pathlib import Path
 
+import compare
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-everything = __import__("all")
-import compare  # noqa: E402
+from efficient_transformers import VARIANTS
 
-from efficient_transformers import VARIANTS  # noqa: E402
+everything = __import__("all")
 
 
 def row(layer, milliseconds, length=4096, mode="training"):

@@ -2,21 +2,25 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import datasets
+import prepare
 import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "data"), str(ROOT / "training")]
+from efficient_transformers.training.data import documents
+from efficient_transformers.training.data.documents import (
+    DocumentSettings,
+    cut_windows,
+    encode_documents,
+    load_documents,
+)
+from efficient_transformers.training.settings import InputError
 
-import documents  # noqa: E402
-import prepare  # noqa: E402
-from documents import DocumentSettings, cut_windows, encode_documents, load_documents  # noqa: E402
-from settings import InputError  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 SPLITS = ("train", "validation", "test")
 

@@ -1,7 +1,11 @@
-"""The arrows of the layout: imports in the shipped folder point strictly downwards, and to nothing but what travels."""
+"""The arrows of the layout: imports in the shipped folder point strictly downwards, and to nothing but what travels.
+
+So do those of the subpackages of training, which nothing else in the package imports.
+"""
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -60,3 +64,55 @@ def test_no_variant_is_forgotten():
     assert {path.stem.removeprefix("modeling_") for path in MODELS.glob("modeling_*.py")} == set(
         efficient_transformers.VARIANTS
     )
+
+
+# --- training
+
+PACKAGE = MODELS.parent
+TRAINING = PACKAGE / "training"
+SUBPACKAGES = ["settings", "data", "synthetic", "engine", "tasks", "runs"]  # each imports only those before it
+STANDALONE = "runs/check_published.py"  # runs where the package cannot be imported
+
+
+def imported_modules(path: Path) -> set[Path]:
+    """Modules of the package that a module imports anywhere in it, functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("efficient_transformers") for alias in node.names), path
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        names = (node.module or "").split(".") if node.module else []
+        if node.level:
+            folder = path.parents[node.level - 1]
+        elif names[0] == "efficient_transformers":
+            folder, names = PACKAGE, names[1:]
+        else:
+            continue
+        target = folder.joinpath(*names)
+        for name in [alias.name for alias in node.names]:
+            module = (target / name).with_suffix(".py")
+            init = target / "__init__.py"
+            found.add(module if module.exists() else init if init.exists() else target.with_suffix(".py"))
+    return found
+
+
+def test_nothing_else_in_the_package_imports_training():
+    for path in PACKAGE.rglob("*.py"):
+        if not path.is_relative_to(TRAINING):
+            assert not any(module.is_relative_to(TRAINING) for module in imported_modules(path)), path
+
+
+def test_the_subpackages_of_training_import_downwards_and_without_a_circle():
+    graph = {path: imported_modules(path) for path in TRAINING.rglob("*.py")}
+    assert len(graph) > 30
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError
+    tiers = {path: SUBPACKAGES.index(path.relative_to(TRAINING).parts[0].removesuffix(".py"))
+             for path in graph if path.parent != TRAINING or path.stem != "__init__"}  # fmt: skip
+    for path, modules in graph.items():
+        for module in modules & tiers.keys():
+            assert tiers[module] <= tiers[path], f"{path} imports {module}, which is not below it"
+
+
+def test_the_check_of_published_models_imports_nothing_of_the_package():
+    assert imported_modules(TRAINING / STANDALONE) == set()

@@ -4,17 +4,15 @@ import json
 import os
 import shutil
 import statistics
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
+from efficient_transformers.training.runs import report
+from efficient_transformers.training.runs.report import marks, put, read_runs, rows_of, table
+from efficient_transformers.training.settings import InputError
 
-import report  # noqa: E402
-from report import marks, put, read_runs, rows_of, table  # noqa: E402
-from settings import InputError  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_run(folder, config="era/local", seed=0, memory=None, accuracy=0.5, command="", settings=None, **test):

@@ -1,7 +1,6 @@
 """Self-pretraining of classifiers: what is learnt is what training starts from, whatever interrupts it."""
 
 import io
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -12,16 +11,15 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from training_runs import PowerCut, assert_same_run, bpe, read_metrics, reset_accelerate, write_config, write_labelled
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
+from efficient_transformers.training.data.packing import IGNORED
+from efficient_transformers.training.engine import loop
+from efficient_transformers.training.settings import InputError
+from efficient_transformers.training.tasks import classify, self_pretraining
+from efficient_transformers.training.tasks.classify import ClassifySettings
+from efficient_transformers.training.tasks.self_pretraining import NextTokens, denoising, inputs_of
 
-import classify  # noqa: E402
-import loop  # noqa: E402
-import self_pretraining  # noqa: E402
-from classify import ClassifySettings  # noqa: E402
-from packing import IGNORED  # noqa: E402
-from self_pretraining import NextTokens, denoising, inputs_of  # noqa: E402
-from settings import InputError  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 TINY = {
     **training_runs.TINY,

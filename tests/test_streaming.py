@@ -1,6 +1,5 @@
 """Training documents that are read as they are needed: every one once an epoch, in an order that can be taken up."""
 
-import sys
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,17 +16,16 @@ from training_runs import (
     write_sentences,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
+from efficient_transformers.training.data import texts
+from efficient_transformers.training.data.texts import stream_texts
+from efficient_transformers.training.engine.streaming import Stream
+from efficient_transformers.training.settings import InputError
+from efficient_transformers.training.tasks import pretrain_clm, pretrain_mlm
+from efficient_transformers.training.tasks.pretrain_clm import ClmSettings
+from efficient_transformers.training.tasks.pretrain_mlm import MlmSettings
 
-import pretrain_clm  # noqa: E402
-import pretrain_mlm  # noqa: E402
-import texts  # noqa: E402
-from pretrain_clm import ClmSettings  # noqa: E402
-from pretrain_mlm import MlmSettings  # noqa: E402
-from settings import InputError  # noqa: E402
-from streaming import Stream  # noqa: E402
-from texts import stream_texts  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 TINY = {
     "tokenizer": "data/tokenizer",

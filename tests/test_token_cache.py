@@ -1,22 +1,20 @@
 """Texts are cut once: the cache gives what was made, and nothing else than what was asked for."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from training_runs import TEXT, bpe, wordpiece
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
+from efficient_transformers.training.data import documents, packing
+from efficient_transformers.training.data.documents import Documents, encode_documents
+from efficient_transformers.training.data.token_cache import cache_file
+from efficient_transformers.training.tasks.classify import ClassifySettings
+from efficient_transformers.training.tasks.pretrain_clm import ClmSettings, causal_windows, load_open_tokenizer
+from efficient_transformers.training.tasks.pretrain_mlm import MlmSettings, masked_windows
 
-import documents  # noqa: E402
-import packing  # noqa: E402
-from classify import ClassifySettings  # noqa: E402
-from documents import Documents, encode_documents  # noqa: E402
-from pretrain_clm import ClmSettings, causal_windows, load_open_tokenizer  # noqa: E402
-from pretrain_mlm import MlmSettings, masked_windows  # noqa: E402
-from token_cache import cache_file  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 TEXTS = [TEXT * 3, "but 1234 nobody", TEXT]
 VALUES = {"data": "era", "tokenizer": "data/tokenizer", "model": {"model_type": "bert"}}
@@ -38,7 +36,7 @@ def refuse(monkeypatch):
 
         for module, name in ((packing, "encoded"), (documents, "cut_windows")):
             monkeypatch.setattr(module, name, refuse)
-        monkeypatch.setattr("causal.encoded", refuse)
+        monkeypatch.setattr("efficient_transformers.training.data.causal.encoded", refuse)
 
     return refusing
 

@@ -3,11 +3,11 @@
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import trainer_finetune
 import yaml
 from test_training_tasks import ROWS
 from training_runs import write_rows, write_sentences
@@ -23,15 +23,13 @@ from transformers import (
     AutoTokenizer,
 )
 
+import efficient_transformers  # noqa: F401 - registers the variants
+from efficient_transformers.training.settings import Settings
+from efficient_transformers.training.tasks.matching import DocumentMatcher, MatchingHead
+from efficient_transformers.training.tasks.pretrain_clm import load_open_tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
 
-import trainer_finetune  # noqa: E402
-from matching import DocumentMatcher, MatchingHead  # noqa: E402
-from pretrain_clm import load_open_tokenizer  # noqa: E402
-from settings import Settings  # noqa: E402
-
-import efficient_transformers  # noqa: E402, F401 - registers the variants
 
 SIZES = [
     "hidden_size=32", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=32", "window_size=5",

@@ -19,24 +19,20 @@ from safetensors.torch import load_file
 from training_runs import TINY, assert_same_run, reset_accelerate, write_labelled
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from efficient_transformers.cards import loading_code, model_card
+from efficient_transformers.training.engine import loop, metrics, task
+from efficient_transformers.training.engine.batches import EpochSampler
+from efficient_transformers.training.engine.building import build_config, build_model, load_tokenizer
+from efficient_transformers.training.engine.checkpoints import PARTIAL, Checkpoints, Progress, files_of, seal
+from efficient_transformers.training.engine.loop import make_optimizer
+from efficient_transformers.training.engine.outputs import differences
+from efficient_transformers.training.runs import bag_of_words, running, seeds
+from efficient_transformers.training.settings import InputError
+from efficient_transformers.training.tasks import classify
+from efficient_transformers.training.tasks.classify import ClassifySettings
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
 
-import bag_of_words  # noqa: E402
-import classify  # noqa: E402
-import loop  # noqa: E402
-import metrics  # noqa: E402
-import seeds  # noqa: E402
-import tasks  # noqa: E402
-from batches import EpochSampler  # noqa: E402
-from building import build_config, build_model, load_tokenizer  # noqa: E402
-from checkpoints import PARTIAL, Checkpoints, Progress, files_of, seal  # noqa: E402
-from classify import ClassifySettings  # noqa: E402
-from loop import make_optimizer  # noqa: E402
-from outputs import differences  # noqa: E402
-from settings import InputError  # noqa: E402
-
-from efficient_transformers.cards import loading_code, model_card  # noqa: E402
 
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 VARIANTS = [path for path in CONFIGS if path.parent.name in ("era", "arxiv", "imdb") and path.stem != "base"]
@@ -358,7 +354,7 @@ def scripted(monkeypatch, accuracies):
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
         return {"loss": 1.0, "accuracy": left.pop(0), "macro_f1": 0.0}
 
-    monkeypatch.setattr(tasks.Evaluator, "__call__", evaluate)
+    monkeypatch.setattr(task.Evaluator, "__call__", evaluate)
     return seen
 
 
@@ -374,8 +370,8 @@ def test_the_best_weights_are_saved_and_patience_ends_training(monkeypatch, conf
 def test_a_lower_loss_is_better(monkeypatch, config):
     scripted(monkeypatch, [0.5] * 20)
     losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 2.0, 0.0])
-    scores = tasks.Evaluator.__call__
-    monkeypatch.setattr(tasks.Evaluator, "__call__", lambda *a: {**scores(*a), "loss": next(losses)})
+    scores = task.Evaluator.__call__
+    monkeypatch.setattr(task.Evaluator, "__call__", lambda *a: {**scores(*a), "loss": next(losses)})
     assert run(config, "eval_steps=4", "best_metric=loss")["validation"]["step"] == 8
 
 
@@ -422,9 +418,9 @@ pathlib.Path.rename = rename
 @pytest.mark.parametrize("when", KILLED)
 def test_a_killed_run_continues_as_if_nothing_had_happened(finished, config, tmp_path, when):
     code = f"""
-import os, pathlib, signal, sys
-sys.path.insert(0, {str(ROOT / "training")!r})
-import classify, loop
+import os, pathlib, signal
+from efficient_transformers.training.engine import loop
+from efficient_transformers.training.tasks import classify
 {KILLED[when]}
 classify.main(["--config", {str(config)!r}])
 """
@@ -474,7 +470,7 @@ def test_a_run_with_nothing_saved_yet_begins_anew(finished, config, tmp_path):
 
 
 def test_a_finished_run_is_not_repeated(monkeypatch, finished):
-    monkeypatch.setattr(tasks, "train", lambda *arguments: pytest.fail("trained again"))
+    monkeypatch.setattr(task, "train", lambda *arguments: pytest.fail("trained again"))
     folder, _ = finished
     assert run(folder.parent / "tiny.yaml", "resume=true") == json.loads((folder / "metrics.json").read_text())
 
@@ -559,7 +555,7 @@ BAD_RUNS = {
 
 @pytest.mark.parametrize(("overrides", "message"), BAD_RUNS.values(), ids=BAD_RUNS)
 def test_bad_runs_are_refused_before_training(monkeypatch, config, tmp_path, overrides, message):
-    monkeypatch.setattr(tasks, "train", lambda *arguments: pytest.fail("training began"))
+    monkeypatch.setattr(task, "train", lambda *arguments: pytest.fail("training began"))
     with pytest.raises(InputError, match=message):
         run(config, *overrides)
     assert not list((tmp_path / "out").iterdir())
@@ -575,16 +571,12 @@ def test_a_loss_that_is_not_finite_names_the_step(config, tmp_path):
 
 
 def test_seeds_compares_lengths_and_repeats_nothing(monkeypatch, capsys, config, tmp_path):
-    run = subprocess.run
-
-    def in_this_process(command, **keywords):
-        if command[0] == "git":  # which is asked for the commit of the code
-            return run(command, **keywords)
+    def in_this_process(command):
         AcceleratorState._reset_state(reset_partial_state=True)
         classify.main(command[2:])
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(seeds.subprocess, "run", in_this_process)
+    monkeypatch.setattr(running, "launch", in_this_process)
     arguments = ["--config", str(config), "--seeds", "0", "1", "--max-lengths", "24", "5", "--out", str(tmp_path / "s")]
     seeds.main([*arguments, "epochs=1"])
     table = (tmp_path / "s/table.md").read_text()
@@ -596,7 +588,7 @@ def test_seeds_compares_lengths_and_repeats_nothing(monkeypatch, capsys, config,
         found = [json.loads(Path(f"{folder}{seed}/metrics.json").read_text())["test"]["accuracy"] for seed in (0, 1)]
         assert row[1].strip() == seeds.spread(found)
 
-    monkeypatch.setattr(seeds.subprocess, "run", lambda command: pytest.fail("trained again"))
+    monkeypatch.setattr(running, "launch", lambda command: pytest.fail("trained again"))
     seeds.main([*arguments, "epochs=1"])
     with pytest.raises(SystemExit, match=r"holds a run with other settings \(epochs: 1 → 2\)"):
         seeds.main([*arguments, "epochs=2"])

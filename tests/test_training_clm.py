@@ -2,7 +2,6 @@
 
 import io
 import math
-import sys
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -40,20 +39,24 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from efficient_transformers import VARIANTS
+from efficient_transformers.cards import loading_code
+from efficient_transformers.training.data.causal import CausalPacker, byte_sizes
+from efficient_transformers.training.data.packing import IGNORED, RowCollator
+from efficient_transformers.training.data.texts import load_texts
+from efficient_transformers.training.engine.building import build_config, make_accelerator
+from efficient_transformers.training.settings import InputError
+from efficient_transformers.training.tasks import language_models, pretrain_clm
+from efficient_transformers.training.tasks.pretrain_clm import (
+    CausalEvaluator,
+    ClmSettings,
+    causal_windows,
+    load_open_tokenizer,
+    reads_ahead,
+)
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
 
-import language_models  # noqa: E402
-import pretrain_clm  # noqa: E402
-from building import build_config, make_accelerator  # noqa: E402
-from causal import CausalPacker, byte_sizes  # noqa: E402
-from packing import IGNORED, RowCollator  # noqa: E402
-from pretrain_clm import CausalEvaluator, ClmSettings, causal_windows, load_open_tokenizer, reads_ahead  # noqa: E402
-from settings import InputError  # noqa: E402
-from texts import load_texts  # noqa: E402
-
-from efficient_transformers import VARIANTS  # noqa: E402
-from efficient_transformers.cards import loading_code  # noqa: E402
 
 FOLDERS = ("clm", "pg19")
 CONFIGS = [path for name in FOLDERS for path in sorted((ROOT / "configs" / name).glob("*.yaml")) if path.stem != "base"]

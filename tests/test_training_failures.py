@@ -26,19 +26,16 @@ from training_runs import (
     write_rows,
 )
 
+from efficient_transformers import EtLocalForSequenceClassification
+from efficient_transformers.training.data.documents import encode_documents, load_documents
+from efficient_transformers.training.engine import loop, task
+from efficient_transformers.training.engine.batches import EpochSampler
+from efficient_transformers.training.engine.checkpoints import Checkpoints, fault_of
+from efficient_transformers.training.settings import InputError
+from efficient_transformers.training.tasks import classify
+from efficient_transformers.training.tasks.classify import ClassifySettings
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
-
-import classify  # noqa: E402
-import loop  # noqa: E402
-import tasks  # noqa: E402
-from batches import EpochSampler  # noqa: E402
-from checkpoints import Checkpoints, fault_of  # noqa: E402
-from classify import ClassifySettings  # noqa: E402
-from documents import encode_documents, load_documents  # noqa: E402
-from settings import InputError  # noqa: E402
-
-from efficient_transformers import EtLocalForSequenceClassification  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -191,13 +188,13 @@ def test_a_checkpoint_that_cannot_be_written_is_told_of(monkeypatch, finished, c
 
 def test_a_model_that_cannot_be_written_is_told_of(monkeypatch, finished, config, tmp_path):
     with monkeypatch.context() as patch:
-        original = tasks.finish_folder
+        original = task.finish_folder
 
         def finish(*arguments):
             with largest_file(200_000):
                 original(*arguments)
 
-        patch.setattr(tasks, "finish_folder", finish)
+        patch.setattr(task, "finish_folder", finish)
         with pytest.raises(InputError, match=r"The trained model could not be written .*go on with resume=true"):
             run(config)
     assert not (tmp_path / "out/metrics.json").exists()
@@ -328,10 +325,9 @@ def test_what_a_model_draws_and_counts_goes_on(monkeypatch, corpus, tmp_path, fi
 
 KILLER = """
 import os, random, re, signal, sys, time
-sys.path.insert(0, {training!r})
 import torch
 torch.set_num_threads(1)
-import classify  # once for all the runs
+from efficient_transformers.training.tasks import classify  # once for all the runs
 
 def saved():
     there = os.listdir({checkpoints!r}) if os.path.isdir({checkpoints!r}) else []
@@ -370,7 +366,7 @@ def test_a_run_that_is_killed_twenty_times_ends_as_one_never_stopped(corpus, tmp
         (tmp_path / name).mkdir()
     run(write_config(tmp_path / "whole", TINY, corpus, **values))
     config, checkpoints = write_config(tmp_path / "killed", TINY, corpus, **values), tmp_path / "killed/out/checkpoints"
-    code = KILLER.format(training=str(ROOT / "training"), config=str(config), checkpoints=str(checkpoints))
+    code = KILLER.format(config=str(config), checkpoints=str(checkpoints))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kills = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("killed")]

@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,27 +14,24 @@ from sklearn.metrics import roc_auc_score
 from training_runs import assert_same_run, read_metrics, reset_accelerate, stop_and_continue, write_config
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
+from efficient_transformers.training.data.fashion_mnist import FOLDER, load_fashion_mnist
+from efficient_transformers.training.data.packing import IGNORED
+from efficient_transformers.training.data.texts import SPLITS, load_texts
+from efficient_transformers.training.engine import outputs
+from efficient_transformers.training.engine.building import build_config, build_model
+from efficient_transformers.training.runs import running, train_all
+from efficient_transformers.training.settings import InputError
+from efficient_transformers.training.synthetic import generated, pathfinder
+from efficient_transformers.training.synthetic.generated import SPECIAL, byte_tokenizer, generate, word_tokenizer
+from efficient_transformers.training.synthetic.listops import DIGITS, ListOps, apply
+from efficient_transformers.training.synthetic.pathfinder import Pathfinder
+from efficient_transformers.training.synthetic.recall import PEOPLE, THINGS, Copy, Induction, Mqar, Needle
+from efficient_transformers.training.tasks import lra, recall, scripts
+from efficient_transformers.training.tasks.lra import LraSettings, load_source
+from efficient_transformers.training.tasks.recall import RecallSettings, load_task
 
-import generated  # noqa: E402
-import lra  # noqa: E402
-import outputs  # noqa: E402
-import pathfinder  # noqa: E402
-import recall  # noqa: E402
-import seeds  # noqa: E402
-import train_all  # noqa: E402
-from building import build_config, build_model  # noqa: E402
-from fashion_mnist import FOLDER, load_fashion_mnist  # noqa: E402
-from generated import SPECIAL, byte_tokenizer, generate, word_tokenizer  # noqa: E402
-from listops import DIGITS, ListOps, apply  # noqa: E402
-from lra import LraSettings, load_source  # noqa: E402
-from packing import IGNORED  # noqa: E402
-from pathfinder import Pathfinder  # noqa: E402
-from recall import RecallSettings, load_task  # noqa: E402
-from recall_tasks import PEOPLE, THINGS, Copy, Induction, Mqar, Needle  # noqa: E402
-from settings import InputError  # noqa: E402
-from texts import SPLITS, load_texts  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 CONFIGS = {
     path: settings
@@ -426,7 +421,7 @@ def test_the_package_holds_what_is_expected():
 def test_every_folder_of_configs_has_the_yardstick_and_its_script():
     for folder, settings in {path.parent.name: settings for path, settings in CONFIGS.items()}.items():
         assert "full" in {path.stem for path in CONFIGS if path.parent.name == folder}
-        assert train_all.SETTINGS[train_all.SCRIPTS[folder]] is settings
+        assert scripts.SETTINGS[scripts.SCRIPTS[folder]] is settings
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -694,23 +689,18 @@ def test_pathfinder_is_generated_in_the_paper_s_numbers(monkeypatch):
 # --- many runs
 
 
-RUN = subprocess.run
-
-
-def in_this_process(command, **keywords):
-    if command[0] == "git":  # which is asked for the commit of the code
-        return RUN(command, **keywords)
+def in_this_process(command):
     reset_accelerate()
     script = {"recall.py": recall, "lra.py": lra}[Path(command[1]).name]
     try:
         script.main(command[2:])
     except SystemExit as error:
-        return subprocess.CompletedProcess(command, error.code if isinstance(error.code, int) else 1)
-    return subprocess.CompletedProcess(command, 0)
+        return error.code if isinstance(error.code, int) else 1
+    return 0
 
 
 def test_all_configs_are_trained_and_repeats_none(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(seeds.subprocess, "run", in_this_process)
+    monkeypatch.setattr(running, "launch", in_this_process)
     folder = tmp_path / "mqar"
     folder.mkdir()
     config = write_config(folder, {**RECALL, "max_steps": 2, "eval_steps": 2, "checkpoint_steps": 2}, "mqar", out=None)
@@ -731,9 +721,9 @@ def test_all_configs_are_trained_and_repeats_none(monkeypatch, capsys, tmp_path)
     assert read_metrics(tmp_path / "runs/mqar-full")["settings"]["learning_rate"] == 0.01
     assert "linear.yaml, seed 1: loss" in capsys.readouterr().out
 
-    monkeypatch.setattr(seeds.subprocess, "run", lambda command: pytest.fail("trained again"))
+    monkeypatch.setattr(running, "launch", lambda command: pytest.fail("trained again"))
     train_all.main(["--out", str(tmp_path / "runs"), "--configs", str(folder / "full.yaml"), "learning_rate=0.01"])
-    monkeypatch.setattr(seeds.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 143))
+    monkeypatch.setattr(running, "launch", lambda command: 143)
     with pytest.raises(SystemExit, match="ended with code 143; the same command continues it"):
         train_all.main(["--out", str(tmp_path / "other"), "--configs", *configs[-2:]])
 

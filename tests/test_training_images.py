@@ -12,11 +12,11 @@ from PIL import Image
 from training_runs import ROOT, reset_accelerate
 from transformers import AutoModelForImageClassification, pipeline
 
-import classify_images  # isort: skip
-from building import build_config  # isort: skip
-from classify_images import ClassifyImagesSettings  # isort: skip
-from pictures import load_pictures  # isort: skip
-from settings import InputError  # isort: skip
+from efficient_transformers.training.data.images import load_pictures
+from efficient_transformers.training.engine.building import build_config
+from efficient_transformers.training.settings import InputError
+from efficient_transformers.training.tasks import classify_images
+from efficient_transformers.training.tasks.classify_images import ClassifyImagesSettings
 
 CONFIGS = [path for folder in ("pixels", "patches") for path in sorted((ROOT / "configs" / folder).glob("*.yaml"))]
 COLOURS = {"blue": (30, 40, 220), "red": (220, 50, 30), "yellow": (220, 210, 40)}

@@ -2,7 +2,6 @@
 
 import io
 import math
-import sys
 from contextlib import redirect_stdout
 from functools import partial
 from itertools import chain
@@ -40,20 +39,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from efficient_transformers.cards import loading_code
+from efficient_transformers.training.data.masking import IGNORED, Masker, RemaskedWindows
+from efficient_transformers.training.data.packing import NO_WORD, Packer, RowCollator, Window, best_fit
+from efficient_transformers.training.data.texts import load_texts
+from efficient_transformers.training.engine.building import build_config, build_model, load_tokenizer, make_accelerator
+from efficient_transformers.training.settings import InputError
+from efficient_transformers.training.tasks import language_models, pretrain_mlm
+from efficient_transformers.training.tasks.language_models import Evaluator, check_packing
+from efficient_transformers.training.tasks.pretrain_mlm import MlmSettings, add_mask_token, masked_windows
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
 
-import language_models  # noqa: E402
-import pretrain_mlm  # noqa: E402
-from building import build_config, build_model, load_tokenizer, make_accelerator  # noqa: E402
-from language_models import Evaluator, check_packing  # noqa: E402
-from masking import IGNORED, Masker, RemaskedWindows  # noqa: E402
-from packing import NO_WORD, Packer, RowCollator, Window, best_fit  # noqa: E402
-from pretrain_mlm import MlmSettings, add_mask_token, masked_windows  # noqa: E402
-from settings import InputError  # noqa: E402
-from texts import load_texts  # noqa: E402
-
-from efficient_transformers.cards import loading_code  # noqa: E402
 
 FOLDERS = ("mlm", "pubmed", "govreport")
 CONFIGS = [path for name in FOLDERS for path in sorted((ROOT / "configs" / name).glob("*.yaml")) if path.stem != "base"]

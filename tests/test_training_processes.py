@@ -24,15 +24,15 @@ from torch.utils.data import default_collate
 from training_runs import MODEL, write_config, write_labelled, write_sentences
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
+from efficient_transformers.training.data.masking import Masker, RemaskedWindows
+from efficient_transformers.training.data.packing import Window
+from efficient_transformers.training.engine.batches import Batch, EpochSampler, Steps, shares
+from efficient_transformers.training.settings import InputError
+from efficient_transformers.training.tasks import pretrain_clm
+from efficient_transformers.training.tasks.pretrain_clm import ClmSettings
 
-import pretrain_clm  # noqa: E402
-from batches import Batch, EpochSampler, Steps, shares  # noqa: E402
-from masking import Masker, RemaskedWindows  # noqa: E402
-from packing import Window  # noqa: E402
-from pretrain_clm import ClmSettings  # noqa: E402
-from settings import InputError  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 LAUNCHERS = ROOT / "configs/accelerate"
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
@@ -27,14 +26,15 @@ from training_runs import (
 )
 from transformers import AutoConfig, AutoModel, AutoModelForQuestionAnswering, AutoTokenizer, CanineTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
-
-import answer  # noqa: E402
-import choose  # noqa: E402
-import match  # noqa: E402
-import tag_tokens  # noqa: E402
-from answering import (  # noqa: E402
+from efficient_transformers.cards import loading_code
+from efficient_transformers.training.data.excerpts import excerpts, sentences
+from efficient_transformers.training.data.packing import IGNORED, overlapping_slices, shortened
+from efficient_transformers.training.engine.building import build_config, build_model
+from efficient_transformers.training.engine.metrics import EntityF1, entities
+from efficient_transformers.training.engine.task import label_fields
+from efficient_transformers.training.settings import InputError
+from efficient_transformers.training.tasks import answer, choose, match, tag_tokens
+from efficient_transformers.training.tasks.answering import (
     AnswerSettings,
     Question,
     Window,
@@ -47,17 +47,18 @@ from answering import (  # noqa: E402
     overlap_f1,
     plant,
 )
-from building import build_config, build_model  # noqa: E402
-from choosing import ChooseSettings, choice_rows, load_choices, next_excerpts  # noqa: E402
-from excerpts import excerpts, sentences  # noqa: E402
-from matching import DocumentMatcher, MatchingHead, MatchSettings, load_pairs, same_or_not  # noqa: E402
-from metrics import EntityF1, entities  # noqa: E402
-from packing import IGNORED, overlapping_slices, shortened  # noqa: E402
-from settings import InputError  # noqa: E402
-from tagging import TagSettings, case_tags, load_tagged, tag_names, tag_windows  # noqa: E402
-from tasks import label_fields  # noqa: E402
+from efficient_transformers.training.tasks.choosing import ChooseSettings, choice_rows, load_choices, next_excerpts
+from efficient_transformers.training.tasks.matching import (
+    DocumentMatcher,
+    MatchingHead,
+    MatchSettings,
+    load_pairs,
+    same_or_not,
+)
+from efficient_transformers.training.tasks.tagging import TagSettings, case_tags, load_tagged, tag_names, tag_windows
 
-from efficient_transformers.cards import loading_code  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 SCRIPTS = {"case": tag_tokens, "facts": answer, "next": choose, "president": match}
 CONFIGS = [path for task in SCRIPTS for path in sorted((ROOT / "configs" / task).glob("*.yaml")) if path.stem != "base"]
@@ -327,7 +328,10 @@ def test_a_hub_data_set_names_its_tags(monkeypatch):
     kinds = datasets.List(datasets.ClassLabel(names=["O", "B-X"]))
     features = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "ner_tags": kinds})
     train = datasets.Dataset.from_list([{"tokens": ["a", "b"], "ner_tags": [0, 1]}] * 9, features=features)
-    monkeypatch.setattr("texts.datasets.load_dataset", lambda name, config: datasets.DatasetDict(train=train))
+    monkeypatch.setattr(
+        "efficient_transformers.training.data.texts.datasets.load_dataset",
+        lambda name, config: datasets.DatasetDict(train=train),
+    )
     tagged = load_tagged(settings(TagSettings, data="a/b", words_column="tokens", tags_column="ner_tags"))
     assert (tagged["test"][0].words, tagged["test"][0].tags) == (["a", "b"], ["O", "B-X"])
 
@@ -548,7 +552,7 @@ def test_contexts_are_cut_and_choices_stay():
 
 
 def load_choices_of(row, **values):
-    import choosing
+    from efficient_transformers.training.tasks import choosing
 
     return choosing._choice(("line 1", row), settings(ChooseSettings, **values))
 

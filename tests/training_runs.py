@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
+from efficient_transformers.training.engine import loop
+from efficient_transformers.training.tasks import language_models
 
-import language_models  # noqa: E402
-import loop  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 TEXT = "Antidisestablishmentarianism frightens nobody but philosophers and unsuspecting parliamentarians "

@@ -16,21 +16,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Literal
 
-import answer
-import choose
-import classify
 import numpy as np
-import tag_tokens
 import torch
-from building import build_config, visible_length
-from causal import CausalPacker, CausalWindows
-from language_models import check_packing
-from packing import IGNORED, Packer, RowCollator, Rows, packed
-from pretrain_clm import ClmSettings, build_causal_model, load_open_tokenizer
-from pretrain_mlm import MlmSettings, build_masked_model, load_masking_tokenizer
-from settings import InputError, Settings, did_you_mean, merge, parse_override
-from tasks import Features, Task
-from texts import SPLITS, load_texts
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForTokenClassification,
@@ -44,6 +31,16 @@ from transformers import (
 )
 
 from efficient_transformers.folders import fit_tokenizer
+from efficient_transformers.training.data.causal import CausalPacker, CausalWindows
+from efficient_transformers.training.data.packing import IGNORED, Packer, RowCollator, Rows, packed
+from efficient_transformers.training.data.texts import SPLITS, load_texts
+from efficient_transformers.training.engine.building import build_config, visible_length
+from efficient_transformers.training.engine.task import Features, Task
+from efficient_transformers.training.settings import InputError, Settings, did_you_mean, merge, parse_override
+from efficient_transformers.training.tasks import answer, choose, classify, tag_tokens
+from efficient_transformers.training.tasks.language_models import check_packing
+from efficient_transformers.training.tasks.pretrain_clm import ClmSettings, build_causal_model, load_open_tokenizer
+from efficient_transformers.training.tasks.pretrain_mlm import MlmSettings, build_masked_model, load_masking_tokenizer
 
 TASKS: dict[str, Task] = {
     "classify": classify.TASK,

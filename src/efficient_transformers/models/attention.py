@@ -12,62 +12,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .blocked_attention import blocked_attention
 from .caching import PatternCacheLayer, cache_layer
 from .flex_attention import flex_sparse_attention
-from .packing import Group, inverse, pack
+from .packing import Group
 from .patterns import AttentionPattern, times_drawn
-from .softmax_attention import Exposure, softmax_attention
+from .softmax_attention import softmax_attention
 from .sparse_attention import biased_attention, by_rows, is_short, mask_size, sparse_attention
 from .tiles import as_bias
 from .tracing import count_blocks, is_exported, is_traced
-
-
-@dataclass
-class MapLayout:
-    """How the weights of a layer are laid out for the caller: by the tokens as they were passed.
-
-    order: of packed rows, (b, n); None where they were not reordered. num_external: external tokens, which are left
-    out. positions: after a cache, those of all tokens, (b, past + n), -1 at padding; None where nothing came before.
-    """
-
-    order: Tensor | None = None
-    num_external: int = 0
-    positions: Tensor | None = None
-
-    def expose(self, weights: Tensor, keys: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`weights` (b, h, n, m) as they are given out, and those to compute with: the same, made of the former.
-
-        So a gradient of the output reaches what is given out. Given out are (b, h, n, n), or (b, h, n, past + n) after
-        a cache; `keys` (b, m) are then the positions of the keys, -1 at none.
-        """
-        if self.positions is not None:
-            assert keys is not None
-            return self.expose_past(weights, keys, self.positions)
-        given, count = weights, self.num_external
-        if count:
-            given = given[:, :, count:, count:]
-        if self.order is not None:
-            given = reordered(given, inverse(self.order))
-        used = given if self.order is None else reordered(given, self.order)
-        if count:
-            used = torch.cat([weights[:, :, :count], torch.cat([weights[:, :, count:, :count], used], 3)], 2)
-        return given, used
-
-    def expose_past(self, weights: Tensor, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if keys.shape == positions.shape and keys.equal(positions):
-            return weights, weights
-        there = keys >= 0
-        length = positions.shape[1]
-        column = torch.arange(length, device=keys.device).expand_as(positions)
-        table = column.new_zeros(len(positions), length + 1)  # position -> column; the last entry is of padding
-        table = table.scatter(1, positions.where(positions >= 0, length), column)
-        index = table.gather(1, keys.clamp(min=0))[:, None, None].expand_as(weights)
-        there = there[:, None, None]
-        given = weights.new_zeros(*weights.shape[:3], length).scatter_add(3, index, weights * there)
-        return given, given.gather(3, index) * there
-
-
-def reordered(weights: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns of `weights` (b, h, n, n) by `order` (b, n)."""
-    return pack(pack(weights.permute(0, 2, 3, 1), order).transpose(1, 2), order).permute(0, 3, 2, 1)
 
 
 @dataclass
@@ -81,7 +31,6 @@ class SequenceInfo:
     global_tokens: the same as positions per row; None as `lengths`.
     rotary: cos and sin of the angles, (b, n, 1, d/2) each.
     cache: of a causal model; holds everything before these tokens.
-    maps: how the weights are laid out that are given out with `output_attentions`; None as they are.
     shared: a module of the model whose weights all its mixers use; None if there is none.
     decisions: what mixers have chosen by the data, by layer. A layer that runs a second time, to be differentiated,
         finds them: rounding must not send a token elsewhere than the first time.
@@ -95,7 +44,6 @@ class SequenceInfo:
     rotary: tuple[Tensor, Tensor] | None = None
     cache: Cache | None = None
     output_attentions: bool = False
-    maps: MapLayout | None = None
     shared: nn.Module | None = None
     block_masks: dict = field(default_factory=dict)  # FlexAttention's, made once for all layers
     decisions: dict[int, Any] = field(default_factory=dict)
@@ -106,10 +54,6 @@ class SequenceInfo:
             with torch.no_grad():
                 self.decisions[layer] = choose()
         return self.decisions[layer]
-
-    def exposure(self, keys: Tensor | None = None) -> Exposure | None:
-        """`MapLayout.expose` of weights over keys at positions `keys` (b, m); None where no weights are asked for."""
-        return partial((self.maps or MapLayout()).expose, keys=keys) if self.output_attentions else None
 
     def mix(self, mixer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """What `mixer` makes of `hidden` (b, n, e), and its weights if it gives any."""
@@ -289,11 +233,9 @@ class PatternAttention(MultiHeadAttention):
             memory: PatternCacheLayer = sequence.cache.layers[self.layer]  # type: ignore[assignment]
             keys, values, positions = memory.update(k, v, sequence.positions)
         if seen:  # a few new tokens against what is left of the past: dense, but no longer than the cache is
-            expose = sequence.exposure(positions)
-            return softmax_attention(q, keys, values, self.allowed(sequence, positions), dropout, expose)
+            return softmax_attention(q, keys, values, self.allowed(sequence, positions), dropout)
         if sequence.output_attentions or self.config._attn_implementation == "eager":
-            expose = sequence.exposure() if self.global_rows else None  # else the variant does
-            return softmax_attention(q, k, v, self.allowed(sequence, sequence.positions), dropout, expose)
+            return softmax_attention(q, k, v, self.allowed(sequence, sequence.positions), dropout)
         return self.mix(q, k, v, sequence, dropout), None
 
     @property

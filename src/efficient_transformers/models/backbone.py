@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from .attention import MapLayout, OwnValues, PackedDocuments, SequenceInfo, rotary_angles
+from .attention import OwnValues, PackedDocuments, SequenceInfo, rotary_angles
 from .caching import check_cache, prepare_cache
 from .checks import as_mask, check_at_least, check_length, check_per_token, check_shape
 from .configuration import EtConfig
@@ -25,6 +25,7 @@ from .packing import (
     Documents,
     find_documents,
     group_by_length,
+    inverse,
     pack,
     packing_order,
     places_in_groups,
@@ -348,6 +349,18 @@ class Packing:
             restored = pack(restored, self.order)
         return torch.cat([hidden[:, : self.num_external], restored], 1) if self.num_external else restored
 
+    def restore_weights(self, weights: Tensor) -> Tensor:
+        """(b, h, g + n, m) -> (b, h, n, m'): both axes for a whole sequence, queries alone against a cache."""
+        whole = weights.shape[2] == weights.shape[3]
+        if self.num_external:
+            weights = weights[:, :, self.num_external :, self.num_external if whole else 0 :]
+        if self.order is not None:
+            back = inverse(self.order)[:, None, :, None]
+            weights = weights.gather(2, back.expand_as(weights))
+            if whole:
+                weights = weights.gather(3, back.transpose(2, 3).expand_as(weights))
+        return weights
+
     def pool(self, pooler: EtPooler, hidden: Tensor) -> Tensor:
         """One vector for each row of `hidden` in the caller's order: (b, e)."""
         return pooler(hidden, self.keep)
@@ -483,7 +496,6 @@ class Encoder:
         cache = self.open_cache(past_key_values, use_cache)
         seen = 0 if cache is None else cache.get_seq_length()
         keep, positions = self.locate(inputs_embeds, attention_mask, seen, cache)
-        everywhere, positions = positions, positions[:, seen:]
         inputs_embeds, keep, positions, token_type_ids, position_ids, marked, packing = self.pack(
             inputs_embeds, keep, positions, token_type_ids, position_ids, global_attention_mask, bool(seen)
         )
@@ -493,8 +505,6 @@ class Encoder:
             position_ids = position_ids.expand_as(positions)
         hidden = self.embeddings(inputs_embeds, position_ids, token_type_ids)
         hidden, sequence = self.describe(hidden, keep, positions, position_ids, marked, cache, bool(output_attentions))
-        if output_attentions:
-            sequence.maps = MapLayout(packing.order, packing.num_external, everywhere if seen else None)
         return self.run(hidden, sequence, packing, *wanted)
 
     def choose_input(
@@ -570,7 +580,7 @@ class Encoder:
                 streams = [stream + change for stream in streams]
             *streams, weights = layer(*streams, sequence)
             if sequence.output_attentions and weights is not None:
-                attentions.append(weights)
+                attentions.append(packing.restore_weights(weights))
         return mean(streams).to(dtype), hidden_states, attentions
 
     def open_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
@@ -615,8 +625,7 @@ class Encoder:
     def locate(
         self, hidden: Tensor, mask: Tensor | None, seen: int, cache: Cache | None
     ) -> tuple[Tensor | None, Tensor]:
-        """Which of the new tokens are real (None: all), (b, n), and how many real ones precede each token, those in the
-        cache included, (b, past + n); -1 at padding."""
+        """Which of the new tokens are real (None: all), and how many real ones precede each; -1 at padding."""
         batch, length, _ = hidden.shape
         check_length(seen + length, self.config.max_position_embeddings, type(self).__name__)
         if seen and (mask is None or mask.shape[1] == length):  # says nothing of the past
@@ -633,9 +642,9 @@ class Encoder:
         if cache is not None:
             cache.holds_padding = mask is not None  # type: ignore[attr-defined]
         if mask is None:
-            return None, torch.arange(seen + length, device=hidden.device).expand(batch, -1)
+            return None, torch.arange(seen, seen + length, device=hidden.device).expand(batch, -1)
         positions = (mask.long().cumsum(1) - 1).masked_fill(~mask, -1)
-        return mask[:, seen:], positions
+        return mask[:, seen:], positions[:, seen:]
 
     def pack(
         self,

@@ -130,17 +130,10 @@ class KernelAttention(MultiHeadAttention):
             out, state = rule(q, k, v, *how, decay, past)
             memory.update(state, q.shape[2])
             if past is not None:
-                if sequence.output_attentions:
-                    raise ValueError(
-                        "output_attentions needs use_cache=False where tokens follow others: the cache keeps "
-                        f"{memory.kept}, and no keys that could be weighed."
-                    )
                 return out, None
         if sequence.output_attentions or self.config._attn_implementation == "eager":
-            weights = used = attention_matrix(q, k, *how, self.config.is_decoder, decay).to(v.dtype)
-            if (expose := sequence.exposure()) is not None:
-                weights, used = expose(weights)
-            out = used @ v
+            weights = attention_matrix(q, k, *how, self.config.is_decoder, decay).to(v.dtype)
+            out = weights @ v
         if out is None and self.config.is_decoder:
             out, _ = causal_linear_attention(q, k, v, *how, decay)
         return linear_attention(q, k, v, *how) if out is None else out, weights

@@ -208,7 +208,7 @@ class EtCompressedAttention(PatternAttention):
         return CompressedCacheLayer(self.config.compression_factor, self.config.kernel)
 
     def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
-        """What each head has read, (b, h, n, d), and the weights if asked for.
+        """What each head has read, (b, h, n, d), and the weights if asked for and nothing came before.
 
         The weight of a segment stands in equal parts at its real tokens.
         """
@@ -225,7 +225,7 @@ class EtCompressedAttention(PatternAttention):
             memory.update(k, v, sequence.positions)
             if seen:
                 memory.write(self.compress_pair)
-                return self.attend_behind(q, sequence, memory, dropout)
+                return self.attend_behind(q, sequence.positions, memory, dropout), None
         real = real_tokens(hidden, factor, sequence.keep)
         k, v = (compress(x, weight, factor, real) for x, weight in zip((k, v), self.convolution, strict=True))
         if sequence.output_attentions or config._attn_implementation == "eager":
@@ -242,25 +242,14 @@ class EtCompressedAttention(PatternAttention):
         weights, factor = self.convolution, self.config.compression_factor
         return torch.stack([compress(x, weight, factor) for x, weight in zip(pair, weights, strict=True)])
 
-    def attend_behind(
-        self, q: Tensor, sequence: SequenceInfo, memory: CompressedCacheLayer, dropout: float
-    ) -> tuple[Tensor, Tensor]:
-        """Attend from new tokens to the segments in `memory`; the weights are of segments unless maps are asked for."""
-        assert memory.tokens is not None
-        count, factor, positions = memory.count, memory.factor, sequence.positions
-        stored = q.new_zeros(2, *q.shape[:2], 0, q.shape[3]) if memory.stored is None else memory.stored  # none is full
-        keys, values = stored[:, :, :, :count]
-        allowed = torch.arange(count, device=q.device) < (positions[:, None, :, None] + 1) // factor
-        place = torch.arange(count * factor, device=q.device)
-        expose = sequence.exposure(torch.where(place < memory.tokens[:, None], place, -1))
-
-        def of_segments(reads: Tensor) -> tuple[Tensor, Tensor]:
-            if expose is None:
-                return reads, reads
-            given, used = expose(reads.repeat_interleave(factor, -1) / factor)  # each token has an equal share
-            return given, used.unflatten(-1, (count, factor)).sum(-1)
-
-        return softmax_attention(q, keys, values, allowed, dropout, of_segments)
+    def attend_behind(self, q: Tensor, positions: Tensor, memory: CompressedCacheLayer, dropout: float) -> Tensor:
+        """What queries (b, h, n, d) at `positions` (b, n) read of the segments in `memory`."""
+        if memory.stored is None:  # not one is full
+            return torch.zeros_like(q)
+        keys, values = memory.stored[:, :, :, : memory.count]
+        number = torch.arange(memory.count, device=q.device)
+        allowed = number < (positions[:, None, :, None] + 1) // memory.factor
+        return softmax_attention(q, keys, values, allowed, dropout)[0]
 
     def attend_eagerly(
         self, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceInfo, real: Tensor | None, dropout: float
@@ -276,10 +265,8 @@ class EtCompressedAttention(PatternAttention):
             allowed = allowed & (torch.arange(k.shape[2], device=q.device) < (position[:, None] + 1) // factor)
         _, reads = softmax_attention(q, k, v, allowed)
         share = there.to(reads.dtype) / count.clamp(min=1)[:, None]
-        weights = used = reads @ share.transpose(1, 2)[:, None]
-        if (expose := sequence.exposure()) is not None:
-            weights, used = expose(weights)
-        return F.dropout(used @ stands_in.to(v.dtype), dropout) @ v, weights
+        weights = reads @ share.transpose(1, 2)[:, None]
+        return F.dropout(weights @ stands_in.to(v.dtype), dropout) @ v, weights
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, factor: int, dropout: float) -> Tensor:

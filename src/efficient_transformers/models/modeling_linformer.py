@@ -139,13 +139,7 @@ class EtLinformerAttention(MultiHeadAttention):
         weights = reads @ matrix
         if sequence.keep is not None:
             weights = weights * (sequence.keep[:, None, :, None] & sequence.keep[:, None, None])
-        used = weights
-        if (expose := sequence.exposure()) is not None:
-            weights, used = expose(weights)
-        out = used @ v
-        if dropout:  # of projected keys; what it changes is added, so that the weights stay part of the graph
-            out = out + (F.dropout(reads, dropout) - reads) @ matrix @ v
-        return out, weights
+        return (F.dropout(reads, dropout) @ matrix if dropout else weights) @ v, weights
 
 
 class EtLinformerPreTrainedModel(EtPreTrainedModel):

@@ -142,17 +142,14 @@ class LongformerAttention(PatternAttention):
             return mixed, weights
         real = sequence.positions >= 0
         tokens, present = global_positions(self.groups[0][0], real, sequence.global_mask)
-        dropout, expose = self.dropout if self.training else 0.0, sequence.exposure()
         if tokens is None:
-            if expose is not None and weights is not None:
-                weights, used = expose(weights)
-                mixed = F.dropout(used, dropout) @ self.split_heads(self.v_proj(hidden))
             return mixed + no_rows(hidden, self.global_q_proj, self.global_k_proj, self.global_v_proj), weights
         index, rotary = tokens[..., None], sequence.rotary
         if rotary is not None:
             cos, sin = (angle.gather(1, index[..., None].expand(-1, -1, *angle.shape[2:])) for angle in rotary)
             rotary = cos, sin
         q = self.split_heads(self.global_q_proj(hidden.gather(1, index.expand(-1, -1, hidden.shape[2]))), rotary)
+        dropout = self.dropout if self.training else 0.0
         k_proj, v_proj = self.global_k_proj, self.global_v_proj
         foldable = weights is None and is_plain(k_proj) and is_plain(v_proj)
         if foldable and self.config.folds_global_rows(tokens.shape[1]):
@@ -161,10 +158,10 @@ class LongformerAttention(PatternAttention):
             return put_rows(mixed, rows, tokens, present), None
         k, v = self.split_heads(k_proj(hidden), sequence.rotary), self.split_heads(v_proj(hidden))
         rows, row_weights = softmax_attention(q, k, v, real[:, None, None], dropout)
-        if weights is not None and expose is not None:
+        if weights is not None and sequence.output_attentions:
             # once more from all weights together: what is given out must be what was used, for its gradients
-            weights, used = expose(put_rows(weights, row_weights, tokens, present))
-            used = F.dropout(used, dropout)
+            weights = put_rows(weights, row_weights, tokens, present)
+            used = F.dropout(weights, dropout)
             mixed = used @ self.split_heads(self.v_proj(hidden))
             rows = used.gather(2, index[:, None].expand(-1, self.num_heads, -1, used.shape[3])) @ v
         return put_rows(mixed, rows, tokens, present), weights

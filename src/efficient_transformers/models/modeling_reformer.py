@@ -148,10 +148,10 @@ class EtReformerAttention(MultiHeadAttention):
             if seen:  # a few new tokens against the past
                 places = sequence.positions, positions
                 counts = recent_counts(buckets, key_buckets, *places, self.config.chunk_length)
-                return softmax_attention(q, keys, values, counts, dropout, sequence.exposure(positions))
+                return softmax_attention(q, keys, values, counts, dropout)
         slots = self.slots(buckets, keep)
         if sequence.output_attentions or self.config._attn_implementation == "eager":
-            return softmax_attention(q, k, v, slots.counts(q.shape[2]), dropout, sequence.exposure())
+            return softmax_attention(q, k, v, slots.counts(q.shape[2]), dropout)
         return slot_attention(q, k, v, slots, dropout), None
 
     def buckets(self, q: Tensor, keep: Tensor | None) -> Tensor:

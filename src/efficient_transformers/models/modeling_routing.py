@@ -184,10 +184,9 @@ class EtRoutingAttention(MultiHeadAttention):
                 keys, values, *past = memory.update(k, v, sequence.positions, routes.clusters)
                 if seen:  # a few new tokens against the past
                     allowed = self.allowed(routes, sequence.positions, *past)
-                    return softmax_attention(q, keys, values, allowed, dropout, sequence.exposure(past[0]))
+                    return softmax_attention(q, keys, values, allowed, dropout)
             if written_out:
-                allowed = self.allowed(routes, sequence.positions)
-                return softmax_attention(q, k, v, allowed, dropout, sequence.exposure())
+                return softmax_attention(q, k, v, self.allowed(routes, sequence.positions), dropout)
 
         near_v, far_v = v.split(self.sides, 1)
         mixed = []

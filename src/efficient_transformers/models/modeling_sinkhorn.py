@@ -213,7 +213,7 @@ class EtSinkhornAttention(MultiHeadAttention):
         return SinkhornCacheLayer(self.config.block_size)
 
     def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
-        """What each head has read, (b, h, n, d), and the weights if they are written out."""
+        """What each head has read, (b, h, n, d), and the weights if they are written out and nothing came before."""
         config, causal = self.config, self.config.is_decoder
         q, k = (self.split_heads(proj(hidden), sequence.rotary) for proj in (self.q_proj, self.k_proj))
         v = self.split_heads(self.v_proj(hidden))
@@ -221,8 +221,6 @@ class EtSinkhornAttention(MultiHeadAttention):
             memory: SinkhornCacheLayer = sequence.cache.layers[self.layer]  # type: ignore[assignment]
             seen = memory.get_seq_length()
             memory.update(hidden, k, v, sequence.positions)
-            if seen and sequence.output_attentions:
-                return self.attend_behind_eagerly(q, sequence, memory)
             if seen:
                 return self.attend_behind(q, sequence.positions, memory), None
         length, size = q.shape[2], config.block_size
@@ -238,10 +236,7 @@ class EtSinkhornAttention(MultiHeadAttention):
             weights = sinkhorn_matrix(queries, keys, *how)[:, :, :length, :length]
             if sequence.keep is not None:
                 weights = weights * sequence.keep[:, None, :, None]
-            given = weights
-            if (expose := sequence.exposure()) is not None:
-                given, weights = expose(weights)
-            return F.dropout(weights, self.dropout) @ v, given
+            return F.dropout(weights, self.dropout) @ v, weights
         out = sinkhorn_attention(queries, keys, values, *how, self.dropout).flatten(2, 3)
         if is_traced():  # a slice would ask how a traced length compares
             return out.index_select(2, torch.arange(length, device=q.device)), None
@@ -279,26 +274,6 @@ class EtSinkhornAttention(MultiHeadAttention):
     def with_noise(self, scores: Tensor) -> Tensor:
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         return scores + gumbel_noise(scores) if self.training and self.config.gumbel_noise else scores
-
-    def attend_behind_eagerly(
-        self, q: Tensor, sequence: SequenceInfo, memory: SinkhornCacheLayer
-    ) -> tuple[Tensor, Tensor]:
-        """The same as `attend_behind`, with the weights over all tokens written out."""
-        memory.write()
-        assert memory.tokens is not None
-        row, length = torch.arange(len(q), device=q.device)[:, None], memory.count * memory.size
-        positions, place = sequence.positions.clamp(min=0), torch.arange(length, device=q.device)
-        slot = torch.where(sequence.positions >= 0, positions, length)  # padding has one of its own, after all others
-        laid_out = q.new_zeros(len(q), length + 1, *q.shape[1::2]).index_put((row, slot), q.transpose(1, 2))
-        queries = laid_out[:, :length]
-        order = self.sort_causally(memory.blocks("sums"), memory.blocks("firsts"))
-        keys, values = memory.blocks("keys").contiguous(), memory.blocks("values")
-        matrix = sinkhorn_matrix(in_blocks(queries.transpose(1, 2), memory.size), keys, order, None, True)
-        weights = matrix.transpose(1, 2)[row, positions].transpose(1, 2) * (sequence.positions >= 0)[:, None, :, None]
-        expose = sequence.exposure(torch.where(place < memory.tokens[:, None], place, -1))
-        assert expose is not None
-        given, used = expose(weights)
-        return F.dropout(used, self.dropout) @ values.flatten(2, 3), given
 
     def attend_behind(self, q: Tensor, positions: Tensor, memory: SinkhornCacheLayer) -> Tensor:
         """What queries (b, h, n, d) at `positions` (b, n) read when there was something before them."""

@@ -166,10 +166,8 @@ class EtSynthesizerAttention(MultiHeadAttention):
             terms = self.terms(hidden, q, keys if seen else k, (i[..., 0].clamp(min=0), j[:, 0].clamp(min=0)))
             scores = [term.rule(*term.tensors, j.shape[-1]) for term in terms]
             weights = masked_softmax(sum(scores[1:], scores[0]), allowed).to(v.dtype)
-            given = weights
-            if (expose := sequence.exposure(positions if seen else None)) is not None:
-                given, weights = expose(weights)
-            return F.dropout(weights, dropout) @ (values if seen else v), given
+            out = F.dropout(weights, dropout) @ (values if seen else v)
+            return out, weights if eager and not seen else None
         terms = self.terms(hidden, q, k)
         if not products:
             return synthetic_attention(terms, v, causal, sequence.lengths, dropout), None

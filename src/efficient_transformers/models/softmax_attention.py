@@ -1,17 +1,11 @@
 """Softmax attention with the n×m matrix written out: the reference every faster path must equal."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Exposure = Callable[[Tensor], tuple[Tensor, Tensor]]  # weights -> those given out, and those used, made of the former
 
-
-def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, dropout: float = 0.0, expose: Exposure | None = None
-) -> tuple[Tensor, Tensor]:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
     r"""Masked scaled dot-product attention and its weights, O(n·m·d).
 
     .. math:: o_i = \sum_{j \in S(i)} \mathrm{softmax}_{j \in S(i)}(q_i^\top k_j / \sqrt d)\, v_j
@@ -20,12 +14,10 @@ def softmax_attention(
     a query may read, bool, or the number of times it reads a key, int64; broadcastable to (b, h, n, m). A query that
     may read nothing gives zeros.
     Returns the output (b, h, n, d) and the weights (b, h, n, m), both in `v.dtype`; the softmax runs in float32 or
-    wider. `dropout` is applied to the weights that are used and not to those returned. `expose` turns the weights into
-    those that are returned.
+    wider. `dropout` is applied to the weights that are used and not to those returned.
     """
     weights = masked_softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, allowed).to(v.dtype)
-    given, used = (weights, weights) if expose is None else expose(weights)
-    return F.dropout(used, dropout) @ v, given
+    return F.dropout(weights, dropout) @ v, weights
 
 
 def masked_softmax(scores: Tensor, allowed: Tensor) -> Tensor:

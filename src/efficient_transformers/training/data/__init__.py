@@ -1,0 +1,1 @@
+"""Texts, documents and images, and the windows of tokens cut from them."""

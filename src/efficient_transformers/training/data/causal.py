@@ -1,0 +1,116 @@
+"""Causal language modelling: documents that begin and end, and the bytes of text that each token stands for."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
+
+from ..settings import InputError
+from .packing import IGNORED, Packing, Windows, encoded, slices, special_frame
+
+
+@dataclass
+class CausalWindow:
+    """`sizes` are the UTF-8 bytes of text that each token stands for; special tokens stand for none."""
+
+    ids: np.ndarray
+    sizes: np.ndarray
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Nothing predicts the first token."""
+        return int(self.sizes[1:].sum())
+
+
+class CausalPacker:
+    """Cuts texts into windows of up to `max_length` tokens, like packing.Packer, for a model that reads in order.
+
+    Every document begins as the tokenizer's texts do (`[CLS]`, `<s>` or nothing) and ends with its end token. These
+    stand where a document really begins and ends: a window that is cut from the middle of one has none, so that the
+    end is predicted, and `generate` stops, where a text is over. The tokenizer must be a fast one.
+    `documents` cuts the stream of all documents of a split, `padding` each for itself; a rest of fewer than
+    `shortest_window` tokens is then dropped, unless it is all there is of a document. `best_fit` cuts as `padding` and
+    drops only what is of one token, for packing.Rows.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        packing: Packing = "documents",
+        shortest_window: int = 1,
+    ):
+        if max_length < 2:
+            raise InputError(
+                f"max_length ({max_length}) leaves nothing to predict: a window's first token is given. Raise it."
+            )
+        self.tokenizer, self.max_length, self.packing = tokenizer, max_length, packing
+        self.shortest_window = max(2, shortest_window) if packing == "padding" else 2
+
+    def __call__(self, texts: list[str]) -> list[CausalWindow]:
+        head, _ = special_frame(self.tokenizer, texts)
+        end = np.array([self.tokenizer.eos_token_id], dtype=np.int32)
+        documents = []
+        for text, (ids, encoding) in zip(texts, encoded(self.tokenizer, texts), strict=True):
+            if len(ids):
+                assert encoding is not None
+                sizes = byte_sizes(text, encoding)
+                sizes[np.isin(ids, self.tokenizer.all_special_ids)] = 0  # those that stand in the text itself
+                framed = np.concatenate([head, ids, end]), np.pad(sizes, (len(head), len(end)))
+                documents.append(CausalWindow(*framed))
+        if self.packing == "documents" and documents:
+            rows = ([getattr(document, row) for document in documents] for row in ("ids", "sizes"))
+            documents = [CausalWindow(*map(np.concatenate, rows))]
+        return [
+            CausalWindow(document.ids[part], document.sizes[part])
+            for document in documents
+            for part in slices(len(document.ids), self.max_length, self.shortest_window)
+        ]
+
+
+class CausalWindows(Windows):
+    """Windows whose tokens are each predicted from those before."""
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        ids = self.windows[index].ids.astype(np.int64)
+        labels = ids.copy()
+        labels[0] = IGNORED  # padding on the left would seem to predict it
+        return {"input_ids": ids, "labels": labels}
+
+    @property
+    def predicted_bytes(self) -> int:
+        return sum(window.predicted_bytes for window in self.windows)
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "predicted_tokens": sum(len(window.ids) - 1 for window in self.windows),
+            "predicted_bytes": self.predicted_bytes,
+        }
+
+
+def byte_sizes(text: str, encoding: Encoding) -> np.ndarray:
+    """UTF-8 bytes of `text` that each token stands for, (n,); together they are all that the text has.
+
+    A token stands for the text from the end of the token before it to its own end, as the text was before the
+    tokenizer changed it: white space that is dropped counts with the token behind it, or at the end with the last one.
+    Tokens that byte-level BPE or byte fallback cut inside of a character have the bytes of it that they hold.
+    """
+    letters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    begins = np.concatenate([[0], np.cumsum(1 + (letters > 0x7F) + (letters > 0x7FF) + (letters > 0xFFFF))])
+    starts, ends = np.array(encoding.offsets).T
+    reached = np.maximum.accumulate(ends)
+    sizes = np.diff(begins[reached], prepend=0)
+
+    # tokens of a run share characters, each with the one before it; the first of these is no part of `run`
+    sharing = np.flatnonzero(starts[1:] < np.minimum(reached[:-1], ends[1:])) + 1
+    tokens = encoding.tokens
+    for run in np.split(sharing, np.flatnonzero(np.diff(sharing) > 1) + 1) if len(sharing) else []:
+        whole = sizes[run[0] - 1 : run[-1] + 1].sum()
+        # a byte is one letter of byte-level BPE's alphabet
+        held = [1 if re.fullmatch("<0x[0-9A-F]{2}>", tokens[i]) else len(tokens[i]) for i in run]
+        if sum(held) <= whole:  # else normalising has made more of a character than it was: its first token has it
+            sizes[run[0] - 1], sizes[run] = whole - sum(held), held
+    sizes[-1] += begins[-1] - begins[reached[-1]]
+    return sizes

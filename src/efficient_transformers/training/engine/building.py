@@ -1,0 +1,157 @@
+"""Accelerator, tokenizer, config and model of a run, from its settings."""
+
+import inspect
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ...cards import costs_of  # the package registers the variants with the Auto classes
+from ..settings import InputError, Settings, did_you_mean, find_path
+from .outputs import LOGS
+from .sharding import on_cpus, settle_sharding
+
+
+def make_accelerator(settings: Settings) -> Accelerator:
+    torch.set_float32_matmul_precision(settings.matmul_precision)
+    folder = str(settings.folder)
+    accelerator = Accelerator(
+        cpu=on_cpus(),
+        mixed_precision=settings.mixed_precision,
+        log_with=None if settings.tracker == "none" else settings.tracker,
+        project_config=ProjectConfiguration(project_dir=folder, logging_dir=str(settings.folder / LOGS)),
+    )
+    settle_sharding(accelerator, settings)
+    # tied weights are saved once, as they should be, and accelerate warns of it at every checkpoint
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    if not (accelerator.is_main_process and sys.stderr.isatty()):
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    return accelerator
+
+
+def local_or_hub(name: str) -> str | Path:
+    return find_path(name) or name
+
+
+def load_tokenizer(settings: Settings, needs_padding: bool = True) -> PreTrainedTokenizerBase:
+    name = settings.tokenizer or settings.model.get("checkpoint")
+    if name is None:
+        raise InputError("A new model needs a tokenizer: set tokenizer to a folder or a Hub name, e.g. data/tokenizer.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(local_or_hub(name), trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"The tokenizer {name!r} cannot be loaded: {error}") from error
+    if needs_padding and tokenizer.pad_token_id is None:
+        raise InputError(f"The tokenizer {name!r} has no padding token, so documents cannot be put in batches.")
+    return tokenizer
+
+
+def build_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None, **task_fields: Any) -> PreTrainedConfig:
+    """The config of a new model, or of a checkpoint; `task_fields` are the task's, such as `id2label`.
+
+    Images have no tokenizer.
+    """
+    fields = dict(settings.model)
+    checkpoint, model_type = fields.pop("checkpoint", None), fields.pop("model_type", None)
+    try:
+        if checkpoint is not None:
+            config = AutoConfig.from_pretrained(local_or_hub(checkpoint), trust_remote_code=settings.trust_remote_code)
+            _check_fields(type(config), fields)
+            # through the constructor again, so that the class checks the fields that are set here
+            config = type(config).from_dict({**config.to_dict(), **fields, **task_fields})
+        else:
+            config_class = type(AutoConfig.for_model(model_type))
+            _check_fields(config_class, fields)
+            from_tokenizer = {}
+            if tokenizer is not None:
+                from_tokenizer["vocab_size"] = len(tokenizer)
+                for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+                    from_tokenizer[name] = getattr(tokenizer, name)
+            config = config_class(**{**from_tokenizer, **fields, **task_fields})
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"The checkpoint {checkpoint!r} cannot be loaded: {error}") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        # a strict dataclass puts lines of its own around what a check says
+        said = error.__cause__ if isinstance(error, StrictDataclassError) else error
+        raise InputError(f"The model section cannot be used: {said}") from error
+    if tokenizer is not None:
+        _check_sizes(config, settings, tokenizer)
+    return config
+
+
+def _check_fields(config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> None:
+    """transformers keeps an unknown field silently, and trains a model that nobody asked for."""
+    known = {*getattr(config_class, "__dataclass_fields__", {}), *config_class.attribute_map}
+    known |= set(inspect.signature(config_class.__init__).parameters)
+    for field in fields:
+        if field not in known:
+            raise InputError(f"{config_class.__name__} has no field {field!r}{did_you_mean(field, sorted(known))}")
+
+
+def _check_sizes(config: PreTrainedConfig, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and settings.max_length and settings.max_length > positions:
+        raise InputError(
+            f"max_length ({settings.max_length}) must not exceed the model's max_position_embeddings ({positions}): "
+            "lower the first or raise model.max_position_embeddings."
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"vocab_size ({config.vocab_size}) must be at least the tokenizer's size ({len(tokenizer)}): "
+            "raise model.vocab_size or leave it out."
+        )
+
+
+def visible_length(settings: Settings, config: PreTrainedConfig, default: int | None = None) -> int:
+    """Tokens that the model sees: `max_length`, or `default`, or all positions the model has."""
+    length = settings.max_length or default or getattr(config, "max_position_embeddings", None)
+    if not length:
+        raise InputError(f"A {config.model_type} model has no longest length: set max_length.")
+    positions = getattr(config, "max_position_embeddings", None)
+    return min(length, positions) if positions else length
+
+
+def build_model(settings: Settings, config: PreTrainedConfig, auto_class: Any) -> PreTrainedModel:
+    """A new model from the seed that is set, or the checkpoint with a head of the right size.
+
+    Parameters that the checkpoint does not bring are marked `made_anew`, for a learning rate of their own.
+    """
+    if "checkpoint" not in settings.model:
+        try:
+            return auto_class.from_config(config)
+        except ValueError as error:
+            raise InputError(f"The model section cannot be used: {error}") from error
+    name = settings.model["checkpoint"]
+    try:
+        model, loading = auto_class.from_pretrained(
+            local_or_hub(name),
+            config=config,
+            dtype=torch.float32,  # small updates are lost in the half precision that some checkpoints are saved in
+            ignore_mismatched_sizes=True,  # a head for other labels is made anew
+            trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"The checkpoint {name!r} cannot be loaded: {error}") from error
+    made_anew = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    for key, parameter in model.named_parameters():
+        parameter.made_anew = key in made_anew
+    return model
+
+
+def model_facts(model: PreTrainedModel, max_length: int) -> dict[str, Any]:
+    """Taken in front of training, which may divide the parameters among processes."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    costs = costs_of(model.config, max_length)
+    return {"model_type": model.config.model_type, "parameters": parameters, "max_length": max_length, "costs": costs}

@@ -1,0 +1,217 @@
+"""Checkpoints that a kill at any moment cannot spoil, and the progress that they carry."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ..settings import InputError
+from .sharding import load_whole, whole_state
+
+PARTIAL = ".partial"  # a folder being written or removed; never read, deleted at the next start
+PROGRESS, MANIFEST = "progress.json", "files.json"  # the second: the size and CRC-32 of every other file
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where training stands. `steps_of_epoch` counts the steps of this epoch that are done."""
+
+    step: int = 0
+    epoch: int = 0
+    steps_of_epoch: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    best_step: int = 0
+    without_gain: int = 0
+    before: dict[str, float] | None = None  # validation scores in front of the first step
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    processes: int = 1
+
+    @property
+    def best_scores(self) -> dict[str, float]:
+        return next(entry for entry in self.history if entry["step"] == self.best_step)
+
+
+class Checkpoints:
+    """`step-<n>` folders below one folder, the newest `keep` of them, and the best weights."""
+
+    def __init__(self, folder: Path, keep: int, accelerator: Accelerator):
+        self.folder, self.keep, self.accelerator = folder, keep, accelerator
+        self.best_weights = folder / "best.safetensors"
+        if accelerator.is_main_process:
+            for leftover in folder.glob(f"*{PARTIAL}"):
+                remove(leftover)
+        accelerator.wait_for_everyone()
+
+    def all(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if path.suffix != PARTIAL)
+
+    def save(self, progress: Progress) -> None:
+        """Written aside and renamed when the disk has it: a folder called `step-<n>` is always whole."""
+        final = self.folder / f"step-{progress.step:09d}"
+        if final.exists():
+            return
+        partial = final.with_suffix(PARTIAL)
+        with writing(f"The checkpoint of step {progress.step}", self.folder, partial):
+            self.accelerator.save_state(str(partial))
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                write_json(partial / PROGRESS, dataclasses.asdict(progress))
+                write_json(partial / MANIFEST, {name: list(seal(path)) for name, path in files_of(partial)})
+                for path in (partial / MANIFEST, *(p for p in partial.rglob("*") if p.is_dir()), partial):
+                    flush(path)
+                partial.rename(final)
+                flush(self.folder)
+                for old in self.all()[: -self.keep]:
+                    shutil.rmtree(old.rename(old.with_suffix(PARTIAL)))
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> Progress:
+        """Restores what `accelerator.prepare` got and the random states; a new Progress if nothing was saved.
+
+        A checkpoint that cannot be read is told of and removed, and the one before it is taken.
+        """
+        # one process looks, for all: loading sharded weights is done by all or none
+        chosen: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            chosen = list(self._newest_whole())
+        broadcast_object_list(chosen)
+        path, error = chosen
+        if error is not None:
+            raise InputError(error)
+        if path is None:
+            return Progress(processes=self.accelerator.num_processes)
+        progress = read_progress(path)
+        if progress.processes != self.accelerator.num_processes:
+            raise InputError(
+                f"The checkpoint {path.name} was saved by {progress.processes} processes and cannot be continued "
+                f"by {self.accelerator.num_processes}: start as many, or begin anew with overwrite=true."
+            )
+        self.accelerator.load_state(str(path))
+        # those that are newer would stand in the way of what is saved in their place
+        if self.accelerator.is_main_process:
+            for spoilt in self.all():
+                if spoilt > path:
+                    shutil.rmtree(spoilt.rename(spoilt.with_suffix(PARTIAL)))
+        self.accelerator.wait_for_everyone()
+        return progress
+
+    def _newest_whole(self) -> tuple[Path | None, str | None]:
+        """The newest checkpoint that can be read, or what to say if there are some and none can."""
+        faults = []
+        for path in reversed(self.all()):
+            if (fault := fault_of(path)) is None:
+                return path, None
+            faults.append(f"{path.name}: {fault}")
+            self.accelerator.print(f"The checkpoint {path} cannot be read ({fault}): trying the one before it.")
+        if not faults:
+            return None, None
+        return None, (
+            f"None of the checkpoints in {self.folder} can be read ({'; '.join(faults)}): begin anew with "
+            "overwrite=true, or set out to another folder."
+        )
+
+    def save_best(self, model: torch.nn.Module) -> None:
+        state = whole_state(self.accelerator, model)
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = self.best_weights.with_suffix(PARTIAL)
+            with writing("The best weights", self.folder, partial):
+                save_file(state, partial)
+                flush(partial)
+                partial.replace(self.best_weights)
+                flush(self.folder)
+        self.accelerator.wait_for_everyone()
+
+    def load_best(self, model: torch.nn.Module) -> None:
+        try:
+            load_whole(self.accelerator, model, self.best_weights)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"The best weights {self.best_weights} cannot be read ({error}): begin anew with overwrite=true."
+            ) from error
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint: a file that is not there, or not as it was written."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        for name, (size, checksum) in manifest.items():
+            found = seal(checkpoint / name)
+            if found != (size, checksum):
+                return f"{name} has {found[0]:,} bytes of {size:,}" if found[0] != size else f"{name} has changed"
+        read_progress(checkpoint)
+    except OSError as error:
+        return f"{Path(error.filename or '').name}: {error.strerror}"
+    except (ValueError, TypeError, AttributeError) as error:  # JSON, or JSON of something else
+        return f"{MANIFEST} or {PROGRESS}: {error}"
+    return None
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    return Progress(**json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")))
+
+
+def files_of(folder: Path) -> list[tuple[str, Path]]:
+    return [(path.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def seal(path: Path) -> tuple[int, int]:
+    """Size and CRC-32 of a file, which is on the disk afterwards."""
+    size = checksum = 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while chunk := file.read(1 << 20):
+            size, checksum = size + len(chunk), zlib.crc32(chunk, checksum)
+    return size, checksum
+
+
+def flush(path: Path) -> None:
+    """Waits until the disk has the file, or the names in the folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(what: str, folder: Path, partial: Path | None = None) -> Iterator[None]:
+    """Says it plainly when a disk is full, or gone; what is half written to `partial` is removed."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error)
+        if isinstance(error, RuntimeError):
+            if "inline_container" not in reason:  # torch's writer, which has no error class and does not say why
+                raise
+            reason = "the disk or a quota is full, or a file may not grow"
+        if partial is not None:
+            remove(partial)
+        raise InputError(
+            f"{what} could not be written to {folder}: {reason}. {shutil.disk_usage(folder).free / 1e6:,.1f} MB are "
+            "free there. What was saved before is kept: make room, and go on with resume=true."
+        ) from error

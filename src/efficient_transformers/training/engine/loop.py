@@ -1,0 +1,272 @@
+"""The training loop that every task shares: accumulate, clip, evaluate, keep the best, save, stop, continue."""
+
+import contextlib
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, get_scheduler
+
+from ..settings import InputError, Settings
+from .batches import Batch, EpochSampler, Steps
+from .checkpoints import Checkpoints, Progress
+from .outputs import CHECKPOINTS
+from .sharding import name_blocks
+from .streaming import Stream, StreamedSteps
+
+
+class Stopped(Exception):
+    """SIGTERM was heard; the state is saved."""
+
+
+def make_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.AdamW:
+    """AdamW; biases and norms, the parameters of one axis, do not decay. New weights may have a rate of their own."""
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+            is_new = getattr(parameter, "made_anew", False)
+            rate = (settings.head_learning_rate if is_new else None) or settings.learning_rate
+            groups.setdefault((rate, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],
+        lr=settings.learning_rate,
+    )
+
+
+def train(
+    accelerator: Accelerator,
+    settings: Settings,
+    model: PreTrainedModel,
+    data: Any,
+    lengths: Sequence[int],
+    collate: Any,
+    evaluate: Callable[[torch.nn.Module], dict[str, float]],
+) -> tuple[torch.nn.Module, Progress]:
+    """Trains to the end, or saves and raises Stopped on SIGTERM; returns the prepared model with its best weights.
+
+    Dropout, order of the data, schedule and moments are part of a checkpoint: a run that was killed and continued ends
+    with the same weights, bit for bit, as one that never stopped. Examples that draw must do so from the seed, the
+    epoch (they are told by `data.set_epoch`) and their index: a loader reads ahead of the state that is saved.
+    `data` may be a Stream, whose `lengths` are not known.
+    """
+    checkpoints = Checkpoints(settings.folder / CHECKPOINTS, settings.keep_checkpoints, accelerator)
+    steps = make_steps(accelerator, settings, data, lengths, collate)
+    if accelerator.process_index:
+        torch.manual_seed(settings.seed + accelerator.process_index)  # other dropout in each process
+    name_blocks(accelerator, model)
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, settings))
+
+    total = settings.max_steps or settings.epochs * (steps.per_epoch or 0)  # a stream has max_steps
+    # not prepared: accelerate would step it once per process, and the steps counted here are optimiser steps
+    schedule = get_scheduler(settings.schedule, optimizer, math.ceil(settings.warmup_ratio * total), total)
+    accelerator.register_for_checkpointing(schedule)
+    progress = checkpoints.load()
+    if progress.step:
+        accelerator.print(f"Continuing after step {progress.step} of {total}.")
+    start_tracker(accelerator, settings, progress.step)
+    if settings.eval_first and progress.before is None:
+        progress.before = evaluate(model)
+        record_scores(accelerator, 0, progress.before, "before training")
+
+    def over() -> bool:
+        return progress.step >= total or (settings.patience is not None and progress.without_gain >= settings.patience)
+
+    visible = accelerator.is_main_process and sys.stderr.isatty()
+    with (
+        tqdm(total=total, initial=progress.step, desc="training", disable=not visible) as bar,
+        noticing_sigterm() as heard,
+    ):
+        while not over():
+            model.train()
+            began = time.perf_counter()
+            for batches in steps.of_epoch(progress.epoch, progress.steps_of_epoch):
+                losses, norm = take_step(accelerator, settings, model, optimizer, batches)
+                if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflow
+                    schedule.step()
+                epoch_ended = progress.steps_of_epoch + 1 == steps.per_epoch
+                mean_loss = record_step(accelerator, progress, batches, losses, norm, epoch_ended)
+                progress.seconds += time.perf_counter() - began
+                bar.update()
+                bar.set_postfix(loss=f"{mean_loss:.3f}")
+                if progress.step % settings.log_steps == 0 or progress.step == total:
+                    rates = {"train/loss": mean_loss, "train/learning_rate": schedule.get_last_lr()[0]}
+                    accelerator.log(rates | {"train/tokens": progress.tokens}, step=progress.step)
+                every = settings.eval_steps
+                evaluated = progress.step == total or (progress.step % every == 0 if every else epoch_ended)
+                if evaluated:
+                    scores = evaluate(model)
+                    judge(accelerator, settings, progress, scores, model, checkpoints)
+                    model.train()
+                every = settings.checkpoint_steps
+                if (progress.step % every == 0 if every else evaluated) or over():
+                    checkpoints.save(progress)
+                if heard(accelerator) and not over():
+                    checkpoints.save(progress)
+                    accelerator.end_training()
+                    raise Stopped
+                if over():
+                    break
+                began = time.perf_counter()
+            else:
+                if steps.per_epoch is None:  # the stream has ended, and says so in no other way
+                    progress.epoch, progress.steps_of_epoch = progress.epoch + 1, 0
+    checkpoints.load_best(model)
+    return model, progress
+
+
+def make_steps(
+    accelerator: Accelerator, settings: Settings, data: Any, lengths: Sequence[int], collate: Any
+) -> Steps | StreamedSteps:
+    size = settings.step_size(accelerator.num_processes)
+    shared: dict[str, Any] = {
+        "size": size,
+        "batch_size": settings.batch_size,
+        "device": accelerator.device,
+        "processes": accelerator.num_processes,
+        "process": accelerator.process_index,
+    }
+    if isinstance(data, Stream):
+        return StreamedSteps(data, collate, **shared)
+    grouped = list(lengths) if settings.sort_by_length else None
+    order = EpochSampler(len(lengths), settings.seed, grouped, size)
+    return Steps(data, collate, order, workers=settings.dataloader_num_workers, **shared)
+
+
+def take_step(
+    accelerator: Accelerator, settings: Settings, model: torch.nn.Module, optimizer: Any, batches: list[Batch]
+) -> tuple[list[torch.Tensor], Any]:
+    """One optimiser step of all processes; the batches' shares in its loss, and the norm of its gradient.
+
+    The loss of a step is the mean over all its labels, however they are spread over batches and processes: that of a
+    batch, which the model makes a mean, counts by its labels.
+    """
+    labels = torch.stack([batch.labels() for batch in batches])
+    weights = labels / summed(accelerator, labels.sum())
+    # accelerate divides by the number of batches, and averages over the processes
+    accelerator.step, accelerator.gradient_accumulation_steps = 0, len(batches)
+    scale = len(batches) * accelerator.num_processes
+    losses: list[torch.Tensor] = []
+    norm = None
+    for batch, weight in zip(batches, weights, strict=True):
+        with accelerator.accumulate(model):
+            loss = model(**batch.inputs).loss
+            accelerator.backward(loss * (weight * scale))
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach().float() * weight)
+    return losses, norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def summed(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes."""
+    total: Any = accelerator.reduce(values, reduction="sum") if accelerator.num_processes > 1 else values
+    return total
+
+
+def record_step(
+    accelerator: Accelerator,
+    progress: Progress,
+    batches: list[Batch],
+    losses: list[torch.Tensor],
+    norm: Any,
+    epoch_ended: bool,
+) -> float:
+    """Counts one optimiser step and returns its loss. Refuses one that is not finite, and names its examples."""
+    tokens = torch.stack([batch.tokens() for batch in batches]).sum()
+    loss, tokens = summed(accelerator, torch.stack([torch.stack(losses).sum(), tokens])).tolist()
+    progress.step += 1
+    progress.steps_of_epoch += 1
+    progress.tokens += round(tokens)
+    if epoch_ended:
+        progress.epoch, progress.steps_of_epoch = progress.epoch + 1, 0
+    remedy = (
+        "The checkpoints before it are kept; lower learning_rate, raise warmup_ratio or use mixed_precision=no, "
+        "or look at these examples."
+    )
+    if not math.isfinite(loss):
+        bad = [batch for batch, part in zip(batches, losses, strict=True) if not part.isfinite()]
+        raise InputError(
+            f"The loss of step {progress.step} is {loss}: training has diverged. It is so for the training examples "
+            f"{named(bad)} (the first is 0). {remedy}"
+        )
+    # with a scaler, gradients that overflow are looked for at every step
+    if norm is not None and accelerator.scaler is None and not math.isfinite(norm):
+        raise InputError(
+            f"The gradient of step {progress.step} is not finite, though its loss is {loss:.4g}: training has "
+            f"diverged, with the training examples {named(batches)} (the first is 0). {remedy}"
+        )
+    return loss
+
+
+def named(batches: list[Batch]) -> str:
+    """The examples of batches in all processes, as many as can be read."""
+    indices = gather_object([index for batch in batches for index in batch.indices])
+    return ", ".join(map(str, indices[:64])) + (f" and {len(indices) - 64} more" if len(indices) > 64 else "")
+
+
+def judge(
+    accelerator: Accelerator,
+    settings: Settings,
+    progress: Progress,
+    scores: dict[str, float],
+    model: torch.nn.Module,
+    checkpoints: Checkpoints,
+) -> None:
+    """Records an evaluation, and keeps the weights if they are the best yet."""
+    if settings.best_metric not in scores:
+        raise InputError(f"best_metric ({settings.best_metric!r}) must be one of {', '.join(scores)}.")
+    score = scores[settings.best_metric]
+    sign = -1 if settings.best_metric == "loss" else 1
+    gained = progress.best is None or sign * score > sign * progress.best
+    if gained:
+        progress.best, progress.best_step, progress.without_gain = score, progress.step, 0
+        checkpoints.save_best(model)
+    else:
+        progress.without_gain += 1
+    progress.history.append({"step": progress.step, **scores})
+    record_scores(accelerator, progress.step, scores, f"step {progress.step}", " (best)" if gained else "")
+
+
+def record_scores(accelerator: Accelerator, step: int, scores: dict[str, float], when: str, remark: str = "") -> None:
+    accelerator.log({f"validation/{name}": value for name, value in scores.items()}, step=step)
+    if accelerator.is_main_process:
+        tqdm.write(f"{when}: {format_scores(scores)}{remark}")
+
+
+def format_scores(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+
+
+def start_tracker(accelerator: Accelerator, settings: Settings, step: int) -> None:
+    if settings.tracker != "none":
+        # what was logged after the checkpoint is written again
+        purge = {settings.tracker: {"purge_step": step + 1}} if step else {}
+        accelerator.init_trackers("training", init_kwargs=purge)
+
+
+@contextlib.contextmanager
+def noticing_sigterm() -> Iterator[Callable[[Accelerator], bool]]:
+    """Gives a function that says whether any process has got SIGTERM; the signal itself interrupts nothing."""
+    signals: list[int] = []
+
+    def heard(accelerator: Accelerator) -> bool:
+        if signals:
+            accelerator.set_trigger()
+        return accelerator.check_trigger()
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGTERM, before)

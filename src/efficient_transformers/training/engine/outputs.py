@@ -1,0 +1,198 @@
+"""The output folder of a run: refused, begun, continued; and the files that make it ready for the Hub."""
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import tokenizers
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import ModelCard
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+from ...exporting import code_version
+from ...folders import fit_tokenizer
+from ..settings import InputError, Settings
+from .checkpoints import Progress, flush, writing
+from .sharding import whole_state
+
+SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpoints", "runs"
+# settings that change neither the data nor the weights, and so may differ when a run is continued
+FREE_TO_CHANGE = {
+    "out", "overwrite", "resume", "checkpoint_steps", "keep_checkpoints", "keep_checkpoints_at_end", "log_steps",
+    "tracker", "eval_batch_size", "license", "language", "card_notes", "config",
+    "cache_tokens", "num_workers", "dataloader_num_workers",
+}  # fmt: skip
+
+
+def finished_metrics(accelerator: Accelerator, settings: Settings) -> dict[str, Any] | None:
+    """Refuses an unusable folder before any other work; the metrics if the run in it is to go on and is finished."""
+    error: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            _check_folder(settings)
+        except InputError as refused:
+            error = [str(refused)]
+    broadcast_object_list(error)
+    if error[0] is not None:
+        raise InputError(error[0])
+    if not (settings.resume and (settings.folder / METRICS).exists()):
+        return None
+    remove_checkpoints_unless_kept(accelerator, settings)
+    accelerator.print(f"The run in {settings.folder} is finished already.")
+    return json.loads((settings.folder / METRICS).read_text(encoding="utf-8"))
+
+
+def _check_folder(settings: Settings) -> None:
+    folder = settings.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"The folder {folder} cannot be written ({error.strerror}): set out to another.") from None
+    if not any(path.suffix != ".partial" for path in folder.iterdir()):
+        return
+    # only what a run has written is ever deleted or continued
+    if not (folder / SETTINGS).exists():
+        raise InputError(f"The output folder {folder} is not empty and holds no run: set out to another.")
+    if settings.resume and (different := differences(folder, settings)):
+        raise InputError(
+            f"The run in {folder} was started with other settings ({'; '.join(different)}) and cannot be continued "
+            "with these: give the same ones, another out, or overwrite=true."
+        )
+    if not settings.resume and not settings.overwrite:
+        raise InputError(
+            f"The output folder {folder} is not empty, it holds a run: resume=true continues it, overwrite=true "
+            "deletes it, another out keeps both."
+        )
+
+
+def begin_folder(accelerator: Accelerator, settings: Settings) -> None:
+    """Called when data and model have proved good: a run that cannot start neither deletes nor leaves anything."""
+    if accelerator.is_main_process:
+        if settings.overwrite:
+            shutil.rmtree(settings.folder)
+            settings.folder.mkdir()
+        if not (settings.folder / SETTINGS).exists():
+            write_whole(settings.folder / SETTINGS, settings.to_yaml())
+    accelerator.wait_for_everyone()
+
+
+def differences(folder: Path, settings: Settings) -> list[str]:
+    """Settings with which the run in `folder` was started otherwise, as `name: then → now`."""
+    then = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+    now = yaml.safe_load(settings.to_yaml())
+    # a setting that is newer than the run had its default then
+    then = {field.name: field.default for field in dataclasses.fields(settings)} | then
+    names = sorted((then.keys() | now.keys()) - FREE_TO_CHANGE)
+    return [f"{name}: {then.get(name)!r} → {now.get(name)!r}" for name in names if then.get(name) != now.get(name)]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A reader, or a run continued after a kill, finds all of the text or no file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    flush(partial)
+    os.replace(partial, path)
+    flush(path.parent)
+
+
+def versions() -> dict[str, str]:
+    modules = (torch, transformers, accelerate, datasets, tokenizers)
+    return {"python": platform.python_version(), **{module.__name__: module.__version__ for module in modules}}
+
+
+def hardware(accelerator: Accelerator) -> str:
+    if accelerator.device.type == "cuda":
+        return f"{accelerator.num_processes}x {torch.cuda.get_device_name(accelerator.device)}"
+    processes = f"{accelerator.num_processes} processes of " if accelerator.num_processes > 1 else ""
+    return f"{processes}{torch.get_num_threads()} CPU threads ({platform.machine()})"
+
+
+def peak_memory_mb(accelerator: Accelerator) -> int:
+    """The most that this process has held so far: of the GPU's memory, or without one of the computer's."""
+    if accelerator.device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(accelerator.device) / 2**20)
+    # what Linux gives as ru_maxrss begins with the peak of the process that started this one
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return round(int(found[1]) / 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2**20 if sys.platform == "darwin" else peak / 1024)  # a Mac counts bytes, others KiB
+
+
+def metrics_of(
+    accelerator: Accelerator,
+    settings: Settings,
+    progress: Progress,
+    windows: int,
+    model: dict[str, Any],
+    scores: dict[str, dict[str, float]],
+    command: str = "",
+) -> dict[str, Any]:
+    """What `metrics.json` holds: the `scores` of the splits, and how they came about."""
+    return {
+        **scores,
+        **({"before": progress.before} if progress.before else {}),
+        "training": {
+            "windows": windows,
+            "steps": progress.step,
+            "epochs": progress.epoch,
+            "tokens": progress.tokens,
+            "seconds": round(progress.seconds, 1),
+            "tokens_per_second": round(progress.tokens / progress.seconds),
+            "peak_memory_mb": peak_memory_mb(accelerator),
+            "hardware": hardware(accelerator),
+            "processes": accelerator.num_processes,
+            "precision": accelerator.mixed_precision,
+        },
+        "model": model,
+        **({"command": command} if command else {}),
+        "settings": yaml.safe_load(settings.to_yaml()),
+        "history": progress.history,
+        "versions": versions(),
+        "code": code_version(),
+    }
+
+
+def finish_folder(
+    accelerator: Accelerator,
+    settings: Settings,
+    model: torch.nn.Module,
+    preparation: PreTrainedTokenizerBase | BaseImageProcessor,
+    card: ModelCard,
+    metrics: dict[str, Any],
+) -> None:
+    """Model, what prepares its inputs, and card; then the metrics, which say that this run is finished."""
+    state = whole_state(accelerator, model)
+    if accelerator.is_main_process:
+        with writing("The trained model", settings.folder):
+            bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            bare.save_pretrained(settings.folder, state_dict=state)
+            if isinstance(preparation, PreTrainedTokenizerBase):
+                fit_tokenizer(preparation, bare.config, metrics["model"]["max_length"])
+            preparation.save_pretrained(settings.folder)
+            (settings.folder / "README.md").write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
+            write_whole(settings.folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    accelerator.wait_for_everyone()
+    remove_checkpoints_unless_kept(accelerator, settings)
+    accelerator.end_training()
+
+
+def remove_checkpoints_unless_kept(accelerator: Accelerator, settings: Settings) -> None:
+    if accelerator.is_main_process and not settings.keep_checkpoints_at_end:
+        shutil.rmtree(settings.folder / CHECKPOINTS, ignore_errors=True)

@@ -1,0 +1,137 @@
+"""What is told of a run, whichever its task: the model card and the last lines on the screen."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from huggingface_hub import EvalResult, ModelCard
+
+from ...cards import PICTURE, loading_code, model_card
+from ..data.texts import BUNDLED
+from ..settings import REPOSITORY, Settings, find_path
+from .loop import format_scores
+
+METRIC_NAMES = {
+    "accuracy": "Accuracy",
+    "macro_f1": "Macro F1",
+    "f1": "F1",
+    "precision": "Precision",
+    "recall": "Recall",
+    "exact_match": "Exact match",
+    "loss": "Cross-entropy",
+    "perplexity": "Perplexity",
+    "nats_per_byte": "Nats per byte",
+    "bits_per_byte": "Bits per byte",
+}
+METRIC_TYPES = {"macro_f1": "f1", "loss": "cross-entropy"}  # on the Hub, where they differ
+
+
+def make_card(
+    settings: Settings,
+    metrics: dict[str, Any],
+    command: str,
+    *,
+    task_type: str,
+    auto_class: str,
+    description: str,
+    shown: Mapping[str, float],
+    unit: str,
+    limits: Sequence[str],
+    training_rows: Mapping[str, Any] | None = None,
+) -> ModelCard:
+    """The model card, from the same numbers as `metrics.json`: `shown` are test scores, `unit` names what is counted.
+
+    The name of the model is `metrics["name"]`, or else that of its folder.
+    """
+    training, model, test = metrics["training"], metrics["model"], metrics["test"]
+    # a path on the disk says nothing to a reader of the card, and its folders are nobody's business
+    dataset = settings.data if settings.data in BUNDLED else Path(settings.data).name
+    more = [Path(name).name for name in getattr(settings, "more_data", [])]
+    on_hub = "/" in settings.data and not Path(settings.data).suffix
+    checkpoint, before = settings.model.get("checkpoint"), metrics.get("before")
+    code = metrics.get("code", {})
+    versions = metrics["versions"] | ({"efficient_transformers": code["version"]} if code else {})
+    rate = f"{settings.learning_rate:g}"
+    if settings.head_learning_rate is not None:
+        rate += f" ({settings.head_learning_rate:g} of new weights)"
+    base_model = published_name(checkpoint)
+    reads_text = auto_class != "AutoModelForImageClassification"
+    longest_text = f"It sees at most {model['max_length']:,} tokens of a text; cut or divide longer ones."
+    results = [
+        EvalResult(
+            task_type=task_type,
+            dataset_type=settings.data if on_hub else dataset,
+            dataset_name=dataset,
+            dataset_split="test",
+            metric_type=METRIC_TYPES.get(key, key),
+            metric_name=METRIC_NAMES.get(key, key),
+            metric_value=value,
+        )
+        for key, value in shown.items()
+    ]
+    return model_card(
+        name=metrics.get("name", settings.folder.name),
+        auto_class=auto_class,
+        description=description,
+        results=results,
+        training={
+            "data": f"{' and '.join([dataset, *more])}: {training['windows']:,} {unit}",
+            "test data": f"{test['n']:,} {unit}",
+            **({"initialised from": base_model or Path(checkpoint).name} if checkpoint else {}),
+            **({"validation before training": format_scores(before)} if before else {}),
+            **(training_rows or {}),
+            "parameters": f"{model['parameters']:,}",
+            "optimiser": f"AdamW, learning rate {rate}, weight decay {settings.weight_decay:g}, "
+            f"{settings.schedule} schedule, warm-up {settings.warmup_ratio:g} of the steps",
+            "steps": f"{training['steps']:,} of {settings.batch_size} x {settings.gradient_accumulation} x "
+            f"{training['processes']} examples ({training['tokens']:,} tokens)",
+            "weights kept": f"best validation {settings.best_metric}, step {metrics['validation']['step']:,}",
+            "seed": settings.seed,
+            "hardware": f"{training['hardware']}, precision {training['precision']}",
+            "time": f"{training['seconds']:,} s, {training['tokens_per_second']:,} tokens/s",
+            "software": ", ".join(f"{key} {value}" for key, value in versions.items()),
+        },
+        command=command,
+        limits=[*limits, longest_text] if reads_text else limits,
+        max_length=model["max_length"],
+        license=settings.license,
+        language=settings.language,
+        notes=settings.card_notes or "",
+        datasets=[settings.data] if on_hub else bundled_names(settings),
+        base_model=base_model,
+        costs={int(length): tuple(flops) for length, flops in model.get("costs", {}).items()},
+        code=code,
+        picture=PICTURE if (settings.folder / PICTURE).exists() else None,
+        tags=["long-documents", model["model_type"]] if reads_text else [model["model_type"]],
+    )
+
+
+def published_name(checkpoint: str | None) -> str | None:
+    """Id of a checkpoint on the Hub: its name there, or the one that a folder of the zoo has in its metrics."""
+    path = find_path(checkpoint) if checkpoint else None
+    if path is None:
+        return checkpoint
+    metrics = path / "metrics.json"
+    return json.loads(metrics.read_text(encoding="utf-8")).get("name") if metrics.exists() else None
+
+
+def bundled_names(settings: Settings) -> list[str]:
+    """Names of the data of this repository that a run was trained on; files of the user's own have none."""
+    files = [find_path(name) for name in getattr(settings, "more_data", [])]
+    ours = [path.stem for path in files if path is not None and path.resolve().parent == REPOSITORY / "data"]
+    return [BUNDLED[settings.data].name, *ours] if settings.data in BUNDLED else ours
+
+
+def report(
+    accelerator: Accelerator, settings: Settings, metrics: dict[str, Any], auto_class: str, shown: Mapping[str, float]
+) -> None:
+    test, training = metrics["test"], metrics["training"]
+    accelerator.print(
+        f"\nTest: {format_scores(dict(shown))} (n = {test['n']}).\n"
+        f"Trained {training['steps']:,} steps in {training['seconds']:,} s, "
+        f"{training['tokens_per_second']:,} tokens/s; best step {metrics['validation']['step']:,}.\n"
+        f"Saved in {settings.folder}. To load it:\n\n"
+        f"{loading_code(str(settings.folder), auto_class, metrics['model']['max_length'])}"
+    )

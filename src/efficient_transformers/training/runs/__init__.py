@@ -1,0 +1,1 @@
+"""Several runs, tables of their results, and publishing."""

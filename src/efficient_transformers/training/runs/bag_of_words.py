@@ -1,0 +1,52 @@
+"""What a bag of words knows: a linear SVM of TF-IDF, trained and tested on the windows of a classifier's config.
+
+    python training/bag_of_words.py --config configs/era/local.yaml [key=value …]
+
+It reads what the model would: with `max_length=512` the first 512 tokens of each window.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.pipeline import make_pipeline
+from sklearn.svm import LinearSVC
+
+from ..engine.building import load_tokenizer
+from ..engine.metrics import compute_metrics, load_metrics
+from ..engine.task import SPLITS
+from ..settings import InputError
+from ..tasks.classify import ClassifySettings, labelled_documents
+
+
+def scores_of(settings: ClassifySettings) -> dict[str, dict[str, float]]:
+    """Accuracy, macro F1 and number of examples of each split."""
+    tokenizer = load_tokenizer(settings)
+    source = labelled_documents(settings, tokenizer)
+    length = settings.max_length or settings.window_length
+    if length is None:
+        raise InputError("A bag of words has no longest length of its own: set max_length or window_length.")
+    texts, labels = {}, {}
+    for name in SPLITS:
+        examples = source.encode(name, length, None)  # type: ignore[arg-type]  # no model is needed to cut windows
+        texts[name] = tokenizer.batch_decode([row["input_ids"] for row in examples], skip_special_tokens=True)
+        labels[name] = [row["labels"] for row in examples]
+    bag = make_pipeline(TfidfVectorizer(sublinear_tf=True), LinearSVC()).fit(texts["train"], labels["train"])
+    metrics = load_metrics()
+    return {
+        name: {**compute_metrics(metrics, bag.predict(texts[name]).tolist(), labels[name]), "n": len(labels[name])}
+        for name in SPLITS
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    given = parser.parse_intermixed_args(arguments)
+    try:
+        print(json.dumps(scores_of(ClassifySettings.from_yaml(given.config, given.overrides))))
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,407 @@
+"""Tables, and pictures, of finished runs, written into docs/results.md between the marks of their own.
+
+python training/report.py [FOLDER …] [--out docs/results.md] [--only GROUP …] [--picture GROUP=docs/GROUP.png …]
+    [--beside SETTING]
+
+Every `metrics.json` below the folders (default: runs) is read. Runs of one folder of configs make a table, runs that
+differ in their seed alone a row. A table stands between `<!-- begin:GROUP -->` and `<!-- end:GROUP -->`, where the next
+call replaces it; a group without marks is put at the end. All other text stays as it is. With `--beside max_length`
+runs that differ in that setting stand side by side in one line, in groups that have such runs.
+
+The runs of the tables are kept beside the page, in docs/results.json, and read from there, too: tables are extended, or
+made again, when the folders are gone. A run below the folders takes the place of the kept one of its settings and seed.
+Each kept run is a line, to be deleted if it is no longer wanted. How a group stood, side by side or not, is kept as
+well; `--beside none` gives each run its row again.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..engine.outputs import CHECKPOINTS, FREE_TO_CHANGE, METRICS, write_whole
+from ..settings import InputError, Settings
+from ..tasks.scripts import SETTINGS
+
+RUNS = Path("runs")
+LOWER_IS_BETTER = {"loss", "perplexity", "nats_per_byte", "bits_per_byte"}
+MOST_COMMANDS = 4  # more are those of train_all.py, in one line of the text around the table
+SHOWN_BY_ANOTHER = {"perplexity"}  # exp(loss)
+NOT_OF_A_ROW = FREE_TO_CHANGE | {"seed", "config"}
+NEEDED = {"test", "training", "model", "settings"}
+# the rest, the history of the training above all, is long and in no table
+KEPT = ("test", "validation", "training", "model", "peak_memory_mb", "command", "settings", "versions")
+# a path from the root or from somebody's home, at the beginning of a text, a word, a value
+ABSOLUTE = re.compile(r"""(?<![^\s=:'"\[{(,])(?:~\w*)?/[\w.][^\s'"\]}),]*""")
+OF_A_CHECKOUT = {"configs", "model_cards", "runs", "training"}
+
+
+@dataclass
+class Row:
+    """Runs that differ in their seed alone."""
+
+    name: str
+    settings: dict[str, Any]
+    runs: list[dict[str, Any]]
+
+    def scores(self, name: str) -> list[float]:
+        return [run["test"][name] for run in self.runs if name in run["test"]]
+
+    def mean(self, name: str) -> float:
+        return statistics.mean(self.scores(name))
+
+    @property
+    def seeds(self) -> str:
+        return ", ".join(str(seed_of(run)) for run in self.runs)
+
+
+@dataclass
+class Kept:
+    """What stands in the file beside the page."""
+
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    beside: dict[str, str] = field(default_factory=dict)  # group → the setting whose values stand side by side
+
+    @classmethod
+    def read(cls, path: Path) -> "Kept":
+        if not path.exists():
+            return cls()
+        try:
+            kept = cls(**json.loads(path.read_text(encoding="utf-8")))
+            complete = isinstance(kept.beside, dict) and all(run.keys() >= NEEDED for run in kept.runs)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} cannot be read as kept runs: {error}") from error
+        if not complete:
+            raise InputError(f"{path} cannot be read as kept runs: each must have {', '.join(sorted(NEEDED))}.")
+        return kept
+
+    def write(self, path: Path) -> None:
+        """A run a line, so that a diff shows which came and went."""
+        runs = ",".join(f"\n  {json.dumps(run, ensure_ascii=False)}" for run in self.runs)
+        beside = json.dumps(dict(sorted(self.beside.items())), ensure_ascii=False)
+        write_whole(path, f'{{\n "beside": {beside},\n "runs": [{runs}\n ]\n}}\n')
+
+
+def read_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """What is kept of all finished runs below the folders, each once, the newest last."""
+    paths: dict[Path, Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"There is no folder {folder}: name folders of runs, which have a {METRICS} below them.")
+        for path in folder.rglob(METRICS):
+            if CHECKPOINTS not in path.parts:
+                paths.setdefault(path.resolve(), path)
+    runs = []
+    for path in sorted(paths.values(), key=lambda path: (path.stat().st_mtime_ns, path)):
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            missing = NEEDED - run.keys()
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"{path} cannot be read as the metrics of a run: {error}") from error
+        if missing:
+            raise InputError(f"{path} is not the metrics of a run: it lacks {', '.join(sorted(missing))}.")
+        runs.append(kept_of(run))
+    if not runs:
+        raise InputError(f"No finished run (no {METRICS}) is below {', '.join(map(str, folders))}.")
+    return runs
+
+
+def kept_of(run: dict[str, Any]) -> dict[str, Any]:
+    """A run as it is kept and put into tables: without what no table needs, and without the machine's paths."""
+    kept = {key: without_machine(run[key]) for key in KEPT if key in run}
+    kept["model"].pop("costs", None)
+    settings = {key: value for key, value in kept["settings"].items() if key not in FREE_TO_CHANGE - {"config"}}
+    if config := run["settings"].get("config"):
+        settings["config"] = "/".join(config.removesuffix(".yaml").split("/")[-2:])
+    return kept | {"settings": settings}
+
+
+def without_machine(value: Any) -> Any:
+    """`value` with absolute paths cut to what lies in the checkout, and those of other places to their names."""
+    if isinstance(value, dict):
+        return {key: without_machine(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_machine(item) for item in value]
+    return ABSOLUTE.sub(inner_path, value) if isinstance(value, str) else value
+
+
+def inner_path(found: re.Match[str]) -> str:
+    parts = found[0].rstrip("/").split("/")
+    return "/".join(parts[max((at for at, part in enumerate(parts) if part in OF_A_CHECKOUT), default=-1) :])
+
+
+def latest(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of runs with the same settings and seed the last, in an order that does not depend on where they were found."""
+    found = {(*group_of(run), json.dumps(settings_of(run), sort_keys=True), seed_of(run)): run for run in runs}
+    return [found[key] for key in sorted(found)]
+
+
+def seed_of(run: dict[str, Any]) -> int:
+    return run["settings"].get("seed", 0)
+
+
+def settings_of(run: dict[str, Any]) -> dict[str, Any]:
+    """Those that make a row; a setting that is newer than the run had its default then."""
+
+    script = re.search(r"training/(\w+\.py)", run.get("command", ""))
+    defaults: dict[str, Any] = {}
+    for setting in fields(SETTINGS.get(script[1], Settings) if script else Settings):
+        if setting.default_factory is not MISSING:
+            defaults[setting.name] = setting.default_factory()
+        elif setting.default is not MISSING:
+            defaults[setting.name] = setting.default
+    return {key: value for key, value in (defaults | run["settings"]).items() if key not in NOT_OF_A_ROW}
+
+
+def group_of(run: dict[str, Any]) -> tuple[str, str]:
+    """Folder and name of the run's YAML; of a run that does not tell them, its data and the model."""
+    folder, _, name = (run["settings"].get("config") or "").rpartition("/")
+    return folder or Path(run["settings"]["data"]).stem, name or run["model"]["model_type"].removeprefix("et_")
+
+
+def rows_of(runs: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
+    """Group → rows, the best first."""
+    found: dict[tuple[str, str, str], Row] = {}
+    for run in runs:
+        group, name = group_of(run)
+        settings = settings_of(run)
+        key = group, name, json.dumps(settings, sort_keys=True)
+        found.setdefault(key, Row(name, settings, [])).runs.append(run)
+    groups: dict[str, list[Row]] = {}
+    for (group, _, _), row in found.items():
+        row.runs.sort(key=seed_of)
+        groups.setdefault(group, []).append(row)
+    for rows in groups.values():
+        best = score_names(rows)[0]
+        sign = 1 if best in LOWER_IS_BETTER else -1
+        rows.sort(key=lambda row: sign * row.mean(best) if row.scores(best) else float("inf"))
+        tell_apart(rows)
+    return groups
+
+
+def tell_apart(rows: Sequence[Row]) -> None:
+    """Rows of one name get what they differ in behind it."""
+    names = [row.name for row in rows]
+    for row, name in zip(rows, names, strict=True):
+        others = [flat(other.settings) for other, same in zip(rows, names, strict=True) if same == name]
+        mine = flat(row.settings)
+        keys = sorted({key for other in others for key in other | mine if other.get(key) != mine.get(key)})
+        row.name = ", ".join([name, *(f"{key}={mine.get(key)}" for key in keys)])
+
+
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    inner = {f"model.{key}": value for key, value in (settings.get("model") or {}).items()}
+    return {key: value for key, value in settings.items() if key != "model"} | inner
+
+
+def score_names(rows: Sequence[Row]) -> list[str]:
+    """Names of the test scores, the one that the runs were told to look at first; whole numbers are counts.
+
+    A classifier's loss may choose its weights, but its accuracy is what it is for.
+    """
+    found: dict[str, None] = {}
+    for row in rows:
+        names = [name for name, value in row.runs[0]["test"].items() if isinstance(value, float)]
+        best = row.settings.get("best_metric")
+        if best == "loss" and "macro_f1" in names:
+            best = "accuracy"
+        found |= dict.fromkeys(sorted(names, key=lambda name: name != best))
+    kept = [name for name in found if name not in SHOWN_BY_ANOTHER]
+    if not kept:
+        raise InputError(f"The runs {', '.join(row.name for row in rows)} have no test scores to show.")
+    return kept
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation; of one value, the value; nothing of none."""
+    if len(values) < 2:
+        return "".join(f"{value:.3f}" for value in values)
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def peak_memory(run: dict[str, Any]) -> float | None:
+    return run["training"].get("peak_memory_mb", run.get("peak_memory_mb"))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown, and the commands that give it, if they are few."""
+    names = score_names(rows)
+    has_memory = any(peak_memory(run) is not None for row in rows for run in row.runs)
+    heads = [
+        "variant",
+        *names,
+        "seeds",
+        "parameters",
+        "steps",
+        "tokens/s",
+        *(["peak memory, MB"] if has_memory else []),
+    ]
+    lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
+    for row in rows:
+        first, trainings = row.runs[0], [run["training"] for run in row.runs]
+        cells = [row.name]
+        cells += [spread(row.scores(name)) for name in names]
+        cells.append(row.seeds)
+        cells.append(f"{first['model']['parameters']:,}")
+        cells.append(f"{round(statistics.mean(training['steps'] for training in trainings)):,}")
+        cells.append(f"{round(statistics.mean(training['tokens_per_second'] for training in trainings)):,}")
+        if has_memory:
+            memory = [peak for run in row.runs if (peak := peak_memory(run)) is not None]
+            cells.append(f"{max(memory):,.0f}" if memory else "")
+        lines.append(" | ".join(cells))
+    text = "\n".join(f"| {line} |" for line in lines) + f"\n\n{under(rows)}\n"
+    commands = dict.fromkeys(run["command"] for row in rows for run in row.runs if run.get("command"))
+    few = 0 < len(commands) <= MOST_COMMANDS
+    return text + ("\n```bash\n" + "\n".join(commands) + "\n```\n" if few else "")
+
+
+def under(rows: Sequence[Row], more: str = "") -> str:
+    """The line below a table."""
+    counts = sorted({row.runs[0]["test"]["n"] for row in rows if "n" in row.runs[0]["test"]})
+    hardware = sorted(
+        {run["training"]["hardware"] for row in rows for run in row.runs if "hardware" in run["training"]}
+    )
+    text = f"Test scores, n = {', '.join(f'{count:,}' for count in counts)}" if counts else "Test scores"
+    if any(len(row.runs) > 1 for row in rows):
+        text += "; mean ± sample standard deviation over the seeds"
+    return f"{text}.{more}" + (f" {'; '.join(hardware)}." if hardware else "")
+
+
+def side_by_side(rows: Sequence[Row], setting: str) -> str:
+    """Markdown: the first score of rows that differ in `setting` alone in one line, the best of any of them first."""
+    score = score_names(rows)[0]
+    values = list(dict.fromkeys(sorted((row.settings.get(setting) for row in rows), key=lambda x: (x is not None, x))))
+    lines: dict[tuple[str, str], dict[Any, Row]] = {}
+    for row in rows:
+        rest = json.dumps({key: value for key, value in row.settings.items() if key != setting}, sort_keys=True)
+        lines.setdefault((group_of(row.runs[0])[1], rest), {})[row.settings.get(setting)] = row
+    lefts = [
+        Row(name, json.loads(rest), line[min(line, key=values.index)].runs) for (name, rest), line in lines.items()
+    ]
+    tell_apart(lefts)
+    heads = ["variant", *columns(rows, score, setting, values), "seeds", "parameters", "tokens/s", "peak memory, MB"]
+    text = [" | ".join(heads), " | ".join(["---"] * len(heads))]
+    for left, line in zip(lefts, lines.values(), strict=True):
+        seeds = [line[value].seeds if value in line else "" for value in values]
+        cells = [left.name]
+        cells += [spread(line[value].scores(score)) if value in line else "" for value in values]
+        cells.append(seeds[0] if len(set(seeds)) == 1 else " / ".join(each or "-" for each in seeds))
+        cells.append(f"{left.runs[0]['model']['parameters']:,}")
+        cells.append(f"{statistics.mean(run['training']['tokens_per_second'] for run in left.runs):,.0f}")
+        memory = [peak for run in left.runs if (peak := peak_memory(run)) is not None]
+        cells.append(f"{max(memory):,.0f}" if memory else "")
+        text.append(" | ".join(cells))
+    notes = under(rows, " Speed and memory are those of the left score's runs.")
+    return "\n".join(f"| {line} |" for line in text) + f"\n\n{notes}\n"
+
+
+def columns(rows: Sequence[Row], score: str, setting: str, values: Sequence[Any]) -> list[str]:
+    """A head for each value of `setting`; of max_length the tokens, without one as many as the model takes."""
+    if setting != "max_length":
+        return [score if value is None else f"{score}, {setting}={value}" for value in values]
+    taken = {run["model"].get("max_length") for row in rows if row.settings.get(setting) is None for run in row.runs}
+    (whole,) = taken if len(taken) == 1 else (None,)
+    lengths = [whole if value is None else value for value in values]
+    if None in lengths or len({*lengths}) < len(lengths):
+        lengths = values
+    return [f"{score}, full length" if length is None else f"{score}, {length:,} tokens" for length in lengths]
+
+
+def differ(rows: Sequence[Row], setting: str) -> bool:
+    return len({json.dumps(row.settings.get(setting)) for row in rows}) > 1
+
+
+def marks(group: str) -> tuple[str, str]:
+    return f"<!-- begin:{group} -->", f"<!-- end:{group} -->"
+
+
+def put(text: str, group: str, content: str) -> str:
+    """`text` with `content` between the marks of `group`, which come at the end if it has none."""
+    begin, end = marks(group)
+    counts = text.count(begin), text.count(end)
+    if counts == (0, 0):
+        before = text.rstrip("\n") + "\n\n" if text.strip() else ""
+        return f"{before}## {group}\n\n{begin}\n{content}{end}\n"
+    if counts != (1, 1) or text.index(begin) > text.index(end):
+        raise InputError(
+            f"The text must have {begin} once and {end} once behind it, and has {counts[0]} and {counts[1]}: mend it."
+        )
+    at = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    return at.sub(lambda _: f"{begin}\n{content}{end}", text)
+
+
+def draw(group: str, rows: Sequence[Row], path: Path) -> None:
+    """A dot for each row at the mean of its first score, and a line of the standard deviation to both sides."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    name = score_names(rows)[0]
+    shown = [row for row in reversed(rows) if row.scores(name)]
+    deviations = [statistics.stdev(row.scores(name)) if len(row.scores(name)) > 1 else 0.0 for row in shown]
+    figure, axes = plt.subplots(figsize=(6.4, 1.2 + 0.28 * len(shown)), layout="constrained")
+    axes.errorbar([row.mean(name) for row in shown], range(len(shown)), xerr=deviations, fmt="o", capsize=3)
+    axes.set_yticks(range(len(shown)), [row.name for row in shown])
+    axes.set_xlabel(f"test {name.replace('_', ' ')}" + (" (less is better)" if name in LOWER_IS_BETTER else ""))
+    axes.set_title(group)
+    axes.grid(axis="x", alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def chosen(groups: dict[str, list[Row]], group: str) -> list[Row]:
+    if group not in groups:
+        raise InputError(f"There are no runs of {group!r}; there are some of {', '.join(groups)}.")
+    return groups[group]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER", help="of runs (default: runs)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--only", nargs="+", metavar="GROUP", help="groups to write (default: all)")
+    parser.add_argument("--picture", nargs="+", default=[], metavar="GROUP=FILE.png", help="draws a group as well")
+    parser.add_argument("--beside", metavar="SETTING", help="runs that differ in it stand side by side; none: not")
+    given = parser.parse_args(arguments)
+    try:
+        file = given.out.with_suffix(".json")
+        if file == given.out:
+            raise InputError(
+                f"--out ({given.out}) must be a page, as {given.out.with_suffix('.md')}: {file} keeps its runs."
+            )
+        kept = Kept.read(file)
+        folders = given.folders or ([RUNS] if not kept.runs or any(RUNS.rglob(METRICS)) else [])
+        found = read_runs(folders) if folders else []
+        groups = rows_of(latest([*kept.runs, *found]))
+        text = given.out.read_text(encoding="utf-8") if given.out.exists() else ""
+        written = {group: chosen(groups, group) for group in given.only or groups}
+        beside = {group: setting for group, setting in kept.beside.items() if group in groups}
+        asked = [group for group, rows in written.items() if given.beside and differ(rows, given.beside)]
+        if given.beside == "none":
+            beside = {group: setting for group, setting in beside.items() if group not in written}
+        elif given.beside and not asked:
+            raise InputError(f"No runs of {', '.join(written)} differ in {given.beside!r}, which --beside names.")
+        beside |= dict.fromkeys(asked, given.beside)
+        for group, rows in written.items():
+            setting = beside.get(group)
+            content = side_by_side(rows, setting) if setting and differ(rows, setting) else table(rows)
+            text = put(text, group, content)
+        for picture in given.picture:
+            group, equals, path = picture.partition("=")
+            if not equals or not path:
+                raise InputError(f"--picture ({picture!r}) must have the form GROUP=FILE.png.")
+            draw(group, chosen(groups, group), Path(path))
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        kept = Kept(latest([*kept.runs, *(run for run in found if group_of(run)[0] in written)]), beside)
+        kept.write(file)  # before the page, which can be made of it again
+        write_whole(given.out, text)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    print(f"{given.out}: {', '.join(written)}; {file}: {len(kept.runs)} runs")

@@ -1,0 +1,1 @@
+"""Generated data: ListOps, Pathfinder and recall."""

@@ -1,0 +1,77 @@
+"""Trains an image classifier, evaluates it on the test split and saves it ready for the Hub.
+
+accelerate launch training/classify_images.py --config configs/pixels/local.yaml [key=value …] [--resume]
+python training/classify_images.py --evaluate runs/pixels-local
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import AutoModelForImageClassification, PreTrainedConfig
+
+from ... import EtImageProcessor
+from ...models.configuration import EtConfig
+from ..data.images import PictureCollator, PictureSettings, load_pictures
+from ..engine.command_line import command_line
+from ..engine.task import LabelScorer, Ready, Source, Task
+from ..settings import InputError
+
+
+@dataclass
+class ClassifyImagesSettings(PictureSettings):
+    """The settings of this script; the shared ones are in settings.py and pictures.py."""
+
+    best_metric: str = "accuracy"
+
+
+class ClassifyImagesTask(Task[ClassifyImagesSettings]):
+    script = "classify_images.py"
+    settings_class = ClassifyImagesSettings
+    auto_class = AutoModelForImageClassification
+    task_type = "image-classification"
+    unit = "images"
+    scorer = LabelScorer
+
+    def load(self, settings: ClassifyImagesSettings) -> Source:
+        splits, names = load_pictures(settings)
+        return Source(None, names, lambda name, length, model: replace(splits[name], tokens=length))
+
+    def preparation(
+        self, settings: ClassifyImagesSettings, source: Source, config: PreTrainedConfig
+    ) -> tuple[EtImageProcessor, PictureCollator]:
+        if not isinstance(config, EtConfig):
+            raise InputError(
+                f"A {config.model_type} model cannot be trained here: model_type must be one of the zoo's, et_…."
+            )
+        try:
+            processor = EtImageProcessor.for_model(config, **settings.image_processor)
+        except ValueError as error:
+            raise InputError(f"The model section cannot be used: {error}") from error
+        return processor, PictureCollator(processor, config.max_position_embeddings)
+
+    def longest(self, settings: ClassifyImagesSettings, config: PreTrainedConfig) -> int:
+        return config.max_position_embeddings  # type: ignore[attr-defined]
+
+    def sizes(self, sizes: list[int], ready: Ready) -> str:
+        counts = " / ".join(f"{size:,}" for size in sizes)
+        return f"{counts} images of {ready.max_length} tokens; {len(ready.labels)} classes"
+
+    def described(self, settings: ClassifyImagesSettings, metrics: dict[str, Any], labels: list[str]) -> dict[str, Any]:
+        model, seen = metrics["settings"]["model"], metrics["model"]["max_length"]
+        return {
+            "purpose": f"A classifier of images into {len(labels)} classes: {', '.join(labels)}.",
+            "unit": f"images as sequences of {seen:,} {'patches' if model.get('patch_size', 16) > 1 else 'pixels'}",
+            "limits": [
+                f"It has learnt these {len(labels)} classes from {metrics['training']['windows']:,} images and knows "
+                "no answer outside them; images are resized to the one size it was trained on.",
+                f"The results are of one seed and {metrics['test']['n']:,} test images.",
+            ],
+        }
+
+
+TASK = ClassifyImagesTask()
+run, evaluate_folder = TASK.run, TASK.evaluate_folder
+
+
+def main(arguments: list[str] | None = None) -> None:
+    command_line(TASK.script, __doc__, TASK.settings_class, run, evaluate_folder, arguments)

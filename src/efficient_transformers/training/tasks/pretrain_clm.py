@@ -1,0 +1,170 @@
+"""Trains a causal language model, new or from a checkpoint, evaluates it on the test split and saves it for the Hub.
+
+accelerate launch training/pretrain_clm.py --config configs/clm/local.yaml [key=value …] [--resume]
+python training/pretrain_clm.py --evaluate runs/clm-local [max_length=512]
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from ... import VARIANTS
+from ..data.causal import CausalPacker, CausalWindow, CausalWindows
+from ..data.packing import Windows, packed, special_frame
+from ..engine.building import build_model, load_tokenizer
+from ..engine.command_line import command_line
+from ..settings import InputError
+from .language_models import Evaluator, LanguageModelSettings, Task, cut
+
+
+@dataclass
+class ClmSettings(LanguageModelSettings):
+    """The settings of this script are all shared: see settings.py, texts.py and language_models.py."""
+
+
+class CausalEvaluator(Evaluator):
+    """Scores of the next token, and what a byte of the text costs, which compares models of different tokenizers."""
+
+    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return logits[:-1], labels[1:]
+
+    def scores(self, loss: float, right: float, count: float) -> dict[str, float]:
+        nats = loss / self.data.counts()["predicted_bytes"]
+        return {**super().scores(loss, right, count), "nats_per_byte": nats, "bits_per_byte": nats / math.log(2)}
+
+
+def load_open_tokenizer(settings: ClmSettings, texts: list[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer with an end token, which it puts behind no text.
+
+    The end of a document is for the packer to set, and for the model to predict: a prompt that ended with it, as an
+    encoder's tokenizer would have it, could not be gone on with. What it puts before a text stays.
+    """
+    tokenizer = load_tokenizer(settings, needs_padding=False)
+    name = settings.tokenizer or settings.model["checkpoint"]
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(
+            f"The tokenizer {name!r} cannot tell which bytes of a text a token stands for: {type(tokenizer).__name__} "
+            "is not one of the tokenizers library (a fast one). Take another tokenizer."
+        )
+    if tokenizer.eos_token_id is None:
+        if tokenizer.sep_token_id is None:
+            raise InputError(
+                f"The tokenizer {name!r} has neither an end token nor a separator to stand between documents: "
+                "give it an eos_token."
+            )
+        tokenizer.eos_token = tokenizer.sep_token
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is told by the mask, and is not predicted
+    head, tail = special_frame(tokenizer, texts)
+    if not len(tail):
+        return tokenizer
+    backend, tokens = tokenizer.backend_tokenizer, tokenizer.convert_ids_to_tokens(head.tolist())
+    backend.post_processor = TemplateProcessing(
+        single=[*tokens, "$A"],
+        pair=[*tokens, "$A", "$B:1"],
+        special_tokens=list(zip(tokens, head.tolist(), strict=True)),
+    )
+    # of no model's own class: BERT's and RoBERTa's set their end again when they are loaded
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **tokenizer.special_tokens_map,
+        extra_special_tokens=tokenizer.extra_special_tokens,
+        model_max_length=tokenizer.model_max_length,
+        model_input_names=tokenizer.model_input_names,
+    )
+
+
+def build_causal_model(
+    settings: ClmSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """Raises InputError unless the model predicts each token from those before it alone."""
+    causal = ", ".join(variant.model_type for variant in VARIANTS.values() if variant.causal)
+    on_hub = getattr(config, "auto_map", None) or {}
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and AutoModelForCausalLM.__name__ not in on_hub:
+        raise InputError(
+            f"A {config.model_type} model has no head that predicts the next token: set model.model_type to another "
+            f"({causal}) or model.checkpoint to one of these, or train it with training/pretrain_mlm.py."
+        )
+    is_encoder = getattr(config, "is_decoder", None) is False
+    if is_encoder and "checkpoint" in settings.model:
+        raise InputError(
+            f"The checkpoint {settings.model['checkpoint']!r} is an encoder, trained to read both sides: set "
+            "model.is_decoder=true to make a causal model of its weights, or model.checkpoint to a causal one."
+        )
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id  # `generate` stops there
+    if config.pad_token_id == config.eos_token_id:
+        config.pad_token_id = None  # the embedding of padding is never trained in some models, that of the end must be
+    model = build_model(settings, config, AutoModelForCausalLM)
+    if reads_ahead(model):
+        raise InputError(
+            f"A {config.model_type} model reads the tokens that it is to predict: "
+            + ("set model.is_decoder=true" if is_encoder else f"set model.model_type to a causal one, e.g. {causal}")
+            + ", or train it with training/pretrain_mlm.py."
+        )
+    return model
+
+
+@torch.no_grad()
+def reads_ahead(model: PreTrainedModel, length: int = 32) -> bool:
+    """Do later tokens change the logits of earlier ones?"""
+    length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
+    known = length // 2
+    ids = torch.arange(length, device=model.device).repeat(2, 1) % model.config.vocab_size
+    ids[1, known:] = (ids[1, known:] + 1) % model.config.vocab_size
+    ours, theirs = model.eval()(ids).logits[:, :known].float()
+    return not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * ours.std().item())
+
+
+def causal_windows(
+    name: str, texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, settings: ClmSettings
+) -> Windows:
+    pack = CausalPacker(tokenizer, max_length, settings.packing, settings.shortest_window)
+    how = {"kind": "causal", "max_length": max_length}
+    data = CausalWindows(cut(pack, CausalWindow, texts, tokenizer, settings, how))
+    if not data.predicted_bytes:
+        raise InputError(f"The {name} data holds no text that could be predicted: the first token of a window is not.")
+    return packed(data, max_length, settings.packing)
+
+
+def describe(settings: ClmSettings, metrics: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    test = metrics["test"]
+    return {"documents": "each with its end token, which is predicted, too"}, [
+        "Loss and perplexity are of tokens and compare only with those of models that have the same tokenizer. Nats "
+        f"and bits per byte compare with any on the same text: the loss of all {test['predicted_tokens']:,} predicted "
+        f"tokens by the {test['predicted_bytes']:,} UTF-8 bytes that they stand for.",
+        "A token is predicted from those before it in its window, and the first one of a window is not: the scores "
+        "depend on the length of the windows.",
+        "The results are of one seed; another seed gives somewhat different ones.",
+    ]
+
+
+TASK = Task(
+    script="pretrain_clm.py",
+    settings_class=ClmSettings,
+    auto_class=AutoModelForCausalLM,
+    task_type="text-generation",
+    purpose="A causal language model: `model.generate(**inputs, max_new_tokens=50)` goes on with a text.",
+    load_tokenizer=load_open_tokenizer,
+    build_model=build_causal_model,
+    make_windows=causal_windows,
+    describe=describe,
+    evaluator=CausalEvaluator,
+)
+run, evaluate_folder = TASK.run, TASK.evaluate_folder
+
+
+def main(arguments: list[str] | None = None) -> None:
+    command_line(TASK.script, __doc__, TASK.settings_class, run, evaluate_folder, arguments)

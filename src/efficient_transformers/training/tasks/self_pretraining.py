@@ -1,0 +1,231 @@
+"""Self-pretraining: a classifier's body first learns to denoise the training inputs of its own task, without labels.
+
+Amos et al. 2023 (arXiv:2310.02980): masked denoising where the model reads both sides, causal where it reads in order.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence, Sized
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    DataCollatorForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..data.masking import MaskedWindows, Masker, RemaskedWindows
+from ..data.packing import IGNORED, NO_WORD, Window, Windows
+from ..engine.checkpoints import writing
+from ..engine.loop import train
+from ..engine.outputs import CHECKPOINTS, write_whole
+from ..engine.sharding import whole_state
+from ..settings import InputError, Settings
+from .language_models import Evaluator
+
+FOLDER, BODY, RECORD = "self-pretraining", "body.safetensors", "record.json"
+
+
+@dataclass
+class SelfPretrainingSettings(Settings):
+    """One of the first two begins it."""
+
+    self_pretrain_epochs: int | None = None  # over the training inputs, in front of the first label
+    self_pretrain_steps: int | None = None  # optimiser steps; takes the place of self_pretrain_epochs
+    self_pretrain_learning_rate: float | None = None  # default: learning_rate
+    self_pretrain_mask_share: float = 0.15  # of the tokens; the paper takes more where neighbours are alike: half of an
+    # image's pixels
+
+    def check(self) -> None:
+        super().check()
+        for name in ("self_pretrain_epochs", "self_pretrain_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} ({value}) must be at least 1; leave it out for no self-pretraining.")
+        rate = self.self_pretrain_learning_rate
+        if rate is not None and not rate > 0:
+            raise InputError(f"self_pretrain_learning_rate ({rate}) must be positive.")
+        if not 0 < self.self_pretrain_mask_share < 1:
+            raise InputError(f"self_pretrain_mask_share ({self.self_pretrain_mask_share}) must lie between 0 and 1.")
+
+    @property
+    def self_pretrains(self) -> bool:
+        return self.self_pretrain_epochs is not None or self.self_pretrain_steps is not None
+
+    def for_self_pretraining(self) -> "SelfPretrainingSettings":
+        """Those of the loop that denoises, whose checkpoints lie among those of the run."""
+        return dataclasses.replace(
+            self,
+            out=str(self.folder / CHECKPOINTS / FOLDER),
+            epochs=self.self_pretrain_epochs or 1,
+            max_steps=self.self_pretrain_steps,
+            learning_rate=self.self_pretrain_learning_rate or self.learning_rate,
+            head_learning_rate=None,
+            best_metric="loss",
+            patience=None,
+            eval_first=False,
+            tracker="none",
+        )
+
+
+class NextTokens(Windows):
+    """Inputs whose tokens are each predicted from those before."""
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        ids = self.windows[index].ids.astype(np.int64)
+        return {"input_ids": ids, "labels": np.concatenate([[IGNORED], ids[1:]])}
+
+
+class NextTokenEvaluator(Evaluator):
+    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return logits[:-1], labels[1:]
+
+
+def self_pretrain(
+    accelerator: Accelerator,
+    settings: SelfPretrainingSettings,
+    model: PreTrainedModel,
+    data: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any] | None:
+    """Gives the body of `model`, in place, what it learns from the splits `train` and `validation` of `data`.
+
+    These are sequences of examples with `input_ids`. Goes on where it was stopped, and raises Stopped, as `train`; what
+    is done is not repeated. Returns what metrics.json is to hold of it, or None if the settings ask for none. The
+    folder of the run must have been begun. Random states are afterwards those of the seed, however it came about.
+    """
+    if not settings.self_pretrains:
+        return None
+    inner = settings.for_self_pretraining()
+    causal = bool(getattr(model.config, "is_decoder", False))
+    if not (inner.folder / RECORD).exists():
+        accelerator.print(f"Self-pretraining: {'causal' if causal else 'masked'} denoising of the training inputs.")
+        learn(accelerator, inner, model, data, tokenizer, causal)
+    record = json.loads((inner.folder / RECORD).read_text(encoding="utf-8"))
+    take_body(model, inner.folder / BODY)
+    # what the accelerator holds of that model would be part of each checkpoint of this one
+    accelerator.free_memory()
+    accelerator._custom_objects.clear()
+    set_seed(settings.seed)
+    return record
+
+
+def learn(
+    accelerator: Accelerator,
+    settings: SelfPretrainingSettings,
+    model: PreTrainedModel,
+    data: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    causal: bool,
+) -> None:
+    """Trains a language model that starts from the body of `model`, and leaves its body and a record in the folder."""
+    windows = {name: inputs_of(data[name], tokenizer) for name in ("train", "validation")}
+    denoised = {name: denoising(name, split, tokenizer, settings, causal) for name, split in windows.items()}
+    set_seed(settings.seed)
+    auto_class: Any = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    try:
+        denoiser = auto_class.from_config(deepcopy(model.config))
+    except ValueError as error:
+        raise InputError(
+            f"A {model.config.model_type} model has no head to self-pretrain with; leave out self_pretrain_epochs and "
+            f"self_pretrain_steps: {error}"
+        ) from error
+    # a head that reads no pooled vector has a body without one
+    missing = denoiser.base_model.load_state_dict(model.base_model.state_dict(), strict=False).missing_keys
+    assert not missing, missing
+    collate = DataCollatorForTokenClassification(tokenizer)
+    evaluator = NextTokenEvaluator if causal else Evaluator
+    validate = evaluator(accelerator, denoised["validation"], collate, settings)  # type: ignore[arg-type]
+    lengths = [len(window.ids) for window in windows["train"]]
+    trained, progress = train(accelerator, settings, denoiser, denoised["train"], lengths, collate, validate)
+
+    state = whole_state(accelerator, trained)
+    if accelerator.is_main_process:
+        prefix = f"{denoiser.base_model_prefix}."
+        body = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        record = {
+            "objective": "causal" if causal else "masked",
+            **({} if causal else {"mask_share": settings.self_pretrain_mask_share}),
+            "learning_rate": settings.learning_rate,
+            "steps": progress.step,
+            "epochs": progress.epoch,
+            "tokens": progress.tokens,
+            "seconds": round(progress.seconds, 1),
+            "validation": progress.best_scores,
+            "history": progress.history,
+        }
+        with writing("The self-pretrained body", settings.folder):
+            save_file(body, settings.folder / BODY)
+            # written last: it says that the body is there
+            write_whole(settings.folder / RECORD, json.dumps(record, indent=1))
+    accelerator.wait_for_everyone()
+
+
+def inputs_of(split: Sized, tokenizer: PreTrainedTokenizerBase) -> list[Window]:
+    """The inputs of a split as windows, whose special tokens are not to be masked."""
+    examples: Any = split
+    windows = []
+    for index in range(len(split)):
+        ids = np.asarray(examples[index]["input_ids"], dtype=np.int32)
+        words = np.where(np.isin(ids, tokenizer.all_special_ids), NO_WORD, np.arange(len(ids)))
+        if len(ids) > 1 and (words != NO_WORD).any():
+            windows.append(Window(ids, words))
+    if not windows:
+        raise InputError("The inputs hold no token to self-pretrain on: leave out self_pretrain_epochs and _steps.")
+    return windows
+
+
+def denoising(
+    name: str,
+    windows: Sequence[Window],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: SelfPretrainingSettings,
+    causal: bool,
+) -> Windows:
+    if causal:
+        return NextTokens(windows)
+    if tokenizer.mask_token_id is None:
+        raise InputError(
+            "Self-pretraining of a model that reads both sides needs a mask token, and the tokenizer has none: take "
+            "another tokenizer, or leave out self_pretrain_epochs and self_pretrain_steps."
+        )
+    # the paper masks every chosen token; here a tenth is another token and a tenth itself, as in BERT, so that the body
+    # also learns of tokens that it will meet unmasked
+    masker = Masker.of(tokenizer, settings.self_pretrain_mask_share)
+    if name == "train":
+        return RemaskedWindows(list(windows), masker, settings.seed)
+    return MaskedWindows(list(windows), masker, settings.split_seed)
+
+
+def take_body(model: PreTrainedModel, path: Path) -> None:
+    """Loads the body; what it does not bring, a pooler and the head, is marked as new, for head_learning_rate."""
+    state = load_file(path)
+    found = model.base_model.load_state_dict(state, strict=False)
+    assert not found.unexpected_keys, found.unexpected_keys
+    # `state` also lacks what is tied to something it holds
+    brought = {id(parameter) for name, parameter in model.base_model.named_parameters() if name in state}
+    parameters: Any = model.parameters()
+    for parameter in parameters:
+        parameter.made_anew = id(parameter) not in brought
+
+
+def card_row(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """For the card's table, if there was any."""
+    if (record := metrics.get("self_pretraining")) is None:
+        return {}
+    share = f" of {100 * record['mask_share']:g} % of the tokens" if "mask_share" in record else ""
+    return {
+        "self-pretraining": f"{record['objective']} denoising{share} of the training inputs, {record['steps']:,} steps "
+        f"({record['tokens']:,} tokens), learning rate {record['learning_rate']:g}, validation loss "
+        f"{record['validation']['loss']:.4f}"
+    }
