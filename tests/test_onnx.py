@@ -118,6 +118,7 @@ CASES = {
     "longformer-question": ("longformer", "QuestionAnswering", {"attention_window": 6, "sep_token_id": SEPARATOR}, ()),
     "longformer-marked": ("longformer", "TokenClassification", {"attention_window": 6}, ("global_attention_mask",)),
     "big_bird-stored": ("big_bird", "MaskedLM", {"block_size": 4, "random_blocks": "stored"}, ()),
+    "big_bird-external": ("big_bird", "TokenClassification", SETTINGS["big_bird"][1], ()),
     "gmlp-tiny-attention": ("gmlp", "SequenceClassification", {"tiny_attention_size": 5}, ()),
     "reformer-across": ("reformer", "MaskedLM", SETTINGS["reformer"][2], ()),
 }

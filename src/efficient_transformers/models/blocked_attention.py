@@ -84,11 +84,15 @@ def blocked_attention(
             table = random_blocks.to(device).index_select(1, row.clamp(max=random_blocks.shape[1] - 1))
             table, free = table.masked_fill(ends, -1)[None], real
         drawn_at = (table[..., None] * size + torch.arange(size, device=device)).flatten(-2)  # (b, h, c, r·size)
-        index = drawn_at.clamp(0, last).expand(batch, -1, -1, -1).flatten(2)[..., None]
+        at = drawn_at.clamp(0, last).expand(batch, -1, -1, -1)
+        row, head = (torch.arange(number, device=device) for number in (batch, num_heads))
 
         def drawn(x: Tensor) -> Tensor:
             """(b, h, n, d) -> (b, h, 1, c, r·size, d)."""
-            x = x.expand(batch, num_heads, -1, -1).gather(2, index.expand(-1, -1, -1, x.shape[-1]))
+            x = x.expand(batch, num_heads, -1, -1)
+            if is_exported():  # as below: not folded
+                return x[row[:, None, None, None], head[:, None, None], at][:, :, None]
+            x = x.gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1]))
             return x.unflatten(2, (-1, drawn_at.shape[-1]))[:, :, None]
 
         allowed = drawn(free[:, None, :, None])[..., 0] & ((drawn_at >= 0) & (drawn_at < length))[:, :, None]
@@ -99,8 +103,8 @@ def blocked_attention(
     mixed = sum((part @ value for part, value in zip(parts[1:], values[1:], strict=True)), parts[0] @ values[0])
     position = torch.arange(length, device=device)
     if is_exported():  # to fold tiles of a symbolic number would take a proof about divisions
-        row = position // step
-        tile, slot = (torch.zeros_like(row), row) if pattern.reach is None else (row // size, row % size)
+        place = position // step
+        tile, slot = (torch.zeros_like(place), place) if pattern.reach is None else (place // size, place % size)
         out = mixed[:, :, position % step, tile, slot]
     else:
         out = mixed.movedim(2, 4).flatten(2, 4).index_select(2, position)
