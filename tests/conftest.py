@@ -4,6 +4,8 @@ import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the Hub cannot be reached from a test; every failing call would cost seconds
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# processes that tests start, too: two threads wait for each other longer than models of this size compute
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # what one session of tests has tokenised is nothing to the next, or to the user
 os.environ["EFFICIENT_TRANSFORMERS_CACHE"] = tempfile.mkdtemp()
 
@@ -12,7 +14,7 @@ import torch
 
 from efficient_transformers.models import attention
 
-torch.set_num_threads(1)  # two threads wait for each other longer than models of this size compute
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
