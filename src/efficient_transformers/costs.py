@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModel, PreTrainedModel
 
+from .models.backbone import PoolerDense
 from .models.configuration import EtConfig
 from .models.modeling_full import EtFullConfig
 from .models.patterns import AttentionPattern
@@ -49,10 +50,12 @@ def forward_flops(model: PreTrainedModel, length: int) -> int:
     return total
 
 
-def linears(module: torch.nn.Module, variant: Variant) -> Iterator[tuple[str, torch.nn.Linear]]:
+def linears(module: torch.nn.Module, variant: Variant) -> Iterator[tuple[str, torch.nn.Linear | PoolerDense]]:
     """The linear layers of a module of `variant`, with their names, but for those that `variant.flops` counts."""
     for name, part in module.named_modules():
-        if isinstance(part, torch.nn.Linear) and not any(counted in name for counted in variant.linears_in_flops):
+        if isinstance(part, (torch.nn.Linear, PoolerDense)) and not any(
+            counted in name for counted in variant.linears_in_flops
+        ):
             yield name, part
 
 

@@ -288,6 +288,7 @@ class PoolerDense(OwnValues):
     def __init__(self, config: EtConfig):
         super().__init__()
         self.std = config.initializer_range
+        self.in_features = self.out_features = config.hidden_size
         linear = nn.Linear(config.hidden_size, config.hidden_size)
         self.weight, self.bias = linear.weight, linear.bias
 
