@@ -16,7 +16,7 @@ from .costs import costs_table
 from .exporting import export, public_files
 from .models.configuration import EtConfig
 from .publishing import missing_for_push, push, staged
-from .registry import VARIANTS
+from .registry import VARIANTS, variant_of
 
 # columns of `list`, from cards.measured, and how their numbers are written
 MEASURED = {"parameters": ",", "era accuracy": ".3f", "nats/byte": ".3f", "tokens/s": ",.0f"}
@@ -192,7 +192,7 @@ def run_plot_pattern(options: argparse.Namespace) -> None:
     from . import plots
 
     model, ids = plots.load_model(options.source, options.length, options.text, options.seed, options.fields)
-    title = VARIANTS[model.config.model_type.removeprefix("et_")].title
+    title = variant_of(model.config).title
     matrices = plots.read_matrices(model, ids, options.layer)
     name = Path(options.source).resolve().name if options.source not in VARIANTS else options.source
     for path in plots.save(plots.pattern_figure(matrices, title, options.heads), options.out or Path(name)):

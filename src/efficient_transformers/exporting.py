@@ -74,14 +74,14 @@ def export(folder: str | Path, out: str | Path, *, link: bool = False) -> list[P
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{out} is not an empty folder: name a new one, or empty it.")
     config = json.loads((root / CONFIG).read_text(encoding="utf-8"))
-    kept = own_code(root)
+    ours, kept = is_variant(config), own_code(root)
     for file in files:
         source, copy = root / file.path, target / file.path
-        if is_variant(config) and source.suffix == ".py" and source not in kept:
+        if ours and source.suffix == ".py" and source not in kept:
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.symlink_to(source) if link else shutil.copyfile(source, copy)
-    if is_variant(config):
+    if ours:
         write_code(config, target)
     return sorted(path for path in target.rglob("*") if path.is_file())
 

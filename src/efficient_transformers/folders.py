@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.tokenization_utils_base import LARGE_INTEGER, PreTrainedTokenizerBase
@@ -13,7 +12,7 @@ from .models.configuration import EtConfig
 NOT_SAVED = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only")
 
 
-def fit_tokenizer(tokenizer: Any, config: PreTrainedConfig, max_length: int | None = None) -> None:
+def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, max_length: int | None = None) -> None:
     """Set `model_max_length`, in tokens, to what the model of `config` takes, in place.
 
     Pipelines truncate and divide long texts by it. A variant takes `max_position_embeddings` tokens; for another model
@@ -23,9 +22,8 @@ def fit_tokenizer(tokenizer: Any, config: PreTrainedConfig, max_length: int | No
         tokenizer.model_max_length = config.max_position_embeddings
     elif max_length is not None and tokenizer.model_max_length > LARGE_INTEGER:
         tokenizer.model_max_length = max_length
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        for name in NOT_SAVED:
-            tokenizer.init_kwargs.pop(name, None)
+    for name in NOT_SAVED:
+        tokenizer.init_kwargs.pop(name, None)
 
 
 def load_as_float32(folder: str | Path) -> None:

@@ -148,7 +148,7 @@ class EtEmbeddings(OwnValues):
 
 
 class ExternalTokens(nn.Module):
-    """Learned embeddings in front of every sequence, cut off at the end: (…, n, e) -> (…, count + n, e)."""
+    """Learned embeddings before every sequence, removed from the output: (…, n, e) -> (…, count + n, e)."""
 
     def __init__(self, count: int, hidden_size: int):
         super().__init__()
@@ -608,7 +608,7 @@ class Encoder:
     def read_masks(self, mask: Tensor | None, marked: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The attention_mask and the global_attention_mask as bool."""
         if mask is not None:
-            remedy = "turn an additive mask into mask == 0; packed documents are told apart by position_ids"
+            remedy = "turn an additive mask into mask == 0; packed documents are separated by position_ids"
             if self.has_marked_tokens:
                 remedy += "; global tokens are marked by global_attention_mask (mask == 2, if 2 means global)"
             mask = as_mask("attention_mask", mask, "real tokens", "padding", remedy)

@@ -36,7 +36,7 @@ NOT_OF_A_ROW = FREE_TO_CHANGE | {"seed", "config"}
 NEEDED = {"test", "training", "model", "settings"}
 # the rest, the history of the training above all, is long and in no table
 KEPT = ("test", "validation", "training", "model", "peak_memory_mb", "command", "settings", "versions")
-# a path from the root or from somebody's home, at the beginning of a text, a word, a value
+# an absolute path, or one from a home folder, at the start of a text, a word or a value
 ABSOLUTE = re.compile(r"""(?<![^\s=:'"\[{(,])(?:~\w*)?/[\w.][^\s'"\]}),]*""")
 OF_A_CHECKOUT = {"configs", "model_cards", "runs", "training"}
 
@@ -62,7 +62,7 @@ class Row:
 
 @dataclass
 class Kept:
-    """What stands in the file beside the page."""
+    """Contents of the file beside the page."""
 
     runs: list[dict[str, Any]] = field(default_factory=list)
     beside: dict[str, str] = field(default_factory=dict)  # group → the setting whose values stand side by side

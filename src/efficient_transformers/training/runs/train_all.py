@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
                 )
             except (InputError, RunFailed) as error:
                 if isinstance(error, RunFailed) and (error.code == STOPPED or error.code < 0):
-                    sys.exit(str(error))  # somebody wants the whole to stop
+                    sys.exit(str(error))  # a request to stop ends all runs
                 failed.append(f"{config}: {error}")
                 print(f"error: {failed[-1]}", file=sys.stderr, flush=True)
                 continue

@@ -66,7 +66,7 @@ def load_open_tokenizer(settings: ClmSettings, texts: list[str]) -> PreTrainedTo
             )
         tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is told by the mask, and is not predicted
+        tokenizer.pad_token = tokenizer.eos_token  # the mask marks padding, which is not predicted
     head, tail = special_frame(tokenizer, texts)
     if not len(tail):
         return tokenizer
