@@ -25,7 +25,7 @@ from transformers import (
 
 import efficient_transformers  # noqa: F401 - registers the variants
 from efficient_transformers.training.settings import Settings
-from efficient_transformers.training.tasks.matching import DocumentMatcher, MatchingHead
+from efficient_transformers.training.tasks.match import DocumentMatcher, MatchingHead
 from efficient_transformers.training.tasks.pretrain_clm import load_open_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

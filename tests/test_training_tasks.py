@@ -34,7 +34,7 @@ from efficient_transformers.training.engine.metrics import EntityF1, entities
 from efficient_transformers.training.engine.task import label_fields
 from efficient_transformers.training.settings import InputError
 from efficient_transformers.training.tasks import answer, choose, match, tag_tokens
-from efficient_transformers.training.tasks.answering import (
+from efficient_transformers.training.tasks.answer import (
     AnswerSettings,
     Question,
     Window,
@@ -47,15 +47,15 @@ from efficient_transformers.training.tasks.answering import (
     overlap_f1,
     plant,
 )
-from efficient_transformers.training.tasks.choosing import ChooseSettings, choice_rows, load_choices, next_excerpts
-from efficient_transformers.training.tasks.matching import (
+from efficient_transformers.training.tasks.choose import ChooseSettings, choice_rows, load_choices, next_excerpts
+from efficient_transformers.training.tasks.match import (
     DocumentMatcher,
     MatchingHead,
     MatchSettings,
     load_pairs,
     same_or_not,
 )
-from efficient_transformers.training.tasks.tagging import TagSettings, case_tags, load_tagged, tag_names, tag_windows
+from efficient_transformers.training.tasks.tag_tokens import TagSettings, case_tags, load_tagged, tag_names, tag_windows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -552,9 +552,7 @@ def test_contexts_are_cut_and_choices_stay():
 
 
 def load_choices_of(row, **values):
-    from efficient_transformers.training.tasks import choosing
-
-    return choosing._choice(("line 1", row), settings(ChooseSettings, **values))
+    return choose._choice(("line 1", row), settings(ChooseSettings, **values))
 
 
 def test_columns_of_swag_and_of_race_are_read():

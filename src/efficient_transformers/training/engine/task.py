@@ -24,11 +24,11 @@ from ..data.texts import SPLITS, TextSettings
 from ..settings import InputError, Settings
 from .batches import make_loader
 from .building import build_config, build_model, load_tokenizer, make_accelerator, model_facts, visible_length
+from .card import make_card, report
 from .command_line import finished_settings
 from .loop import train
 from .metrics import OWN_METRICS, compute_metrics, load_metrics
 from .outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
-from .reporting import make_card, report
 
 
 class Features(Dataset):

@@ -4,25 +4,284 @@ accelerate launch training/answer.py --config configs/facts/local.yaml [key=valu
 python training/answer.py --evaluate runs/facts-local [max_length=512]
 """
 
-from collections.abc import Mapping
-from typing import Any
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
-from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.excerpts import sentences
+from ..data.packing import check_offsets, shortened
+from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
 from ..engine.command_line import command_line
-from ..engine.task import Scorer, Source, Task
-from .answering import (
-    AnswerSettings,
-    answer_windows,
-    answers_of,
-    best_span,
-    collate_answers,
-    exact_match,
-    load_questions,
-    overlap_f1,
-)
+from ..engine.task import Features, Scorer, Source, Task
+from ..settings import InputError
+
+NAMES = (
+    "Adams", "Baker", "Carter", "Dalton", "Ellis", "Foster", "Grant", "Hayes", "Irving", "Jordan", "Keller", "Logan",
+    "Mason", "Nelson", "Owens", "Parker", "Quincy", "Reeves", "Sawyer", "Turner", "Upton", "Vernon", "Walker", "York",
+)  # fmt: skip
+
+
+@dataclass
+class AnswerSettings(TextSettings):
+    """How questions are read and contexts cut."""
+
+    examples: Literal["columns", "needle"] = "columns"  # needle: made of the text column, see `plant`
+    question_column: str = "question"
+    context_column: str = "context"
+    answers_column: str = "answers"  # SQuAD's: {"text": [...], "answer_start": [...]}, characters from 0
+    null_answers: bool = False  # questions may have no answer, as in SQuAD 2.0
+    null_threshold: float = 0.0  # log-odds against "no answer" that an answer needs
+    stride: int = 128  # tokens that a window of a long context shares with the one before it
+    max_question_length: int = 64  # tokens; a longer question is cut
+    max_answer_length: int = 30  # tokens; no longer span is ever given
+    mark_question: bool = True  # its tokens are global where a variant takes marks (Longformer, section 3.1)
+    needle_words: int = 600  # of the text around it
+    needles_per_document: int = 4  # questions, each with an excerpt of its own
+    distractors: int = 0  # facts of the same form and another name, which make the question count
+
+    def check(self) -> None:
+        super().check()
+        for name in ("max_question_length", "max_answer_length", "needle_words", "needles_per_document"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} ({getattr(self, name)}) must be at least 1.")
+        if self.stride < 0:
+            raise InputError(f"stride ({self.stride}) must not be negative: 0 cuts windows that share nothing.")
+        if not 0 <= self.distractors < len(NAMES):
+            raise InputError(f"distractors ({self.distractors}) must lie between 0 and {len(NAMES) - 1}: names end.")
+
+
+@dataclass
+class Question:
+    """`answers` are all that count as right, `starts` where they begin in the context; none, where there is none."""
+
+    question: str
+    context: str
+    answers: list[str]
+    starts: list[int]
+
+
+def load_questions(settings: AnswerSettings) -> dict[str, list[Question]]:
+    """All three splits. Needles are hidden behind the cut into splits: no text is in two of them."""
+    if settings.examples == "columns":
+        return load_splits(settings, lambda row: _question(row, settings), label_column=settings.answers_column)
+    texts = load_splits(settings, lambda row: text_of(row, settings))
+    return {
+        name: [
+            plant(text, np.random.default_rng((settings.split_seed, split, document, n)), settings)
+            for document, text in enumerate(texts[name])
+            for n in range(settings.needles_per_document)
+        ]
+        for split, name in enumerate(texts)
+    }
+
+
+def _question(row: Row, settings: AnswerSettings) -> Question:
+    place, _ = row
+    question, context = (value_of(row, f"{name}_column", settings) for name in ("question", "context"))
+    answers = value_of(row, "answers_column", settings)
+    for name, value in ((settings.question_column, question), (settings.context_column, context)):
+        if not isinstance(value, str):
+            raise InputError(f"The column {name!r} must be text, but {place} has {value!r}.")
+    form = "{'text': [...], 'answer_start': [...]}, as many of one as of the other"
+    texts, starts = (answers.get(key) if isinstance(answers, dict) else None for key in ("text", "answer_start"))
+    if not (isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)):
+        raise InputError(f"The column {settings.answers_column!r} must be {form}, but {place} has {answers!r}.")
+    if not texts and not settings.null_answers:
+        raise InputError(
+            f"{place[0].upper()}{place[1:]} has no answer: set null_answers=true if questions may have none."
+        )
+    for text, start in zip(texts, starts, strict=True):
+        if context[start : start + len(text)] != text:
+            raise InputError(
+                f"The answer {text!r} of {place} does not stand in the context at character {start}, there is "
+                f"{context[start : start + len(text)]!r}: correct answer_start."
+            )
+    return Question(question, context, texts, starts)
+
+
+def plant(text: str, rng: np.random.Generator, settings: AnswerSettings) -> Question:
+    """Hides `The code of <name> is <number>.` behind a random sentence of a random excerpt, and asks for the number."""
+    lines = sentences(text) or [text]
+    words = np.cumsum([0, *(len(line.split()) for line in lines)])  # in front of each sentence, and in all
+    # the excerpt begins where enough words follow, if there are as many
+    first = int(rng.integers(max(1, np.searchsorted(words, words[-1] - settings.needle_words, side="right"))))
+    last = int(np.searchsorted(words, words[first] + settings.needle_words, side="right")) - 1
+    lines = lines[first : max(last, first + 1)]
+    names = rng.choice(NAMES, settings.distractors + 1, replace=False)
+    codes = rng.choice(np.arange(1000, 10_000), len(names), replace=False)
+    facts = [f"The code of {name} is {code}." for name, code in zip(names, codes, strict=True)]
+    for fact in facts:
+        lines.insert(int(rng.integers(len(lines) + 1)), fact)
+    context = " ".join(lines)
+    answer = str(codes[0])
+    start = context.index(facts[0]) + len(facts[0]) - len(answer) - 1
+    return Question(f"What is the code of {names[0]}?", context, [answer], [start])
+
+
+@dataclass
+class Window:
+    """Where a window's tokens come from: offsets[i] are the characters of token `first + i` in the context."""
+
+    example: int
+    first: int
+    offsets: np.ndarray
+
+
+def answer_windows(
+    questions: list[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    settings: AnswerSettings,
+    model: PreTrainedModel,
+) -> Features:
+    """Question and a part of the context in every window; windows of one context share `stride` tokens.
+
+    Where a window does not show the (first) answer whole, both positions are 0, the token in front, which stands for
+    "no answer" (Devlin et al. 2018, arXiv:1810.04805, section 4.3).
+    """
+    check_offsets(tokenizer, "Answers")
+    added = tokenizer.num_special_tokens_to_add(pair=True)
+    room = max_length - settings.max_question_length - added
+    if room <= settings.stride:
+        raise InputError(
+            f"max_length ({max_length}) leaves {room} tokens for the context beside max_question_length "
+            f"({settings.max_question_length}) and {added} special tokens, and stride ({settings.stride}) must be "
+            "less: raise max_length or lower the others."
+        )
+    cut = [shortened(question.question.strip(), tokenizer, settings.max_question_length) for question in questions]
+    marks = settings.mark_question and takes_marks(model)
+    rows, windows = [], []
+    for start in range(0, len(questions), 64):
+        batch = questions[start : start + 64]
+        encoded = tokenizer(
+            cut[start : start + 64],
+            [question.context for question in batch],
+            truncation="only_second",
+            max_length=max_length,
+            stride=settings.stride,
+            return_overflowing_tokens=True,
+            return_token_type_ids="token_type_ids" in tokenizer.model_input_names,
+        )
+        for index, encoding in enumerate(encoded.encodings or []):
+            example = start + encoded["overflow_to_sample_mapping"][index]
+            of_context = np.array([sequence == 1 for sequence in encoding.sequence_ids])
+            if not of_context.any():
+                continue
+            first = int(of_context.argmax())
+            window = Window(example, first, np.array(encoding.offsets)[of_context])
+            begin, end = positions(questions[example], window)
+            row = {"input_ids": np.array(encoding.ids, dtype=np.int32), "start_positions": begin, "end_positions": end}
+            if "token_type_ids" in encoded:
+                row["token_type_ids"] = np.array(encoding.type_ids, dtype=np.int32)
+            if marks:
+                row["global_attention_mask"] = (np.arange(len(encoding.ids)) < first).astype(np.int32)
+            rows.append(row)
+            windows.append(window)
+    return Features(rows, windows, questions)
+
+
+def collate_answers(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+    """Pads on the right, whatever the tokenizer does: positions count from the front. And pads marks, too."""
+    fill: dict[str, Any] = {"input_ids": tokenizer.pad_token_id}
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = {}
+        for key in rows[0]:
+            values = [torch.as_tensor(row[key]) for row in rows]
+            is_row = values[0].ndim == 1
+            batch[key] = pad_sequence(values, True, fill.get(key, 0)) if is_row else torch.stack(values)
+        ones = [torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows]
+        return {**batch, "attention_mask": pad_sequence(ones, True)}
+
+    return collate
+
+
+def takes_marks(model: PreTrainedModel) -> bool:
+    return getattr(model.base_model, "has_marked_tokens", False) and not model.config.is_decoder
+
+
+def positions(question: Question, window: Window) -> tuple[int, int]:
+    """The first and the last token of the answer in this window, or 0 and 0."""
+    if not question.answers:
+        return 0, 0
+    begin, end = question.starts[0], question.starts[0] + len(question.answers[0])
+    starts, ends = window.offsets.T
+    if begin < starts[0] or end > ends[-1]:
+        return 0, 0
+    # byte-level tokens may begin with the blank in front of the answer, and some hold more than the answer's end
+    first = int(np.searchsorted(ends, begin, side="right"))
+    last = int(np.searchsorted(ends, end, side="left"))
+    return window.first + first, window.first + last
+
+
+def best_span(start: np.ndarray, end: np.ndarray, window: Window, longest: int) -> tuple[float, int, int]:
+    """The likeliest answer in a window from its logits: log-odds against "no answer", and its characters."""
+    count, first = len(window.offsets), window.first
+    null = start[0] + end[0]
+    start, end = start[first : first + count], end[first : first + count]
+    longest = min(longest, count)
+    # ends[i, l] is the end logit of token i + l
+    ends = np.lib.stride_tricks.sliding_window_view(np.pad(end, (0, longest - 1), constant_values=-np.inf), longest)
+    scores = start[:, None] + ends
+    token, length = np.unravel_index(scores.argmax(), scores.shape)
+    return (
+        float(scores[token, length] - null),
+        int(window.offsets[token][0]),
+        int(window.offsets[token + length][1]),
+    )
+
+
+def answers_of(
+    spans: Sequence[tuple[float, int, int]], windows: Sequence[Window], questions: Sequence[Question], settings: Any
+) -> list[str]:
+    """The answer to each question from the best span of each window.
+
+    Log-odds are compared over windows, and not sums of logits as in BERT's script (the paper reads one window): a
+    softmax is over one window, so that only the difference to its own "no answer" means the same in another.
+    """
+    best: dict[int, tuple[float, int, int]] = {}
+    for span, window in zip(spans, windows, strict=True):
+        if window.example not in best or span > best[window.example]:
+            best[window.example] = span
+    given = []
+    for index, question in enumerate(questions):
+        score, begin, end = best.get(index, (-np.inf, 0, 0))
+        is_null = settings.null_answers and score <= settings.null_threshold
+        given.append("" if is_null else question.context[begin:end].strip())
+    return given
+
+
+def normalised(answer: str) -> str:
+    """SQuAD's: lower case, without punctuation, articles and superfluous white space."""
+    answer = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
+
+
+def exact_match(given: str, answers: Sequence[str]) -> float:
+    return float(normalised(given) in {normalised(answer) for answer in answers or [""]})
+
+
+def overlap_f1(given: str, answers: Sequence[str]) -> float:
+    """The best F1 of the words in common with an answer; where there is none, 1 for giving none (SQuAD 2.0)."""
+
+    def f1(answer: str) -> float:
+        ours, theirs = normalised(given).split(), normalised(answer).split()
+        if not ours or not theirs:
+            return float(ours == theirs)
+        common = (Counter(ours) & Counter(theirs)).total()
+        return 2 * common / (len(ours) + len(theirs))
+
+    return max(map(f1, answers or [""]))
+
 
 Logits = tuple[np.ndarray, np.ndarray]  # of a window's starts and ends
 

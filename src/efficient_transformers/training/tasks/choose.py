@@ -4,11 +4,157 @@ accelerate launch training/choose.py --config configs/next/local.yaml [key=value
 python training/choose.py --evaluate runs/next-local [max_length=512]
 """
 
-from transformers import AutoModelForMultipleChoice, DataCollatorForMultipleChoice
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
+from transformers import (
+    AutoModelForMultipleChoice,
+    DataCollatorForMultipleChoice,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..data.excerpts import excerpts
+from ..data.packing import check_offsets, shortened
+from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
 from ..engine.command_line import command_line
-from ..engine.task import LabelScorer, Source, Task
-from .choosing import ChooseSettings, choice_rows, load_choices
+from ..engine.task import Features, LabelScorer, Source, Task
+from ..settings import InputError
+
+
+@dataclass
+class ChooseSettings(TextSettings):
+    """How contexts and choices are read."""
+
+    examples: Literal["columns", "next"] = "columns"  # next: made of the text column, see `next_excerpts`
+    context_column: str = "context"
+    question_column: str | None = None  # put in front of every choice
+    choices_column: str = "choices"  # a list of texts
+    choice_columns: list[str] | None = None  # or one column for each choice, such as SWAG's ending0 to ending3
+    label_column: str = "label"  # the right choice: its number from 0, or its letter from A
+    max_choice_length: int = 256  # tokens of question and choice together; more are cut, and else the context
+    keep: Literal["start", "end"] = "start"  # of a context that is too long
+    context_words: int = 300  # at least, of what is read before the choice
+    choice_words: int = 60
+    num_choices: int = 4
+
+    def check(self) -> None:
+        super().check()
+        for name, least in (("max_choice_length", 1), ("context_words", 1), ("choice_words", 1), ("num_choices", 2)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} ({getattr(self, name)}) must be at least {least}.")
+
+
+@dataclass
+class Choice:
+    context: str
+    choices: list[str]
+    label: int
+
+
+def load_choices(settings: ChooseSettings) -> dict[str, list[Choice]]:
+    """All three splits, checked: as many choices everywhere, one of them right."""
+    if settings.examples == "next":
+        texts = load_splits(settings, lambda row: text_of(row, settings))
+        return {
+            name: next_excerpts(texts[name], np.random.default_rng((settings.split_seed, split)), settings)
+            for split, name in enumerate(texts)
+        }
+    splits = load_splits(settings, lambda row: _choice(row, settings), label_column=settings.label_column)
+    counts = sorted({len(choice.choices) for split in splits.values() for choice in split})
+    if len(counts) > 1:
+        raise InputError(f"Every example must have as many choices as the others, but there are some with {counts}.")
+    return splits
+
+
+def _choice(row: Row, settings: ChooseSettings) -> Choice:
+    place, columns = row
+    context = value_of(row, "context_column", settings)
+    question = "" if settings.question_column is None else value_of(row, "question_column", settings)
+    if settings.choice_columns is None:
+        choices = value_of(row, "choices_column", settings)
+    elif missing := [name for name in settings.choice_columns if name not in columns]:
+        raise InputError(f"{place[0].upper()}{place[1:]} has no columns {missing}: correct choice_columns.")
+    else:
+        choices = [columns[name] for name in settings.choice_columns]
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise InputError(f"There must be a list of at least two choices, but {place} has {choices!r}.")
+    for text in (context, question, *choices):
+        if not isinstance(text, str):
+            raise InputError(f"Context, question and choices must be text, but {place} has {text!r}.")
+    return Choice(
+        context, [f"{question} {choice}".strip() for choice in choices], _label_of(row, len(choices), settings)
+    )
+
+
+def _label_of(row: Row, count: int, settings: ChooseSettings) -> int:
+    label = value_of(row, "label_column", settings)
+    text = str(label).strip()
+    number = int(text) if text.isdecimal() else ord(text.upper()) - ord("A") if len(text) == 1 else -1
+    if not 0 <= number < count:
+        raise InputError(
+            f"The column {settings.label_column!r} must name one of {count} choices by its number, from 0 to "
+            f"{count - 1}, or by its letter, from A to {chr(ord('A') + count - 1)}, but {row[0]} has {label!r}."
+        )
+    return number
+
+
+def next_excerpts(texts: Sequence[str], rng: np.random.Generator, settings: ChooseSettings) -> list[Choice]:
+    """What comes next, among excerpts of other texts: contexts and choices are whole sentences, in turn.
+
+    A text is cut into pieces of a choice's length; as many as make a context are read, the one behind them is right.
+    The wrong ones are pieces of other texts of the same split, drawn at random.
+    """
+    pieces = [excerpts(text, settings.choice_words) for text in texts]
+    many = -(-settings.context_words // settings.choice_words)  # pieces of a context
+    elsewhere = [(text, piece) for text, own in enumerate(pieces) for piece in own]
+    owners = np.array([text for text, _ in elsewhere])
+    found = []
+    for text, own in enumerate(pieces):
+        others = np.flatnonzero(owners != text)
+        if len(others) < settings.num_choices - 1:
+            raise InputError(
+                f"{len(others)} excerpts of other documents are too few for num_choices ({settings.num_choices}): "
+                "give more documents, or lower num_choices or choice_words."
+            )
+        for start in range(0, len(own) - many, many + 1):
+            wrong = [elsewhere[i][1] for i in rng.choice(others, settings.num_choices - 1, replace=False)]
+            label = int(rng.integers(settings.num_choices))
+            choices = [*wrong[:label], own[start + many], *wrong[label:]]
+            found.append(Choice(" ".join(own[start : start + many]), choices, label))
+    return found
+
+
+def choice_rows(
+    examples: list[Choice],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    settings: ChooseSettings,
+    model: PreTrainedModel,
+) -> Features:
+    """Context and choice as a pair, one for every choice."""
+    check_offsets(tokenizer, "Choices")
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - settings.max_choice_length
+    if room < 1:
+        raise InputError(
+            f"max_length ({max_length}) leaves no room for a context beside max_choice_length "
+            f"({settings.max_choice_length}) and the special tokens: raise the first or lower the second."
+        )
+    rows = []
+    for example in examples:
+        choices = [shortened(choice, tokenizer, settings.max_choice_length) for choice in example.choices]
+        context = shortened(example.context, tokenizer, room, settings.keep)
+        encoded = tokenizer(
+            [context] * len(choices),
+            choices,
+            truncation="longest_first",  # a cut text may have a token more than what it was cut from
+            max_length=max_length,
+            return_attention_mask=False,
+        )
+        rows.append({**encoded, "labels": example.label})
+    return Features(rows)
 
 
 class ChoiceScorer(LabelScorer):

@@ -31,10 +31,10 @@ from ..data.texts import TextSettings, load_texts, stream_texts
 from ..data.token_cache import Row, cache_file, cached_rows
 from ..engine.batches import make_loader
 from ..engine.building import build_config, make_accelerator, model_facts, visible_length
+from ..engine.card import METRIC_NAMES, make_card, report
 from ..engine.command_line import finished_settings
 from ..engine.loop import train
 from ..engine.outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
-from ..engine.reporting import METRIC_NAMES, make_card, report
 from ..engine.streaming import Stream
 from ..settings import InputError
 

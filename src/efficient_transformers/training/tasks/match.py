@@ -4,15 +4,221 @@ accelerate launch training/match.py --config configs/president/local.yaml [key=v
 python training/match.py --evaluate runs/president-local [max_length=512]
 
 Each document is encoded by itself, so that vectors of many can be kept: the head of LRA's retrieval task. In the output
-folder the encoder is an ordinary checkpoint; `matching.DocumentMatcher.from_pretrained` opens it with its head.
+folder the encoder is an ordinary checkpoint; `DocumentMatcher.from_pretrained` opens it with its head.
 """
 
-from transformers import AutoModel, DataCollatorForMultipleChoice, PreTrainedConfig
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, relu
+from transformers import (
+    AutoModel,
+    DataCollatorForMultipleChoice,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from ..data.excerpts import excerpts
+from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
+from ..engine.building import build_model
 from ..engine.command_line import command_line
-from ..engine.task import Source, Task
+from ..engine.task import Features, Source, Task
+from ..settings import InputError, find_path
 from .choose import ChoiceScorer
-from .matching import DocumentMatcher, MatchSettings, build_matcher, load_pairs, pair_rows
+
+HEAD, HEAD_SIZES = "matching_head.safetensors", "matching_head.json"  # beside the encoder's files
+CLASSES = ["different", "same"]
+Interaction = Literal["nli", "concat"]
+
+
+@dataclass
+class MatchSettings(TextSettings):
+    """How pairs of documents are read, and the head that judges them."""
+
+    examples: Literal["columns", "same"] = "columns"  # same: made of the text column, see `same_or_not`
+    first_column: str = "text1"
+    second_column: str = "text2"
+    label_column: str = "label"  # 1 for a match, 0 for none
+    group_column: str = "name"  # of `same`: what two documents may have in common
+    excerpt_words: int = 600  # of `same`, at least
+    mask_digits: bool = False  # every digit becomes 0, so that a year cannot give the answer away
+    interaction: Interaction = "nli"
+    head_size: int = 256
+
+    def check(self) -> None:
+        super().check()
+        for name, least in (("excerpt_words", 1), ("head_size", 2)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} ({getattr(self, name)}) must be at least {least}.")
+
+
+@dataclass
+class Pair:
+    texts: tuple[str, str]
+    label: int
+
+
+def load_pairs(settings: MatchSettings) -> dict[str, list[Pair]]:
+    """All three splits. Pairs are made within a split, so that no document of a test pair is one of training."""
+    if settings.examples == "columns":
+        splits = load_splits(settings, lambda row: _pair(row, settings), label_column=settings.label_column)
+    else:
+        documents = load_splits(settings, lambda row: (text_of(row, settings), _group_of(row, settings)))
+        splits = {
+            name: same_or_not(documents[name], np.random.default_rng((settings.split_seed, split)), settings)
+            for split, name in enumerate(documents)
+        }
+    for name, pairs in splits.items():
+        if {pair.label for pair in pairs} != {0, 1}:
+            raise InputError(f"The {name} data must have both pairs that match and pairs that do not.")
+    return splits
+
+
+def _pair(row: Row, settings: MatchSettings) -> Pair:
+    texts = value_of(row, "first_column", settings), value_of(row, "second_column", settings)
+    for text in texts:
+        if not isinstance(text, str):
+            raise InputError(f"Both documents must be text, but {row[0]} has {text!r}.")
+    label = value_of(row, "label_column", settings)
+    if str(label) not in ("0", "1"):
+        raise InputError(f"The column {settings.label_column!r} must be 1 (a match) or 0, but {row[0]} has {label!r}.")
+    return Pair(texts, int(label))
+
+
+def _group_of(row: Row, settings: MatchSettings) -> str:
+    group = value_of(row, "group_column", settings)
+    if group is None or group == "":
+        raise InputError(f"The column {settings.group_column!r} must name a group, but {row[0]} has {group!r}.")
+    return str(group)
+
+
+def same_or_not(documents: Sequence[tuple[str, str]], rng: np.random.Generator, settings: MatchSettings) -> list[Pair]:
+    """Do two excerpts come from documents of one group? Never from one document, which its topics would give away.
+
+    An excerpt of a group that has another document makes two pairs, each with a random excerpt: of another document
+    of the group, and of another group.
+    """
+    pieces = [
+        (text, document, group)
+        for document, (whole, group) in enumerate(documents)
+        for text in excerpts(whole, settings.excerpt_words)
+    ]
+    owners, groups = (np.array([piece[i] for piece in pieces]) for i in (1, 2))
+    found = []
+    for text, document, group in pieces:
+        same = np.flatnonzero((groups == group) & (owners != document))
+        other = np.flatnonzero(groups != group)
+        if len(same) and len(other):
+            found.append(Pair((text, pieces[int(rng.choice(same))][0]), 1))
+            found.append(Pair((text, pieces[int(rng.choice(other))][0]), 0))
+    return found
+
+
+def pair_rows(
+    pairs: list[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    settings: MatchSettings,
+    model: Any,
+) -> Features:
+    rows = []
+    for pair in pairs:
+        texts = [re.sub(r"\d", "0", text) if settings.mask_digits else text for text in pair.texts]
+        encoded = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)
+        rows.append({**encoded, "labels": pair.label})
+    return Features(rows)
+
+
+class MatchingHead(nn.Module):
+    """An MLP over two vectors and what they have in common: x₁, x₂, x₁·x₂, x₁ − x₂.
+
+    The head of LRA's retrieval task (Tay et al. 2020, arXiv:2011.04006), as in its code: two hidden layers with ReLU,
+    the second half as wide. The product and the difference are the `NLI` interaction of that code; the script published
+    with the paper leaves it out (`concat`).
+    """
+
+    def __init__(self, hidden_size: int, head_size: int, interaction: Interaction = "nli"):
+        super().__init__()
+        self.interaction: Interaction = interaction
+        self.sizes = {"hidden_size": hidden_size, "head_size": head_size, "interaction": interaction}
+        self.mlp = nn.Linear(hidden_size * (4 if interaction == "nli" else 2), head_size)
+        self.mlp2 = nn.Linear(head_size, head_size // 2)
+        self.logits = nn.Linear(head_size // 2, len(CLASSES))
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """From the vectors of both documents, (b, e), to (b, 2)."""
+        features = [first, second, first * second, first - second][: 4 if self.interaction == "nli" else 2]
+        return self.logits(relu(self.mlp2(relu(self.mlp(torch.cat(features, dim=-1))))))
+
+
+class DocumentMatcher(nn.Module):
+    """One encoder for both documents, and a MatchingHead.
+
+    transformers has no Auto class for pairs that are encoded apart. `save_pretrained` saves the encoder as any
+    checkpoint, which AutoModel opens, and the head in files beside it; `from_pretrained` opens both.
+    """
+
+    def __init__(self, encoder: PreTrainedModel, head: MatchingHead):
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.encoder.config
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs: Tensor) -> SequenceClassifierOutput:
+        """All inputs have an axis of the two documents, (b, 2, n); labels (b,)."""
+        flat = {name: value.flatten(0, 1) for name, value in {"input_ids": input_ids, **inputs}.items()}
+        # the paper's head reads the pooled states; here, as in the other heads, they pass through the pooler's layer
+        pooled = self.encoder(**flat).pooler_output.unflatten(0, (-1, 2))  # (b, 2, e)
+        logits = self.head(*pooled.unbind(1))
+        loss = None if labels is None else cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Into a local folder; `state_dict` is that of this module where its own is divided among processes."""
+        parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "head": {}}
+        for name, value in (self.state_dict() if state_dict is None else state_dict).items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value
+        self.encoder.save_pretrained(folder, state_dict=parts["encoder"])
+        save_file(parts["head"], Path(folder, HEAD))
+        Path(folder, HEAD_SIZES).write_text(json.dumps(self.head.sizes) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **keywords: Any) -> "DocumentMatcher":
+        """From a local folder; `keywords` are AutoModel's, such as `trust_remote_code`."""
+        return cls(AutoModel.from_pretrained(folder, **keywords), load_head(Path(folder)))
+
+
+def load_head(folder: Path) -> MatchingHead:
+    head = MatchingHead(**json.loads((folder / HEAD_SIZES).read_text(encoding="utf-8")))
+    head.load_state_dict(load_file(folder / HEAD))
+    return head
+
+
+def build_matcher(settings: MatchSettings, config: PreTrainedConfig, auto_class: Any) -> DocumentMatcher:
+    """A new model, or a checkpoint with its head if it has one that fits."""
+    encoder = build_model(settings, config, auto_class)
+    folder = find_path(settings.model.get("checkpoint") or "")
+    wanted = MatchingHead(config.hidden_size, settings.head_size, settings.interaction)
+    if "checkpoint" in settings.model and folder is not None and (folder / HEAD).exists():
+        saved = load_head(folder)
+        if saved.sizes == wanted.sizes:
+            return DocumentMatcher(encoder, saved)
+    for parameter in wanted.parameters():
+        parameter.made_anew = "checkpoint" in settings.model  # type: ignore[attr-defined]
+    return DocumentMatcher(encoder, wanted)
 
 
 class MatchTask(Task[MatchSettings]):
@@ -35,8 +241,8 @@ class MatchTask(Task[MatchSettings]):
         made = f"Its pairs have the same {settings.group_column!r} or not, in excerpts of texts that training has not "
         made += "seen, but of groups most of which it has. Time and topic tell many groups apart."
         return [
-            "The head is in matching_head.safetensors and opens with the training scripts (training/matching.py); "
-            "AutoModel opens the encoder alone.",
+            "The head is in matching_head.safetensors. `DocumentMatcher.from_pretrained`, from "
+            "`efficient_transformers.training.tasks.match`, loads both; AutoModel loads the encoder alone.",
             *([made] if settings.examples == "same" else []),
         ]
 

@@ -3,16 +3,16 @@
 from pathlib import Path
 
 from ..settings import InputError, Settings
-from .answering import AnswerSettings
-from .choosing import ChooseSettings
+from .answer import AnswerSettings
+from .choose import ChooseSettings
 from .classify import ClassifySettings
 from .classify_images import ClassifyImagesSettings
 from .lra import LraSettings
-from .matching import MatchSettings
+from .match import MatchSettings
 from .pretrain_clm import ClmSettings
 from .pretrain_mlm import MlmSettings
 from .recall import RecallSettings
-from .tagging import TagSettings
+from .tag_tokens import TagSettings
 
 SETTINGS: dict[str, type[Settings]] = {
     "answer.py": AnswerSettings,

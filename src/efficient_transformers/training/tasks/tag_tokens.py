@@ -4,18 +4,165 @@ accelerate launch training/tag_tokens.py --config configs/case/local.yaml [key=v
 python training/tag_tokens.py --evaluate runs/case-local [max_length=512]
 """
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
+from transformers import (
+    AutoModelForTokenClassification,
+    DataCollatorForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from ..data.packing import IGNORED
+from ..data.excerpts import ends_sentence
+from ..data.packing import IGNORED, check_offsets, encoded, overlapping_slices, special_frame
+from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
 from ..engine.command_line import command_line
 from ..engine.metrics import EntityF1
-from ..engine.task import Scorer, Source, Task
-from .tagging import TagSettings, load_tagged, tag_names, tag_windows
+from ..engine.task import Features, Scorer, Source, Task
+from ..settings import InputError
+
+CASE_TAGS = ("B-NAME", "I-NAME", "O", "START")
+
+
+@dataclass
+class TagSettings(TextSettings):
+    """How tagged words are read and cut."""
+
+    examples: Literal["columns", "case"] = "columns"  # case: made of the text column, see `case_tags`
+    words_column: str = "words"
+    tags_column: str = "tags"
+    overlap: int = 128  # tokens that a window of a long document shares with the one before it
+
+    def check(self) -> None:
+        super().check()
+        if self.overlap < 0:
+            raise InputError(f"overlap ({self.overlap}) must not be negative: 0 cuts windows that share nothing.")
+
+
+@dataclass
+class Tagged:
+    """A document. A word whose tag is None is read, and neither learnt nor scored."""
+
+    words: list[str]
+    tags: list[str | None]
+
+
+def load_tagged(settings: TagSettings) -> dict[str, list[Tagged]]:
+    """All three splits, checked: words with tags that the training data has, too."""
+    if settings.examples == "case":
+        return load_splits(settings, lambda row: case_tags(text_of(row, settings)))
+    splits = load_splits(settings, lambda row: _tagged(row, settings), label_column=settings.tags_column)
+    known = set(tag_names(splits["train"]))
+    for name, documents in splits.items():
+        if unseen := sorted(set(tag_names(documents)) - known):
+            raise InputError(
+                f"The {name} data has tags that the training data lacks: {', '.join(unseen)}. "
+                "Remove these documents or add some to the training data."
+            )
+    return splits
+
+
+def tag_names(documents: list[Tagged]) -> list[str]:
+    return sorted({tag for document in documents for tag in document.tags if tag is not None})
+
+
+def _tagged(row: Row, settings: TagSettings) -> Tagged:
+    place, _ = row
+    words, tags = value_of(row, "words_column", settings), value_of(row, "tags_column", settings)
+    for name, values, kinds in (
+        (settings.words_column, words, (str,)),
+        (settings.tags_column, tags, (str, int, type(None))),
+    ):
+        if not isinstance(values, list) or not all(isinstance(value, kinds) for value in values):
+            raise InputError(
+                f"The column {name!r} must be a list with one entry for each word, but {place} has {values!r}."
+            )
+    if len(words) != len(tags):
+        raise InputError(
+            f"There must be one tag for each word, but {place} has {len(words)} words and {len(tags)} tags."
+        )
+    return Tagged(words, [None if tag is None else str(tag) for tag in tags])
+
+
+def case_tags(text: str) -> Tagged:
+    """Case restoration: the words in lower case and without punctuation at their ends, and what was taken from them.
+
+    `START` is the first word of a sentence, `B-NAME` and `I-NAME` the first and the other words of a run of
+    capitalised words within one, which punctuation ends; all others are `O`, the pronoun I with them.
+    """
+    words, tags = [], []
+    starts, in_name = True, False
+    for raw in text.split():
+        word = re.sub(r"^\W+|\W+$", "", raw)
+        if word:
+            is_name = word[0].isupper() and not re.fullmatch(r"I(['\u2019]\w+)?", word)
+            tags.append("START" if starts else ("I-NAME" if in_name else "B-NAME") if is_name else "O")
+            words.append(word.lower())
+            in_name = is_name and not starts
+            starts = False
+        starts = starts or ends_sentence(raw)
+        in_name = in_name and raw.endswith(word)
+    return Tagged(words, tags)
+
+
+def tag_windows(
+    documents: list[Tagged],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    settings: TagSettings,
+    model: PreTrainedModel,
+) -> Features:
+    """Windows with a label at the first token of every word; the note of each is the index of its document,
+    and what they share are the names of the classes.
+
+    The windows of a long document share `overlap` tokens. A word in there has its label in the window that shows more
+    of what stands around it, so that every word is learnt and judged once.
+    """
+    check_offsets(tokenizer, "Tags")
+    texts = [" ".join(document.words) for document in documents]
+    head, tail = special_frame(tokenizer, texts)
+    room = max_length - len(head) - len(tail)
+    if room <= settings.overlap:
+        raise InputError(
+            f"overlap ({settings.overlap}) must be less than the tokens of text in a window ({room}): lower overlap "
+            "or raise max_length."
+        )
+    ids_of_tags = {None: IGNORED, **(model.config.label2id or {})}
+    rows, notes = [], []
+    for index, (document, (ids, encoding)) in enumerate(zip(documents, encoded(tokenizer, texts), strict=True)):
+        assert encoding is not None
+        labels = np.full(len(ids), IGNORED, dtype=np.int32)
+        first = first_tokens(document.words, np.array(encoding.offsets).reshape(-1, 2))
+        labels[list(first)] = [ids_of_tags[document.tags[word]] for word in first.values()]
+        for part, own in overlapping_slices(len(ids), room, settings.overlap):
+            window = np.full(len(ids[part]), IGNORED, dtype=np.int32)
+            window[own.start - part.start : own.stop - part.start] = labels[own]
+            if (window != IGNORED).any():  # a mean over nothing is no number
+                framed = np.pad(window, (len(head), len(tail)), constant_values=IGNORED)
+                rows.append({"input_ids": np.concatenate([head, ids[part], tail]), "labels": framed})
+                notes.append(index)
+    return Features(rows, notes, list((model.config.id2label or {}).values()))
+
+
+def first_tokens(words: list[str], offsets: np.ndarray) -> dict[int, int]:
+    """The first token of each word, as token → word, in the text that the words make when joined by blanks.
+
+    A token is of the word that its last character is in: byte-level ones begin with the blank in front of the word.
+    """
+    ends = np.cumsum([len(word) + 1 for word in words])  # of each word, the blank behind it included
+    of_token = np.searchsorted(ends, offsets[:, 1] - 1, side="right")
+    first: dict[int, int] = {}
+    seen = -1
+    for token, word in enumerate(of_token.tolist()):
+        if word > seen and offsets[token, 1] > offsets[token, 0]:
+            first[token], seen = word, word
+    return first
 
 
 class TagScorer(Scorer):
