@@ -42,7 +42,7 @@ from transformers.models.nystromformer.modeling_nystromformer import Nystromform
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models.attention import OwnValues, SequenceInfo
+from efficient_transformers.models.base_attention import OwnValues, SequenceInfo
 
 HIDDEN, HEADS = 256, 4
 YARDSTICK = "full"

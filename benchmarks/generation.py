@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models.kernel_attention import KernelAttention
-from efficient_transformers.models.linear_attention import causal_linear_attention
+from efficient_transformers.models.attn_linear import causal_linear_attention
+from efficient_transformers.models.base_kernel_attention import KernelAttention
 
 LAYERS, VOCABULARY = 2, 1024
 CONTENDERS = {

@@ -18,8 +18,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch.nn import functional as F
 
-from efficient_transformers.models.hashing import assign_buckets, random_rotations
-from efficient_transformers.models.slots import sort_into_slots
+from efficient_transformers.models.ops_buckets import sort_into_slots
+from efficient_transformers.models.ops_lsh import assign_buckets, random_rotations
 
 FAMILIES, MEMBERS, DIM, HEADS, BUCKETS, CHUNK = 512, 8, 64, 4, 128, 64
 ROUNDS, NOISES = (1, 2, 4, 8, 16), (0.2, 0.4, 0.7, 1.0)

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from efficient_transformers.models.feature_maps import (
+from efficient_transformers.models.attn_linear import linear_attention
+from efficient_transformers.models.ops_feature_maps import (
     FEATURE_MAPS,
     gaussian_projection,
     log_positive_random_features,
     orthogonal_projection,
     trigonometric_random_features,
 )
-from efficient_transformers.models.linear_attention import linear_attention
 
 DIM, DRAWS, COUNTS = 64, 64, (16, 32, 64, 128, 256, 512, 1024)
 NOTE = """Root mean square errors as a share of what is estimated, by `python benchmarks/random_features.py --out

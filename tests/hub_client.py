@@ -153,7 +153,8 @@ def pushed_by_the_trainer() -> None:
     trainer.train()
     trainer.push_to_hub()
     there = HfApi().list_repo_files("tester/fine-tuned")
-    assert {"model.safetensors", "modeling_local.py", "configuration.py", "tokenizer.json", "README.md"} <= {*there}
+    code = {"modeling_local.py", "base_configuration.py"}
+    assert {"model.safetensors", "tokenizer.json", "README.md", *code} <= {*there}
 
 
 @stage("with")

@@ -5,7 +5,7 @@ import torch
 from zoo import CAUSAL, SETTINGS, build, inputs
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models.kernel_attention import KernelConfig
+from efficient_transformers.models.base_kernel_attention import KernelConfig
 
 
 def keeps_tokens(variant) -> bool:

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from efficient_transformers import parse_pattern
-from efficient_transformers.models import sparse_attention as engine
-from efficient_transformers.models.blocked_attention import blocked_attention
-from efficient_transformers.models.flex_attention import BLOCK, block_mask, flex_sparse_attention
-from efficient_transformers.models.patterns import rounded_length
-from efficient_transformers.models.softmax_attention import softmax_attention
-from efficient_transformers.models.tiles import OwnRead, tiles
+from efficient_transformers.models import attn_pattern_tiled as engine
+from efficient_transformers.models.attn_dense import softmax_attention
+from efficient_transformers.models.attn_pattern_blocked import blocked_attention
+from efficient_transformers.models.attn_pattern_flex import BLOCK, block_mask, flex_sparse_attention
+from efficient_transformers.models.ops_patterns import rounded_length
+from efficient_transformers.models.ops_tiles import OwnRead, tiles
 
 PATTERNS = [
     "full", "local:0", "local:1", "local:3", "local:70", "local:200", "stride:5", "stride:5:2", "stride:200",

@@ -5,8 +5,8 @@ import torch
 from zoo import build, config, inputs
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models.attention import SequenceInfo
-from efficient_transformers.models.caching import PatternCacheLayer
+from efficient_transformers.models.base_attention import SequenceInfo
+from efficient_transformers.models.base_cache import PatternCacheLayer
 from efficient_transformers.models.modeling_compressed import CompressedCacheLayer
 
 COMPRESSED = VARIANTS["compressed"]

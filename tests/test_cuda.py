@@ -17,12 +17,12 @@ from zoo import (
 )
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models import linear_attention as engine
-from efficient_transformers.models.feature_maps import FEATURE_MAPS
-from efficient_transformers.models.flex_attention import flex_sparse_attention
-from efficient_transformers.models.linear_attention import causal_linear_attention
-from efficient_transformers.models.patterns import parse_pattern
-from efficient_transformers.models.sparse_attention import sparse_attention
+from efficient_transformers.models import attn_linear as engine
+from efficient_transformers.models.attn_linear import causal_linear_attention
+from efficient_transformers.models.attn_pattern_flex import flex_sparse_attention
+from efficient_transformers.models.attn_pattern_tiled import sparse_attention
+from efficient_transformers.models.ops_feature_maps import FEATURE_MAPS
+from efficient_transformers.models.ops_patterns import parse_pattern
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICE = "cuda"

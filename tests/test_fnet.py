@@ -8,7 +8,7 @@ from zoo import build, config, probed
 
 from efficient_transformers import VARIANTS
 from efficient_transformers.conversion import convert
-from efficient_transformers.models.fourier import fourier_mix, fourier_mix_chirp, fourier_mix_dense
+from efficient_transformers.models.ops_fourier import fourier_mix, fourier_mix_chirp, fourier_mix_dense
 
 FNET = VARIANTS["fnet"]
 WAYS = {

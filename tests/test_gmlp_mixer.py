@@ -9,9 +9,9 @@ from zoo import build, config, inputs
 
 from efficient_transformers import VARIANTS, costs
 from efficient_transformers.conversion import convert
-from efficient_transformers.models import triangular
-from efficient_transformers.models.attention import SequenceInfo
-from efficient_transformers.models.triangular import triangular_product
+from efficient_transformers.models import ops_tril_matmul
+from efficient_transformers.models.base_attention import SequenceInfo
+from efficient_transformers.models.ops_tril_matmul import triangular_product
 
 GMLP, MIXER = VARIANTS["gmlp"], VARIANTS["mlp_mixer"]
 both = pytest.mark.parametrize("variant", [GMLP, MIXER], ids=lambda variant: variant.slug)
@@ -19,7 +19,7 @@ both = pytest.mark.parametrize("variant", [GMLP, MIXER], ids=lambda variant: var
 
 @pytest.fixture
 def few_rows(monkeypatch):
-    monkeypatch.setattr(triangular, "ROWS", 5)
+    monkeypatch.setattr(ops_tril_matmul, "ROWS", 5)
 
 
 # the triangle --------------------------------------------------------------------------------------------------------

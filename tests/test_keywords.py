@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer
 from zoo import CAUSAL, SETTINGS, build, inputs, inputs_of
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models.signatures import CACHE_FIELD, SHARED
+from efficient_transformers.models.base_signatures import CACHE_FIELD, SHARED
 
 EVERY_MODEL = [(v, head) for v in VARIANTS.values() for head in (None, *v.heads)]
 every_model = pytest.mark.parametrize(

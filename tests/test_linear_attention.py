@@ -9,20 +9,20 @@ from torch.nn import functional as F
 from zoo import build, bytes_kept, inputs, probed
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models import linear_attention as engine
-from efficient_transformers.models.feature_maps import (
+from efficient_transformers.models import attn_linear as engine
+from efficient_transformers.models.attn_linear import (
+    attention_matrix,
+    causal_linear_attention,
+    linear_attention,
+    linear_attention_step,
+)
+from efficient_transformers.models.ops_feature_maps import (
     FEATURE_MAPS,
     gaussian_projection,
     log_positive_random_features,
     orthogonal_projection,
     relu_random_features,
     trigonometric_random_features,
-)
-from efficient_transformers.models.linear_attention import (
-    attention_matrix,
-    causal_linear_attention,
-    linear_attention,
-    linear_attention_step,
 )
 
 HEADS, DIM = 3, 8

@@ -5,7 +5,7 @@ import torch
 from zoo import build, config, inputs, probed
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models.attention import SequenceInfo
+from efficient_transformers.models.base_attention import SequenceInfo
 from efficient_transformers.models.modeling_linformer import LengthProjection
 
 LINFORMER = VARIANTS["linformer"]

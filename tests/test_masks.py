@@ -6,7 +6,7 @@ from test_variants import every_variant
 from zoo import CAUSAL, MODES, SETTINGS, build, inputs, inputs_of
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models import checks
+from efficient_transformers.models import ops_checks
 
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]])
 DTYPES = [
@@ -149,7 +149,7 @@ def test_a_mask_may_leave_the_past_out_only_where_nothing_of_it_was_padding(vari
 def test_traced_code_does_not_look_at_the_values_of_a_mask(variant, settings, causal, monkeypatch):
     model = build(variant, settings, "CausalLM" if causal else None, use_cache=False)
     ids, looked = inputs(3, 7), []
-    monkeypatch.setattr(checks, "bool", lambda x: looked.append(x), raising=False)
+    monkeypatch.setattr(ops_checks, "bool", lambda x: looked.append(x), raising=False)
     program = torch.export.export(model, (ids,), {"attention_mask": MASK})
     assert not looked
     torch.testing.assert_close(program.module()(ids, attention_mask=MASK)[0], model(ids, attention_mask=MASK)[0])

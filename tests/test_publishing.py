@@ -201,7 +201,7 @@ def test_an_export_opens_without_the_package(published, tmp_path):
     """It has today's code, whatever code lay in the folder, and none of what training keeps for itself."""
     stale = tmp_path / "stale"
     shutil.copytree(published, stale)
-    (stale / "backbone.py").write_text("raise ImportError")
+    (stale / "base_backbone.py").write_text("raise ImportError")
     (stale / "sparse.py").write_text("raise ImportError")  # a module of an earlier version
     (stale / "checkpoints").mkdir()
     (stale / "checkpoints" / "optimizer.bin").write_bytes(b"moments")

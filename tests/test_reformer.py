@@ -8,10 +8,10 @@ from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 from zoo import build, inputs
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models.attention import SequenceInfo
-from efficient_transformers.models.hashing import assign_buckets, bucket_factors, narrowed, random_rotations
-from efficient_transformers.models.slot_attention import slot_attention
-from efficient_transformers.models.slots import chain_into_slots, sort_into_slots
+from efficient_transformers.models.attn_bucketed import slot_attention
+from efficient_transformers.models.base_attention import SequenceInfo
+from efficient_transformers.models.ops_buckets import chain_into_slots, sort_into_slots
+from efficient_transformers.models.ops_lsh import assign_buckets, bucket_factors, narrowed, random_rotations
 
 REFORMER = VARIANTS["reformer"]
 

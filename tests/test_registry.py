@@ -11,7 +11,7 @@ from zoo import CASES, CAUSAL, IDS, SETTINGS, build, config
 
 from efficient_transformers import VARIANTS, convert, costs, pages, plots
 from efficient_transformers.conversion import CREATED
-from efficient_transformers.models.attention import PatternAttention
+from efficient_transformers.models.base_attention import PatternAttention
 from efficient_transformers.registry import variant_of
 
 ROOT = Path(__file__).parents[1]

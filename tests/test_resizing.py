@@ -7,7 +7,7 @@ from test_variants import every_case, every_variant
 from zoo import CASES, IDS, SETTINGS, build, config, inputs
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models.resizing import stretch_positions
+from efficient_transformers.models.base_resizing import stretch_positions
 
 OLD, NEW = 40, 97
 SIZE = {"max_position_embeddings": OLD}

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from zoo import build, config, inputs
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models.backbone import Encoder
+from efficient_transformers.models.base_backbone import Encoder
 
 STACKS = {
     "full": ("full", {"attention_probs_dropout_prob": 0.1}, False),

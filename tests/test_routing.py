@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from zoo import SETTINGS, build, config, inputs, probed
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models import clustering
-from efficient_transformers.models.attention import SequenceInfo
-from efficient_transformers.models.clustering import (
+from efficient_transformers.models import ops_kmeans
+from efficient_transformers.models.base_attention import SequenceInfo
+from efficient_transformers.models.modeling_routing import EtRoutingAttention
+from efficient_transformers.models.ops_kmeans import (
     ClusterStatistics,
     cluster_statistics,
     moved_centroids,
@@ -22,7 +23,6 @@ from efficient_transformers.models.clustering import (
     random_directions,
     together,
 )
-from efficient_transformers.models.modeling_routing import EtRoutingAttention
 
 ROUTING = VARIANTS["routing"]
 HEADS, CLUSTERS, DIM = 3, 5, 7
@@ -54,7 +54,7 @@ def all_equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 @pytest.fixture(params=[1, 200, None], ids=["head by head", "some heads", "at once"])
 def any_way(request, monkeypatch):
     """Head by head or some together, as on a CPU, and at once as elsewhere."""
-    monkeypatch.setattr(clustering, "AT_ONCE", request.param)
+    monkeypatch.setattr(ops_kmeans, "AT_ONCE", request.param)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param is None)
 
 

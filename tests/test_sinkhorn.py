@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from zoo import build, config, inputs
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models import sinkhorn_attention as engine
-from efficient_transformers.models.attention import SequenceInfo
+from efficient_transformers.models import attn_sinkhorn as engine
+from efficient_transformers.models.attn_sinkhorn import GroupedAttention, joint_softmax
+from efficient_transformers.models.base_attention import SequenceInfo
 from efficient_transformers.models.modeling_sinkhorn import EtSinkhornAttention
-from efficient_transformers.models.sinkhorn import causal_sinkhorn, gumbel_noise, sinkhorn
-from efficient_transformers.models.sinkhorn_attention import GroupedAttention, joint_softmax
+from efficient_transformers.models.ops_sinkhorn import causal_sinkhorn, gumbel_noise, sinkhorn
 
 SINKHORN = VARIANTS["sinkhorn"]
 

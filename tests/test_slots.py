@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from zoo import bytes_kept
 
-from efficient_transformers.models import slot_attention as engine
-from efficient_transformers.models.slot_attention import batched_slots, slot_attention
-from efficient_transformers.models.slots import Slots, chain_into_slots, recent_counts, sort_into_slots
-from efficient_transformers.models.softmax_attention import softmax_attention
+from efficient_transformers.models import attn_bucketed as engine
+from efficient_transformers.models.attn_bucketed import batched_slots, slot_attention
+from efficient_transformers.models.attn_dense import softmax_attention
+from efficient_transformers.models.ops_buckets import Slots, chain_into_slots, recent_counts, sort_into_slots
 
 LENGTHS = [(1, 1), (2, 1), (13, 7), (40, 40), (67, 31)]  # real tokens of two rows
 

@@ -5,8 +5,8 @@ import torch
 from zoo import build, config, inputs, probed, used_parameters
 
 from efficient_transformers import VARIANTS, convert
-from efficient_transformers.models import synthetic_attention as engine
-from efficient_transformers.models.attention import SequenceInfo
+from efficient_transformers.models import attn_synthesizer as engine
+from efficient_transformers.models.base_attention import SequenceInfo
 from efficient_transformers.models.modeling_synthesizer import KINDS
 
 SYNTHESIZER = VARIANTS["synthesizer"]

@@ -278,7 +278,7 @@ def test_batches_are_of_similar_length():
 def test_the_output_folder_is_ready_for_the_hub(finished):
     folder, _ = finished
     names = {path.name for path in folder.iterdir()}
-    assert {"modeling_local.py", "backbone.py"} < {name for name in names if name.endswith(".py")}
+    assert {"modeling_local.py", "base_backbone.py"} < {name for name in names if name.endswith(".py")}
     assert {name for name in names if not name.endswith(".py")} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", "metrics.json",
         "settings.yaml", "runs", "checkpoints",

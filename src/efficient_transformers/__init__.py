@@ -11,7 +11,7 @@ Importing the package registers every variant with transformers' Auto classes:
 from transformers.utils import is_vision_available
 
 from .conversion import convert
-from .models.patterns import AttentionPattern, parse_pattern
+from .models.ops_patterns import AttentionPattern, parse_pattern
 from .registry import VARIANTS, Variant, register_all
 
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ __all__ = ["VARIANTS", "AttentionPattern", "Variant", "convert", "parse_pattern"
 
 register_all()
 if is_vision_available():
-    from .models.image_processing import EtImageProcessor
+    from .models.base_image_processing import EtImageProcessor
 
     __all__ += ["EtImageProcessor"]
 for _variant in VARIANTS.values():

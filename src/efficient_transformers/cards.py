@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .costs import attention_flops
-from .models.configuration import EtConfig
+from .models.base_configuration import EtConfig
 from .models.modeling_full import EtFullConfig
 
 PICTURE = "pattern.png"  # shown by the card of a folder that holds it

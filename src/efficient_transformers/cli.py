@@ -14,7 +14,7 @@ from .cards import costs_of, description_of, measured
 from .conversion import SOURCES, convert
 from .costs import costs_table
 from .exporting import export, public_files
-from .models.configuration import EtConfig
+from .models.base_configuration import EtConfig
 from .publishing import missing_for_push, push, staged
 from .registry import VARIANTS, variant_of
 

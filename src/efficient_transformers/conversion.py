@@ -26,10 +26,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .folders import fit_tokenizer, load_as_float32
-from .models.checks import check_at_least, check_entries, check_shape
-from .models.configuration import TEXT_HEADS
-from .models.kernel_attention import KernelConfig
-from .models.resizing import stretch_positions
+from .models.base_configuration import TEXT_HEADS
+from .models.base_kernel_attention import KernelConfig
+from .models.base_resizing import stretch_positions
+from .models.ops_checks import check_at_least, check_entries, check_shape
 from .registry import VARIANTS, Variant
 
 Rules = tuple[tuple[str, str | None], ...]  # pattern of a whole name -> what it is called here; None: left

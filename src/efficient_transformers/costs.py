@@ -10,10 +10,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModel, PreTrainedModel
 
-from .models.backbone import PoolerDense
-from .models.configuration import EtConfig
+from .models.base_backbone import PoolerDense
+from .models.base_configuration import EtConfig
 from .models.modeling_full import EtFullConfig
-from .models.patterns import AttentionPattern
+from .models.ops_patterns import AttentionPattern
 from .registry import Variant, variant_of
 
 

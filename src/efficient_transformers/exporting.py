@@ -113,7 +113,7 @@ def write_code(config: dict[str, Any], target: Path) -> None:
     variant = VARIANTS[config["model_type"].removeprefix("et_")]
     custom_object_save(variant.model_class(), target)
     if "image_size" in config and (target / "preprocessor_config.json").exists():
-        from .models.image_processing import EtImageProcessor  # imports Pillow
+        from .models.base_image_processing import EtImageProcessor  # imports Pillow
 
         custom_object_save(EtImageProcessor, target)
     replace(target / CONFIG, json.dumps({**config, "auto_map": variant.config_class().auto_map}, indent=2) + "\n")

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 from transformers.tokenization_utils_base import LARGE_INTEGER, PreTrainedTokenizerBase
 
-from .models.configuration import EtConfig
+from .models.base_configuration import EtConfig
 
 # arguments of `from_pretrained` and of an earlier encoding, which transformers would save with the tokenizer
 NOT_SAVED = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only")

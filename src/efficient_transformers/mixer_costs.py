@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from .models import sparse_attention as engine
-from .models.attention import group_heads
-from .models.caching import cache_layer
-from .models.configuration import EtConfig
-from .models.hashing import bucket_factors
-from .models.linear_attention import CHUNK, segment_tokens
+from .models import attn_pattern_tiled as engine
+from .models.attn_linear import CHUNK, segment_tokens
+from .models.attn_synthesizer import query_runs
+from .models.base_attention import group_heads
+from .models.base_cache import cache_layer
+from .models.base_configuration import EtConfig
 from .models.modeling_compressed import EtCompressedConfig
 from .models.modeling_gmlp import EtGmlpConfig
 from .models.modeling_linformer import EtLinformerConfig
@@ -31,10 +31,10 @@ from .models.modeling_reformer import EtReformerConfig
 from .models.modeling_routing import EtRoutingConfig
 from .models.modeling_sinkhorn import EtSinkhornConfig
 from .models.modeling_synthesizer import PRODUCTS, EtSynthesizerConfig
-from .models.patterns import AttentionPattern
-from .models.synthetic_attention import query_runs
-from .models.tiles import OwnRead, tiles
-from .models.triangular import row_chunks
+from .models.ops_lsh import bucket_factors
+from .models.ops_patterns import AttentionPattern
+from .models.ops_tiles import OwnRead, tiles
+from .models.ops_tril_matmul import row_chunks
 
 Flops = Callable[[Any, int], int]
 State = Callable[[Any, int, int], int]

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .models.attention import SequenceInfo, group_heads
-from .models.configuration import EtConfig
+from .models.base_attention import SequenceInfo, group_heads
+from .models.base_configuration import EtConfig
 from .models.modeling_full import EtFullConfig, EtFullModel
-from .models.patterns import AttentionPattern
+from .models.ops_patterns import AttentionPattern
 
 KINDS = ("nothing", "local", "stride", "global", "random")  # the part of a pattern that lets a query attend to a key
 

@@ -36,7 +36,7 @@ from .models import (
     modeling_stride,
     modeling_synthesizer,
 )
-from .models.configuration import EtConfig
+from .models.base_configuration import EtConfig
 
 Family = Literal["fixed patterns", "content-based patterns", "fewer keys", "feature maps", "no query-key products"]
 
@@ -450,7 +450,7 @@ def register_all() -> None:
             # transformers.AutoImageProcessor is a dummy without torchvision before transformers 5.18; this one never is
             from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-            from .models.image_processing import EtImageProcessor  # imports Pillow
+            from .models.base_image_processing import EtImageProcessor  # imports Pillow
 
             # transformers looks for one with torchvision first, and warns where there is none
             processors: dict[str, type] = dict.fromkeys(("pil", "torchvision"), EtImageProcessor)

@@ -25,7 +25,7 @@ from written_out import (
 )
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models.kernel_attention import KernelConfig
+from efficient_transformers.models.base_kernel_attention import KernelConfig
 
 every_variant = pytest.mark.parametrize("slug", VARIANTS)
 

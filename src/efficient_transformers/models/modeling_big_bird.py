@@ -16,11 +16,10 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import initialization as init
 
-from .attention import PatternAttention
-from .backbone import Encoder, EtPreTrainedModel
-from .checks import check_at_least
-from .configuration import ENCODER_HEADS, EtConfig, PatternConfig
-from .heads import (
+from .base_attention import PatternAttention
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_configuration import ENCODER_HEADS, EtConfig, PatternConfig
+from .base_heads import (
     ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
@@ -28,7 +27,8 @@ from .heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .patterns import AttentionPattern
+from .ops_checks import check_at_least
+from .ops_patterns import AttentionPattern
 
 
 @strict

@@ -20,12 +20,13 @@ from transformers import initialization as init
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerationMixin
 
-from .attention import PatternAttention, SequenceInfo
-from .backbone import Encoder, EtPreTrainedModel
-from .caching import SelectableRows, is_closed
-from .checks import check_at_least
-from .configuration import EtConfig, PatternConfig
-from .heads import (
+from .attn_dense import softmax_attention
+from .attn_sinkhorn import in_blocks, real_tokens
+from .base_attention import PatternAttention, SequenceInfo
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_cache import SelectableRows, is_closed
+from .base_configuration import EtConfig, PatternConfig
+from .base_heads import (
     ForCausalLM,
     ForImageClassification,
     ForMaskedLM,
@@ -34,11 +35,10 @@ from .heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .packing import first_positions
-from .patterns import AttentionPattern
-from .sinkhorn_attention import in_blocks, real_tokens
-from .softmax_attention import softmax_attention
-from .tracing import is_traced
+from .base_packing import first_positions
+from .ops_checks import check_at_least
+from .ops_patterns import AttentionPattern
+from .ops_tracing import is_traced
 
 Kind = Literal["local", "compressed"]
 

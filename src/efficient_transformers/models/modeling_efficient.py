@@ -11,10 +11,9 @@ query's own. O(n·d²).
 from huggingface_hub.dataclasses import strict
 from transformers.generation import GenerationMixin
 
-from .backbone import Encoder, EtPreTrainedModel
-from .configuration import EtConfig
-from .feature_maps import FEATURE_MAPS, FeatureMap
-from .heads import (
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_configuration import EtConfig
+from .base_heads import (
     ForCausalLM,
     ForImageClassification,
     ForMaskedLM,
@@ -23,7 +22,8 @@ from .heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .kernel_attention import KernelAttention, KernelConfig
+from .base_kernel_attention import KernelAttention, KernelConfig
+from .ops_feature_maps import FEATURE_MAPS, FeatureMap
 
 
 @strict

@@ -15,11 +15,10 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
-from .attention import Mixer, SequenceInfo
-from .backbone import Encoder, EtPreTrainedModel
-from .configuration import ENCODER_HEADS, EtConfig
-from .fourier import fourier_mix, fourier_mix_chirp, fourier_mix_dense
-from .heads import (
+from .base_attention import Mixer, SequenceInfo
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_configuration import ENCODER_HEADS, EtConfig
+from .base_heads import (
     ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
@@ -27,6 +26,7 @@ from .heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from .ops_fourier import fourier_mix, fourier_mix_chirp, fourier_mix_dense
 
 
 @strict

@@ -6,10 +6,10 @@ Same backbone, heads and projections as every other variant, so a comparison cha
 from huggingface_hub.dataclasses import strict
 from transformers.generation import GenerationMixin
 
-from .attention import PatternAttention
-from .backbone import Encoder, EtPreTrainedModel
-from .configuration import EtConfig, PatternConfig
-from .heads import (
+from .base_attention import PatternAttention
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_configuration import EtConfig, PatternConfig
+from .base_heads import (
     ForCausalLM,
     ForImageClassification,
     ForMaskedLM,
@@ -18,7 +18,7 @@ from .heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .patterns import AttentionPattern
+from .ops_patterns import AttentionPattern
 
 
 @strict

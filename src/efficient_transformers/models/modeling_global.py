@@ -13,11 +13,10 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers.generation import GenerationMixin
 
-from .attention import PatternAttention
-from .backbone import Encoder, EtPreTrainedModel
-from .checks import check_at_least
-from .configuration import EtConfig, PatternConfig
-from .heads import (
+from .base_attention import PatternAttention
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_configuration import EtConfig, PatternConfig
+from .base_heads import (
     ForCausalLM,
     ForImageClassification,
     ForMaskedLM,
@@ -26,7 +25,8 @@ from .heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .patterns import AttentionPattern
+from .ops_checks import check_at_least
+from .ops_patterns import AttentionPattern
 
 
 @strict

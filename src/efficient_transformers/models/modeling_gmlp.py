@@ -17,13 +17,14 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
 
-from .attention import Mixer, SequenceInfo
-from .backbone import Encoder, EtPreTrainedModel
-from .blocked_attention import blocked_attention
-from .caching import PatternCacheLayer
-from .checks import check_at_least, check_divisible
-from .configuration import EtConfig
-from .heads import (
+from .attn_dense import softmax_attention
+from .attn_pattern_blocked import blocked_attention
+from .attn_pattern_tiled import sparse_attention
+from .base_attention import Mixer, SequenceInfo
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_cache import PatternCacheLayer
+from .base_configuration import EtConfig
+from .base_heads import (
     ForCausalLM,
     ForImageClassification,
     ForMaskedLM,
@@ -32,12 +33,11 @@ from .heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .packing import first_positions
-from .patterns import AttentionPattern
-from .softmax_attention import softmax_attention
-from .sparse_attention import sparse_attention
-from .tracing import is_traced
-from .triangular import triangular_product
+from .base_packing import first_positions
+from .ops_checks import check_at_least, check_divisible
+from .ops_patterns import AttentionPattern
+from .ops_tracing import is_traced
+from .ops_tril_matmul import triangular_product
 
 
 @strict

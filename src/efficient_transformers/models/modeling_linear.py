@@ -9,10 +9,9 @@ Equations 4, 5 and 7; as a decoder, equations 9 to 12 and 16 to 20: an RNN whose
 from huggingface_hub.dataclasses import strict
 from transformers.generation import GenerationMixin
 
-from .backbone import Encoder, EtPreTrainedModel
-from .configuration import EtConfig
-from .feature_maps import FEATURE_MAPS, FeatureMap
-from .heads import (
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_configuration import EtConfig
+from .base_heads import (
     ForCausalLM,
     ForImageClassification,
     ForMaskedLM,
@@ -21,7 +20,8 @@ from .heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .kernel_attention import KernelAttention, KernelConfig
+from .base_kernel_attention import KernelAttention, KernelConfig
+from .ops_feature_maps import FEATURE_MAPS, FeatureMap
 
 
 @strict

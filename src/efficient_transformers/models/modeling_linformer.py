@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .attention import MultiHeadAttention, OwnValues, SequenceInfo
-from .backbone import Encoder, EtPreTrainedModel
-from .checks import check_at_least
-from .configuration import ENCODER_HEADS, EtConfig
-from .heads import (
+from .attn_dense import softmax_attention
+from .base_attention import MultiHeadAttention, OwnValues, SequenceInfo
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_configuration import ENCODER_HEADS, EtConfig
+from .base_heads import (
     ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
@@ -26,8 +26,8 @@ from .heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .packing import first_positions
-from .softmax_attention import softmax_attention
+from .base_packing import first_positions
+from .ops_checks import check_at_least
 
 
 @strict

@@ -9,10 +9,10 @@ side: w here is half of the paper's w. L layers see L·w tokens to each side. O(
 from huggingface_hub.dataclasses import strict
 from transformers.generation import GenerationMixin
 
-from .attention import PatternAttention
-from .backbone import Encoder, EtPreTrainedModel
-from .configuration import EtConfig, PatternConfig
-from .heads import (
+from .base_attention import PatternAttention
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_configuration import EtConfig, PatternConfig
+from .base_heads import (
     ForCausalLM,
     ForImageClassification,
     ForMaskedLM,
@@ -21,7 +21,7 @@ from .heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .patterns import AttentionPattern
+from .ops_patterns import AttentionPattern
 
 
 @strict

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.generation import GenerationMixin
 
-from .attention import PatternAttention, SequenceInfo, no_rows
-from .backbone import Encoder, EtPreTrainedModel
-from .blocked_attention import global_positions, put_rows
-from .checks import check_at_least, check_divisible, check_entries
-from .configuration import EtConfig, PatternConfig
-from .heads import (
+from .attn_dense import folded_attention, softmax_attention
+from .attn_pattern_blocked import global_positions, put_rows
+from .base_attention import PatternAttention, SequenceInfo, no_rows
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_configuration import EtConfig, PatternConfig
+from .base_heads import (
     ForCausalLM,
     ForImageClassification,
     ForMaskedLM,
@@ -30,8 +30,8 @@ from .heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .patterns import AttentionPattern
-from .softmax_attention import folded_attention, softmax_attention
+from .ops_checks import check_at_least, check_divisible, check_entries
+from .ops_patterns import AttentionPattern
 
 
 @strict

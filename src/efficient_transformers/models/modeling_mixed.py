@@ -10,10 +10,10 @@ from dataclasses import field
 from huggingface_hub.dataclasses import strict
 from transformers.generation import GenerationMixin
 
-from .attention import PatternAttention
-from .backbone import Encoder, EtPreTrainedModel
-from .configuration import EtConfig, PatternConfig
-from .heads import (
+from .base_attention import PatternAttention
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_configuration import EtConfig, PatternConfig
+from .base_heads import (
     ForCausalLM,
     ForImageClassification,
     ForMaskedLM,
@@ -22,7 +22,7 @@ from .heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .patterns import AttentionPattern, parse_pattern
+from .ops_patterns import AttentionPattern, parse_pattern
 
 
 @strict

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .attention import Mixer, SequenceInfo
-from .backbone import Encoder, EtPreTrainedModel
-from .checks import check_at_least
-from .configuration import ENCODER_HEADS, EtConfig
-from .heads import (
+from .base_attention import Mixer, SequenceInfo
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_configuration import ENCODER_HEADS, EtConfig
+from .base_heads import (
     ForImageClassification,
     ForMaskedLM,
     ForMultipleChoice,
@@ -27,7 +26,8 @@ from .heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .packing import first_positions
+from .base_packing import first_positions
+from .ops_checks import check_at_least
 
 
 @strict

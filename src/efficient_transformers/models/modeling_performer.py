@@ -14,10 +14,9 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers.generation import GenerationMixin
 
-from .backbone import Encoder, EtPreTrainedModel
-from .configuration import EtConfig
-from .feature_maps import FEATURE_MAPS, FeatureMap
-from .heads import (
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_configuration import EtConfig
+from .base_heads import (
     ForCausalLM,
     ForImageClassification,
     ForMaskedLM,
@@ -26,7 +25,8 @@ from .heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .kernel_attention import RandomFeatureAttention, RandomFeatureConfig
+from .base_kernel_attention import RandomFeatureAttention, RandomFeatureConfig
+from .ops_feature_maps import FEATURE_MAPS, FeatureMap
 
 
 @strict

@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
-from .attention import MultiHeadAttention, SequenceInfo
-from .backbone import Encoder, EtPreTrainedModel
-from .caching import BucketCacheLayer
-from .checks import check_at_least
-from .configuration import EtConfig
-from .hashing import assign_buckets, bucket_factors, narrowed, random_rotations
-from .heads import (
+from .attn_bucketed import slot_attention
+from .attn_dense import softmax_attention
+from .base_attention import MultiHeadAttention, SequenceInfo
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_cache import BucketCacheLayer
+from .base_configuration import EtConfig
+from .base_heads import (
     ForCausalLM,
     ForImageClassification,
     ForMaskedLM,
@@ -36,10 +36,10 @@ from .heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .slot_attention import slot_attention
-from .slots import Slots, chain_into_slots, recent_counts, sort_into_slots
-from .softmax_attention import softmax_attention
-from .tracing import is_traced
+from .ops_buckets import Slots, chain_into_slots, recent_counts, sort_into_slots
+from .ops_checks import check_at_least
+from .ops_lsh import assign_buckets, bucket_factors, narrowed, random_rotations
+from .ops_tracing import is_traced
 
 
 @strict

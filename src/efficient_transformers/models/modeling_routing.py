@@ -4,7 +4,7 @@ r"""Routing Transformer: a token reads its cluster, found by online k-means (Roy
 
 Queries and keys are directions, and each of the k centroids takes the w = n/k nearest of both (section 4.1); some heads
 read a window instead. A query that stands in several clusters reads them in one softmax. The centroids follow the data
-in training, and only there (`clustering.moved_centroids`). O(n·k·d + n·w·d), which is O(n^1.5·d) for k = √n.
+in training, and only there (`ops_kmeans.moved_centroids`). O(n·k·d + n·w·d), which is O(n^1.5·d) for k = √n.
 
 *Paper*: what a query reads in each of its clusters is scattered back, of which the authors' code takes the mean, and a
 query of no cluster gives zero; here it reads itself. *Paper*: layer normalisation without scale and bias makes the
@@ -26,12 +26,26 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
-from .attention import MultiHeadAttention, SequenceInfo, rotate
-from .backbone import Encoder, EtPreTrainedModel
-from .blocked_attention import blocked_attention
-from .caching import BucketCacheLayer
-from .checks import check_at_least
-from .clustering import (
+from .attn_bucketed import slot_attention
+from .attn_dense import softmax_attention
+from .attn_pattern_blocked import blocked_attention
+from .attn_pattern_tiled import sparse_attention
+from .base_attention import MultiHeadAttention, SequenceInfo, rotate
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_cache import BucketCacheLayer
+from .base_configuration import EtConfig
+from .base_heads import (
+    ForCausalLM,
+    ForImageClassification,
+    ForMaskedLM,
+    ForMultipleChoice,
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
+from .ops_buckets import Slots, recent_counts, sort_into_slots
+from .ops_checks import check_at_least
+from .ops_kmeans import (
     ClusterStatistics,
     cluster_statistics,
     moved_centroids,
@@ -41,22 +55,8 @@ from .clustering import (
     random_directions,
     together,
 )
-from .configuration import EtConfig
-from .heads import (
-    ForCausalLM,
-    ForImageClassification,
-    ForMaskedLM,
-    ForMultipleChoice,
-    ForQuestionAnswering,
-    ForSequenceClassification,
-    ForTokenClassification,
-)
-from .patterns import AttentionPattern
-from .slot_attention import slot_attention
-from .slots import Slots, recent_counts, sort_into_slots
-from .softmax_attention import softmax_attention
-from .sparse_attention import sparse_attention
-from .tracing import count_blocks, is_traced
+from .ops_patterns import AttentionPattern
+from .ops_tracing import count_blocks, is_traced
 
 
 @strict

@@ -21,12 +21,13 @@ from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerationMixin
 
-from .attention import MultiHeadAttention, SequenceInfo
-from .backbone import Encoder, EtPreTrainedModel
-from .caching import SelectableRows, is_closed
-from .checks import check_at_least
-from .configuration import EtConfig
-from .heads import (
+from .attn_dense import softmax_attention
+from .attn_sinkhorn import in_blocks, real_tokens, sinkhorn_attention, sinkhorn_matrix, sort_blocks
+from .base_attention import MultiHeadAttention, SequenceInfo
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_cache import SelectableRows, is_closed
+from .base_configuration import EtConfig
+from .base_heads import (
     ForCausalLM,
     ForImageClassification,
     ForMaskedLM,
@@ -35,10 +36,9 @@ from .heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .sinkhorn import causal_sinkhorn, gumbel_noise, sinkhorn
-from .sinkhorn_attention import in_blocks, real_tokens, sinkhorn_attention, sinkhorn_matrix, sort_blocks
-from .softmax_attention import softmax_attention
-from .tracing import is_traced
+from .ops_checks import check_at_least
+from .ops_sinkhorn import causal_sinkhorn, gumbel_noise, sinkhorn
+from .ops_tracing import is_traced
 
 
 @strict

@@ -20,13 +20,15 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
-from .attention import MultiHeadAttention, SequenceInfo
-from .backbone import Encoder, EtPreTrainedModel
-from .blocked_attention import blocked_attention
-from .caching import PatternCacheLayer
-from .checks import check_at_least
-from .configuration import EtConfig
-from .heads import (
+from .attn_dense import masked_softmax
+from .attn_pattern_blocked import blocked_attention
+from .attn_pattern_tiled import sparse_attention
+from .attn_synthesizer import Term, matrix, outer, product, synthetic_attention
+from .base_attention import MultiHeadAttention, SequenceInfo
+from .base_backbone import Encoder, EtPreTrainedModel
+from .base_cache import PatternCacheLayer
+from .base_configuration import EtConfig
+from .base_heads import (
     ForCausalLM,
     ForImageClassification,
     ForMaskedLM,
@@ -35,12 +37,10 @@ from .heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .packing import first_positions
-from .patterns import AttentionPattern
-from .softmax_attention import masked_softmax
-from .sparse_attention import sparse_attention
-from .synthetic_attention import Term, matrix, outer, product, synthetic_attention
-from .tracing import is_traced
+from .base_packing import first_positions
+from .ops_checks import check_at_least
+from .ops_patterns import AttentionPattern
+from .ops_tracing import is_traced
 
 PRODUCTS = ("vanilla", "dense", "factorized_random")  # whose scores are products of features
 KINDS = (*PRODUCTS, "random", "fixed", "factorized_dense")

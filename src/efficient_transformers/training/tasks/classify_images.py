@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoModelForImageClassification, PreTrainedConfig
 
 from ... import EtImageProcessor
-from ...models.configuration import EtConfig
+from ...models.base_configuration import EtConfig
 from ..data.images import PictureCollator, PictureSettings, load_pictures
 from ..engine.command_line import command_line
 from ..engine.task import LabelScorer, Ready, Source, Task

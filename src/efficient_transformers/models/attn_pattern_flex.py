@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import flex_attention as flex
 
-from .patterns import AttentionPattern, rounded_length
-from .tracing import is_traced
+from .ops_patterns import AttentionPattern, rounded_length
+from .ops_tracing import is_traced
 
 BLOCK = 128  # tokens on a side of the blocks that the kernel computes or leaves out
 MOST_SHAPES = 256  # that one process may compile, of lengths, patterns and batches; torch's own limit is 8

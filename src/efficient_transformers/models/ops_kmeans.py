@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
-from .tracing import is_traced
+from .ops_tracing import is_traced
 
 GRID = 2**16  # steps of a cosine by which tokens are ranked: coarser than rounding, so that equal tokens are equal
 DISPENSABLE = 0.05  # a centroid that saves its members less than this share of the average starts again elsewhere

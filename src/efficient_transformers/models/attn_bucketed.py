@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .slots import Slots
-from .sparse_attention import DropoutMasks
-from .tiles import RUN_ENTRIES, SCRATCH
-from .tracing import is_traced
+from .attn_pattern_tiled import DropoutMasks
+from .ops_buckets import Slots
+from .ops_tiles import RUN_ENTRIES, SCRATCH
+from .ops_tracing import is_traced
 
 # Slots of the heads that share a turn of the loop, by measurement. A training step of two layers over 32 padded rows of
 # 64 tokens, 4 heads, 4 rounds of chunks of 8, takes 1,200 ms head by head, as each operation is called for a few

@@ -8,8 +8,8 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
-from .configuration import EtConfig
-from .images import image_sides
+from .base_configuration import EtConfig
+from .base_images import image_sides
 
 RED_GREEN_BLUE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's mode "L"
 

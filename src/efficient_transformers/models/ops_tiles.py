@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .patterns import AttentionPattern
+from .ops_patterns import AttentionPattern
 
 # Entries of the weight matrices of a run of tiles, by measurement: enough to keep the products busy, few enough to stay
 # in the cache.

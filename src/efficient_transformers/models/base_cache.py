@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from .patterns import AttentionPattern
+from .ops_patterns import AttentionPattern
 
 
 class SelectableRows:

@@ -5,7 +5,7 @@ from collections.abc import Sized
 import torch
 from torch import Tensor
 
-from .tracing import is_traced
+from .ops_tracing import is_traced
 
 
 def check_divisible(name: str, value: int, by_name: str, by: int, remedy: str) -> None:

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .checks import check_at_least
+from .ops_checks import check_at_least
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .blocked_attention import blocked_attention
-from .caching import PatternCacheLayer, cache_layer
-from .flex_attention import flex_sparse_attention
-from .packing import Group
-from .patterns import AttentionPattern, times_drawn
-from .softmax_attention import softmax_attention
-from .sparse_attention import biased_attention, by_rows, is_short, mask_size, sparse_attention
-from .tiles import as_bias
-from .tracing import count_blocks, is_exported, is_traced
+from .attn_dense import softmax_attention
+from .attn_pattern_blocked import blocked_attention
+from .attn_pattern_flex import flex_sparse_attention
+from .attn_pattern_tiled import biased_attention, by_rows, is_short, mask_size, sparse_attention
+from .base_cache import PatternCacheLayer, cache_layer
+from .base_packing import Group
+from .ops_patterns import AttentionPattern, times_drawn
+from .ops_tiles import as_bias
+from .ops_tracing import count_blocks, is_exported, is_traced
 
 
 @dataclass

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .sparse_attention import DropoutMasks, softmax_backward_
-from .tiles import RUN_ENTRIES, SCRATCH
-from .tracing import count_blocks, is_traced
+from .attn_pattern_tiled import DropoutMasks, softmax_backward_
+from .ops_tiles import RUN_ENTRIES, SCRATCH
+from .ops_tracing import count_blocks, is_traced
 
 LEAST = 1e-20  # share of a sorted token that counts; less is none, and a division by it stays finite in float32
 Read = tuple[Tensor, Tensor, Tensor | None]  # keys and values (…, m, d), and a bias (…, 1 or r, m) of their scores

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .patterns import AttentionPattern, rounded_length
-from .tiles import Tile, as_bias, load, tiles, windows
+from .ops_patterns import AttentionPattern, rounded_length
+from .ops_tiles import Tile, as_bias, load, tiles, windows
 
 # What a turn of the loop costs beyond its products, and the loop to begin with, in entries of a weight matrix, by
 # measurement. They decide when a sequence is so short that one dense product is cheaper; none above ALWAYS_LONG is.

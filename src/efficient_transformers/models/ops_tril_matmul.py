@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .tracing import is_traced
+from .ops_tracing import is_traced
 
 ROWS = 512  # of the matrix at a time: a product large enough for full speed, a copy small enough for the cache
 

@@ -11,9 +11,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .checks import check_at_least, check_divisible, check_entries
-from .images import count_patches
-from .patterns import AttentionPattern
+from .base_images import count_patches
+from .ops_checks import check_at_least, check_divisible, check_entries
+from .ops_patterns import AttentionPattern
 
 TEXT_HEADS = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")

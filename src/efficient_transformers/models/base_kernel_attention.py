@@ -5,17 +5,17 @@ from torch import Tensor
 from transformers import initialization as init
 from transformers.cache_utils import CacheLayerMixin
 
-from .attention import MultiHeadAttention, SequenceInfo
-from .caching import SelectableRows
-from .checks import check_at_least
-from .feature_maps import FeatureMap, gaussian_projection, orthogonal_projection
-from .linear_attention import (
+from .attn_linear import (
     LinearState,
     attention_matrix,
     causal_linear_attention,
     linear_attention,
     linear_attention_step,
 )
+from .base_attention import MultiHeadAttention, SequenceInfo
+from .base_cache import SelectableRows
+from .ops_checks import check_at_least
+from .ops_feature_maps import FeatureMap, gaussian_projection, orthogonal_projection
 
 
 class KernelConfig:

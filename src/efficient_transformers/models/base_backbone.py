@@ -16,12 +16,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from .attention import OwnValues, PackedDocuments, SequenceInfo, rotary_angles
-from .caching import check_cache, prepare_cache
-from .checks import as_mask, check_at_least, check_length, check_per_token, check_shape
-from .configuration import EtConfig
-from .images import PatchEmbeddings
-from .packing import (
+from .base_attention import OwnValues, PackedDocuments, SequenceInfo, rotary_angles
+from .base_cache import check_cache, prepare_cache
+from .base_configuration import EtConfig
+from .base_images import PatchEmbeddings
+from .base_packing import (
     Documents,
     find_documents,
     group_by_length,
@@ -31,10 +30,11 @@ from .packing import (
     places_in_groups,
     unpack,
 )
-from .resizing import Stretch, resize_table
-from .reversible import chunks, reversible_stack, wide
-from .signatures import CACHE_FIELD, accepts
-from .tracing import check_exporter, is_exported, is_traced
+from .base_resizing import Stretch, resize_table
+from .base_reversible import chunks, reversible_stack, wide
+from .base_signatures import CACHE_FIELD, accepts
+from .ops_checks import as_mask, check_at_least, check_length, check_per_token, check_shape
+from .ops_tracing import check_exporter, is_exported, is_traced
 
 
 class EtPreTrainedModel(PreTrainedModel):
@@ -462,8 +462,7 @@ class Encoder:
         Raises ValueError for a sequence longer than `max_position_embeddings`, masks and ids of another shape, dtype or
         value, both or neither of `input_ids` and `inputs_embeds`, a cache that this model cannot use, and for packed
         rows if a cache or attentions are asked for. Raises TypeError for any other keyword, except those that Trainer
-        and `generate` pass (`signatures.SHARED`); `cache` is a second name of `past_key_values`, which is called so
-        since transformers 5.24.
+        and `generate` pass (`base_signatures.SHARED`); transformers 5.24 renamed `past_key_values` to `cache`.
         """
         check_exporter(type(self).__name__)
         config = self.config

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .tracing import is_traced
+from .ops_tracing import is_traced
 
 
 def packing_order(keep: Tensor) -> Tensor:

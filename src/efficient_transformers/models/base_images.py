@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checks import check_at_least, check_divisible, check_entries, check_shape
+from .ops_checks import check_at_least, check_divisible, check_entries, check_shape
 
 
 def image_sides(image_size: int | list[int]) -> tuple[int, int]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sparse_attention import DropoutMasks, softmax_backward_
-from .tiles import SCRATCH
+from .attn_pattern_tiled import DropoutMasks, softmax_backward_
+from .ops_tiles import SCRATCH
 
 # Entries of the weights of a tile, by measurement: enough for full products, few enough to stay in the cache.
 TILE_ENTRIES = 2**20

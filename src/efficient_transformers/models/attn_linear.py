@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .feature_maps import FeatureMap
-from .tracing import count_blocks, is_traced
+from .ops_feature_maps import FeatureMap
+from .ops_tracing import count_blocks, is_traced
 
 # By measurement:
 CHUNK = 128  # tokens whose weights are written out

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tracing import is_traced
+from .ops_tracing import is_traced
 
 
 def fourier_mix(x: Tensor, lengths: Sequence[int] | None = None) -> Tensor:

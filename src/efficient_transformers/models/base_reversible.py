@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from .attention import SequenceInfo
-from .tracing import is_traced
+from .base_attention import SequenceInfo
+from .ops_tracing import is_traced
 
 
 def reversible_stack(blocks: Sequence[nn.Module], hidden: Tensor, sequence: SequenceInfo) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .tracing import count_blocks, is_exported, is_traced
+from .ops_tracing import count_blocks, is_exported, is_traced
 
 PADDING = 2**40  # a bucket behind all others; times any length it is an int64
 

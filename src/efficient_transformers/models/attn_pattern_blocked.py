@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .patterns import AttentionPattern
-from .tracing import count_blocks, is_exported, is_traced
+from .ops_patterns import AttentionPattern
+from .ops_tracing import count_blocks, is_exported, is_traced
 
 TILE = 64  # queries of a tile where blocks do not say otherwise; it reads so many keys and the window on either side
 

@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 
-from .caching import SelectableRows
+from .base_cache import SelectableRows
 
 
 class OwnCacheGeneration:
