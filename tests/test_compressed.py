@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from zoo import build, config, inputs
+from zoo import ConfigRefused, build, config, inputs
 
 from efficient_transformers import VARIANTS
 from efficient_transformers.models.base_attention import SequenceInfo
@@ -109,7 +109,7 @@ def test_the_cache_holds_segments_and_what_is_not_one_yet(kernel):
     ],
 )
 def test_bad_configs_are_refused(fields, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ConfigRefused, match=message):
         config(COMPRESSED, fields)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from test_parity import HEADS, SIZES, close, compare_gradients, exact, padded_batch
-from zoo import build, config, probed
+from zoo import ConfigRefused, build, config, probed
 
 from efficient_transformers import VARIANTS
 from efficient_transformers.conversion import convert
@@ -78,7 +78,7 @@ def test_a_model_without_a_mask_is_exported_at_any_length():
 
 
 def test_it_cannot_be_causal():
-    with pytest.raises(Exception, match="FNet cannot be causal"):
+    with pytest.raises(ConfigRefused, match="FNet cannot be causal"):
         config(FNET, {"is_decoder": True})
     changed = config(FNET, {})
     changed.is_decoder = True

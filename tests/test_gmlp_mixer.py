@@ -5,7 +5,7 @@ import torch
 import transformers
 from test_variants import counted_flops
 from torch.nn import functional as F
-from zoo import build, config, inputs
+from zoo import ConfigRefused, build, config, inputs
 
 from efficient_transformers import VARIANTS, costs
 from efficient_transformers.conversion import convert
@@ -189,7 +189,7 @@ def test_a_shorter_sequence_uses_the_first_positions(variant):
     ],
 )
 def test_bad_fields_are_refused(variant, fields, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ConfigRefused, match=message):
         config(variant, fields)
 
 

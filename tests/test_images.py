@@ -7,7 +7,7 @@ from PIL import Image
 from test_variants import every_variant
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
-from zoo import IMAGE, SETTINGS, build, config
+from zoo import IMAGE, SETTINGS, ConfigRefused, build, config
 
 import efficient_transformers
 from efficient_transformers import VARIANTS, EtImageProcessor
@@ -76,7 +76,7 @@ def test_the_sizes_of_an_image_are_the_sizes_of_the_model():
     ],
 )
 def test_bad_sizes_are_refused(head, fields, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ConfigRefused, match=message):
         LOCAL.model_class(head)(config(LOCAL, {**IMAGE, **fields}))
 
 

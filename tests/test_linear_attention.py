@@ -1,6 +1,7 @@
 """The engine of (VK)Q and its feature maps: sums against the written-out formula, estimates against their kernels."""
 
 import math
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
@@ -359,8 +360,15 @@ def test_gradient_checkpointing_does_not_count_twice():
 
 def test_a_redraw_between_forward_and_backward_does_no_harm():
     model = build(VARIANTS["performer"], {"feature_redraw_interval": 1}, dtype=torch.float32).train()
-    total = sum(probed(model(inputs(1, 9)).last_hidden_state) for _ in range(3))
+    once, ids = deepcopy(model), inputs(1, 9)
+    total = sum(probed(model(ids).last_hidden_state) for _ in range(3))
     total.backward()
+    for _ in range(3):  # the same features, with no redraw between a forward pass and its backward pass
+        probed(once(ids).last_hidden_state).backward()
+    for (name, a), b in zip(model.named_parameters(), once.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_a_continued_model_has_the_features_it_had(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from zoo import build, config, inputs, probed
+from zoo import ConfigRefused, build, config, inputs, probed
 
 from efficient_transformers import VARIANTS
 from efficient_transformers.models.base_attention import SequenceInfo
@@ -91,5 +91,5 @@ def test_a_layerwise_matrix_gets_its_gradient_from_layers_that_run_twice(how):
 
 
 def test_a_decoder_is_refused():
-    with pytest.raises(Exception, match=r"Linformer cannot be causal: .* use et_compressed"):
+    with pytest.raises(ConfigRefused, match=r"Linformer cannot be causal: .* use et_compressed"):
         config(LINFORMER, {"is_decoder": True})

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from zoo import SETTINGS, build, config, inputs
+from zoo import SETTINGS, ConfigRefused, build, config, inputs
 
 from efficient_transformers import VARIANTS, costs
 
@@ -151,7 +151,7 @@ def test_every_block_of_a_long_sequence_draws_as_many_as_it_should():
     ],
 )
 def test_bad_configs_are_refused(variant, fields, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ConfigRefused, match=message):
         config(variant, fields)
 
 

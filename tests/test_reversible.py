@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from zoo import build, config, inputs
+from zoo import ConfigRefused, build, config, inputs
 
 from efficient_transformers import VARIANTS
 from efficient_transformers.models.base_backbone import Encoder
@@ -279,7 +279,9 @@ def test_what_has_changed_since_is_refused(change):
 
 
 def test_post_norm_is_refused():
-    with pytest.raises(Exception, match=r"reversible \(True\) needs norm_first, which is False.*Set norm_first=True"):
+    with pytest.raises(
+        ConfigRefused, match=r"reversible \(True\) needs norm_first, which is False.*Set norm_first=True"
+    ):
         config(VARIANTS["local"], {}, reversible=True, norm_first=False)
 
 

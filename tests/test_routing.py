@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from zoo import SETTINGS, build, config, inputs, probed
+from zoo import SETTINGS, ConfigRefused, build, config, inputs, probed
 
 from efficient_transformers import VARIANTS
 from efficient_transformers.models import ops_kmeans
@@ -416,5 +416,5 @@ def test_defaults_follow_the_length():
     ],
 )
 def test_bad_configs_are_refused(fields, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ConfigRefused, match=message):
         config(ROUTING, fields)

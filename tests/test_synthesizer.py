@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from zoo import build, config, inputs, probed, used_parameters
+from zoo import ConfigRefused, build, config, inputs, probed, used_parameters
 
 from efficient_transformers import VARIANTS, convert
 from efficient_transformers.models import attn_synthesizer as engine
@@ -170,5 +170,5 @@ def test_a_bert_becomes_a_mixture_with_its_queries_and_keys():
     ],
 )
 def test_bad_configs_are_refused(fields, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ConfigRefused, match=message):
         config(SYNTHESIZER, fields)

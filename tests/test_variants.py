@@ -16,6 +16,7 @@ from zoo import (
     MODES,
     SETTINGS,
     SMALL,
+    ConfigRefused,
     build,
     bytes_kept,
     can_be_causal,
@@ -337,7 +338,7 @@ def test_without_attention_there_are_no_attentions(variant):
     assert outputs.attentions is None
     assert outputs.last_hidden_state.equal(model(ids).last_hidden_state)
     for field, value in (("position_embedding_type", "rotary"), ("attention_probs_dropout_prob", 0.1)):
-        with pytest.raises(Exception, match=f"{field} .{value!r}?.*no queries to turn and no attention weights"):
+        with pytest.raises(ConfigRefused, match=f"{field} .{value!r}?.*no queries to turn and no attention weights"):
             config(variant, {field: value})
 
 
@@ -484,25 +485,36 @@ def test_every_tensor_is_made_where_the_caller_wants_it(variant, settings):
 
 
 @every_head
-def test_the_meta_device_and_the_same_seed_give_the_same_weights(variant, head, tmp_path):
+def test_initialisation_after_the_meta_device_leaves_nothing_out(variant, head):
+    """`init_weights` sets every weight, whatever it held; constants equal those of a model built directly."""
+
+    def initialise(model):
+        for holder in (*model.modules(), *model.parameters()):
+            holder._is_hf_initialized = False
+        transformers.set_seed(3)
+        model.init_weights()
+        return model.state_dict()
+
     cfg = config(variant, SETTINGS[variant.slug][-1], **for_head(head))
-    transformers.set_seed(3)
     direct = variant.model_class(head)(cfg)
+    built = {name: weight.clone() for name, weight in direct.state_dict().items()}
     with torch.device("meta"):
         empty = variant.model_class(head)(cfg)
     assert all(p.is_meta for p in empty.parameters())
     empty.to_empty(device="cpu")
+    empty.tie_weights()
     for parameter in empty.parameters():  # whatever is left uninitialised must show
         torch.nn.init.constant_(parameter, float("nan"))
-    for module in empty.modules():
-        module._is_hf_initialized = False
-    for parameter in empty.parameters():
-        parameter._is_hf_initialized = False
-    transformers.set_seed(3)
-    empty.init_weights()
-    for (name, a), (_, b) in zip(direct.state_dict().items(), empty.state_dict().items(), strict=True):
-        assert b.isfinite().all(), name
-        assert a.equal(b) or a.std() == 0 or abs(a.std() / b.std() - 1) < 0.5, name
+    again = initialise(direct)
+    for name, weight in initialise(empty).items():
+        assert weight.equal(again[name]), name
+        if weight.numel() < 2:
+            continue
+        if built[name].unique().numel() == 1:
+            assert weight.equal(built[name]), name
+        else:  # another draw from the same distribution: within five standard errors of the ratio
+            ratio = weight.double().std() / built[name].double().std()
+            assert abs(ratio - 1) < 5 / weight.numel() ** 0.5, name
 
 
 @every_head
@@ -882,7 +894,7 @@ def test_one_batch_is_learned(variant, settings):
     ],
 )
 def test_bad_configs_are_refused(slug, fields, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ConfigRefused, match=message):
         config(VARIANTS[slug], fields)
 
 

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from efficient_transformers import VARIANTS, Variant
+
+# What a config raises: a rule of its own, a name that no field has, a value of the wrong type
+ConfigRefused = (ValueError, TypeError, StrictDataclassError)
 
 SMALL = {
     "vocab_size": 99,
