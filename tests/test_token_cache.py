@@ -9,9 +9,10 @@ from training_runs import TEXT, bpe, wordpiece
 from efficient_transformers.training.data import documents, packing
 from efficient_transformers.training.data.documents import Documents, encode_documents
 from efficient_transformers.training.data.token_cache import cache_file
+from efficient_transformers.training.tasks import pretrain_clm, pretrain_mlm
 from efficient_transformers.training.tasks.classify import ClassifySettings
-from efficient_transformers.training.tasks.pretrain_clm import ClmSettings, causal_windows, load_open_tokenizer
-from efficient_transformers.training.tasks.pretrain_mlm import MlmSettings, masked_windows
+from efficient_transformers.training.tasks.pretrain_clm import ClmSettings, load_open_tokenizer
+from efficient_transformers.training.tasks.pretrain_mlm import MlmSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,11 +43,11 @@ def refuse(monkeypatch):
 
 
 def masked(tokenizer, texts=TEXTS, length=16, **values):
-    return masked_windows("test", texts, tokenizer, length, MlmSettings.from_dict(VALUES | values))
+    return pretrain_mlm.TASK.make_windows("test", texts, tokenizer, length, MlmSettings.from_dict(VALUES | values))
 
 
 def causal(tokenizer, texts=TEXTS, length=16, **values):
-    return causal_windows("test", texts, tokenizer, length, ClmSettings.from_dict(VALUES | values))
+    return pretrain_clm.TASK.make_windows("test", texts, tokenizer, length, ClmSettings.from_dict(VALUES | values))
 
 
 def classified(tokenizer, texts=TEXTS, length=16, **values):

@@ -44,13 +44,15 @@ from efficient_transformers.cards import loading_code
 from efficient_transformers.training.data.causal import CausalPacker, byte_sizes
 from efficient_transformers.training.data.packing import IGNORED, RowCollator
 from efficient_transformers.training.data.texts import load_texts
+from efficient_transformers.training.engine import task
 from efficient_transformers.training.engine.building import build_config, make_accelerator
+from efficient_transformers.training.engine.scoring import Evaluator
 from efficient_transformers.training.settings import InputError
-from efficient_transformers.training.tasks import language_models, pretrain_clm
+from efficient_transformers.training.tasks import pretrain_clm
 from efficient_transformers.training.tasks.pretrain_clm import (
-    CausalEvaluator,
+    TASK,
+    CausalScorer,
     ClmSettings,
-    causal_windows,
     load_open_tokenizer,
     reads_ahead,
 )
@@ -227,10 +229,12 @@ def test_scores_on_a_case_done_by_hand():
     tokenizer = byte_level()
     tokenizer.pad_token = tokenizer.eos_token
     values = settings(packing="padding")
-    data = causal_windows("test", ["aé", "é"], tokenizer, 8, values)
+    data = TASK.make_windows("test", ["aé", "é"], tokenizer, 8, values)
     assert data.counts() == {"predicted_tokens": 5, "predicted_bytes": 3}
     collate = DataCollatorForTokenClassification(tokenizer)
-    scores = CausalEvaluator(make_accelerator(values), data, collate, values)(Uniform(257, tokenizer.eos_token_id))
+    scores = Evaluator(make_accelerator(values), CausalScorer(data, values), collate, values.eval_batch_size)(
+        Uniform(257, tokenizer.eos_token_id)
+    )
     nats = math.log(257)
     expected = {"loss": nats, "perplexity": 257, "accuracy": 2 / 5, "nats_per_byte": 5 * nats / 3,
                 "bits_per_byte": 5 * math.log2(257) / 3}  # fmt: skip
@@ -245,8 +249,8 @@ def test_every_predicted_token_counts_the_same(batch_size, side, packing):
     tokenizer = load_open_tokenizer(values, [TEXT])
     tokenizer.padding_side = side
     texts = [TEXT * 4, " but", " and nobody", " naïve — 日本", TEXT]
-    data = causal_windows("test", texts, tokenizer, 60, values)
-    model = pretrain_clm.build_causal_model(values, build_config(values, tokenizer), tokenizer).eval()
+    data = TASK.make_windows("test", texts, tokenizer, 60, values)
+    model = pretrain_clm.TASK.build_model(values, build_config(values, tokenizer), tokenizer).eval()
     losses, right = [], []
     windows = data.windows if packing == "padding" else data.windows.windows
     assert (len(data) < len(windows)) == (packing == "best_fit")
@@ -258,7 +262,7 @@ def test_every_predicted_token_counts_the_same(batch_size, side, packing):
     assert len(losses) == data.counts()["predicted_tokens"] > 150
 
     collate = RowCollator(DataCollatorForTokenClassification(tokenizer), side)
-    scores = CausalEvaluator(make_accelerator(values), data, collate, values)(model)
+    scores = Evaluator(make_accelerator(values), CausalScorer(data, values), collate, values.eval_batch_size)(model)
     loss, nats = sum(losses) / len(losses), sum(losses) / data.counts()["predicted_bytes"]
     expected = (loss, math.exp(loss), sum(right) / len(right), nats, nats / math.log(2))
     assert scores == pytest.approx(dict(zip(SCORES, expected, strict=True)), rel=1e-5)
@@ -304,7 +308,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
     assert tokenizer.pad_token == "<|end|>"
     assert tokenizer("ab")["input_ids"] == tokenizer("ab", add_special_tokens=False)["input_ids"]
     config = build_config(values, tokenizer)
-    model = pretrain_clm.build_causal_model(values, config, tokenizer)
+    model = pretrain_clm.TASK.build_model(values, config, tokenizer)
     # else the embedding of the end could be one that is never trained
     assert model.config.pad_token_id is None
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
@@ -476,7 +480,7 @@ BAD_MODELS = {
 
 @pytest.mark.parametrize(("overrides", "message"), BAD_RUNS.values(), ids=BAD_RUNS)
 def test_bad_runs_are_refused_before_training(monkeypatch, config, tmp_path, overrides, message):
-    monkeypatch.setattr(language_models, "train", lambda *arguments: pytest.fail("training began"))
+    monkeypatch.setattr(task, "train", lambda *arguments: pytest.fail("training began"))
     with pytest.raises(InputError, match=message):
         run(config, *overrides)
     assert not list((tmp_path / "out").glob("*"))
@@ -528,8 +532,8 @@ def test_every_config_builds_a_tiny_model(path):
     tiny = ("model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=32")
     values = ClmSettings.from_yaml(path, tiny)
     tokenizer = load_open_tokenizer(values, [TEXT])
-    model = pretrain_clm.build_causal_model(values, build_config(values, tokenizer), tokenizer)
-    data = causal_windows("train", [TEXT * 30], tokenizer, 300, values)
+    model = pretrain_clm.TASK.build_model(values, build_config(values, tokenizer), tokenizer)
+    data = TASK.make_windows("train", [TEXT * 30], tokenizer, 300, values)
     batch = DataCollatorForTokenClassification(tokenizer)([data[0], data[1]])
     assert model(**batch).loss.item() == pytest.approx(math.log(len(tokenizer)), abs=2)
     assert {key: getattr(model.config, key) for key in values.model} == values.model

@@ -43,11 +43,13 @@ from efficient_transformers.cards import loading_code
 from efficient_transformers.training.data.masking import IGNORED, Masker, RemaskedWindows
 from efficient_transformers.training.data.packing import NO_WORD, Packer, RowCollator, Window, best_fit
 from efficient_transformers.training.data.texts import load_texts
+from efficient_transformers.training.engine import task
 from efficient_transformers.training.engine.building import build_config, build_model, load_tokenizer, make_accelerator
+from efficient_transformers.training.engine.scoring import Evaluator
 from efficient_transformers.training.settings import InputError
-from efficient_transformers.training.tasks import language_models, pretrain_mlm
-from efficient_transformers.training.tasks.language_models import Evaluator, check_packing
-from efficient_transformers.training.tasks.pretrain_mlm import MlmSettings, add_mask_token, masked_windows
+from efficient_transformers.training.tasks import pretrain_mlm
+from efficient_transformers.training.tasks.language_models import PerplexityScorer, check_packing
+from efficient_transformers.training.tasks.pretrain_mlm import TASK, MlmSettings, add_mask_token
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -254,7 +256,7 @@ def test_training_masks_are_new_in_every_epoch_and_the_others_are_fixed():
     tokenizer, texts = bpe(), [TEXT * 20]
 
     def labels(name, epoch=None, **values):
-        data = masked_windows(name, texts, tokenizer, 24, settings(whole_word=False, **values))
+        data = TASK.make_windows(name, texts, tokenizer, 24, settings(whole_word=False, **values))
         if epoch is not None:
             data.set_epoch(epoch)
         return [item["labels"].tolist() for item in (data[i] for i in range(len(data)))]
@@ -265,7 +267,7 @@ def test_training_masks_are_new_in_every_epoch_and_the_others_are_fixed():
         assert sum(same) < len(same) / 5
     assert labels("train", 1) == epochs[1]
     assert labels("train", 1, seed=1) != epochs[1]
-    assert not hasattr(masked_windows("validation", texts, tokenizer, 24, settings()), "set_epoch")
+    assert not hasattr(TASK.make_windows("validation", texts, tokenizer, 24, settings()), "set_epoch")
     for name in ("validation", "test"):
         assert labels(name) == labels(name, seed=1)
         assert labels(name) != labels(name, split_seed=1)
@@ -287,8 +289,8 @@ def test_windows_are_packed_where_they_leave_the_least_room(lengths, rows):
 
 def test_rows_are_remade_of_windows_with_new_masks():
     values, tokenizer = settings(packing="best_fit", whole_word=False), bpe()
-    data = masked_windows("train", [TEXT * 4, " but", " and nobody"], tokenizer, 40, values)
-    assert max(data.lengths()) <= 40
+    data = TASK.make_windows("train", [TEXT * 4, " but", " and nobody"], tokenizer, 40, values)
+    assert max(data.lengths) <= 40
     for epoch in range(2):
         data.set_epoch(epoch)
         for row in (data[i] for i in range(len(data))):
@@ -319,7 +321,7 @@ def test_models_that_let_documents_read_each_other_are_refused():
 def test_every_masked_token_counts_the_same(batch_size, packing, tmp_path):
     values = settings(eval_batch_size=batch_size, packing=packing, model=TINY["model"], out=str(tmp_path))
     tokenizer = load_tokenizer(values)
-    data = masked_windows("test", [TEXT * 4, " but", " and nobody", " but nobody", TEXT], tokenizer, 60, values)
+    data = TASK.make_windows("test", [TEXT * 4, " but", " and nobody", " but nobody", TEXT], tokenizer, 60, values)
     model = build_model(values, build_config(values, tokenizer), AutoModelForMaskedLM).eval()
     losses, right = [], []
     windows = data if packing == "padding" else data.windows
@@ -334,7 +336,7 @@ def test_every_masked_token_counts_the_same(batch_size, packing, tmp_path):
 
     accelerator = make_accelerator(values)
     collate = RowCollator(DataCollatorForTokenClassification(tokenizer), tokenizer.padding_side)
-    scores = Evaluator(accelerator, data, collate, values)(model)
+    scores = Evaluator(accelerator, PerplexityScorer(data, values), collate, batch_size)(model)
     loss = sum(losses) / len(losses)
     assert scores == pytest.approx(
         {"loss": loss, "perplexity": math.exp(loss), "accuracy": sum(right) / len(right)}, rel=1e-5
@@ -542,7 +544,7 @@ BAD_RUNS = {
 
 @pytest.mark.parametrize(("overrides", "message"), BAD_RUNS.values(), ids=BAD_RUNS)
 def test_bad_runs_are_refused_before_training(monkeypatch, config, tmp_path, overrides, message):
-    monkeypatch.setattr(language_models, "train", lambda *arguments: pytest.fail("training began"))
+    monkeypatch.setattr(task, "train", lambda *arguments: pytest.fail("training began"))
     with pytest.raises(InputError, match=message):
         run(config, *overrides)
     assert not list((tmp_path / "out").glob("*"))
@@ -554,7 +556,7 @@ def test_a_model_without_such_a_head_is_refused(corpus, tmp_path):
 
 
 def test_a_tokenizer_without_a_mask_token_is_refused(monkeypatch, config, tmp_path):
-    monkeypatch.setattr(language_models, "train", lambda *arguments: pytest.fail("training began"))
+    monkeypatch.setattr(task, "train", lambda *arguments: pytest.fail("training began"))
     with pytest.raises(SystemExit, match=r"error: The tokenizer .* has no mask token: .* mask_token='\[MASK\]'"):
         pretrain_mlm.main(["--config", str(config), without_mask(tmp_path)])
 
@@ -594,7 +596,7 @@ def test_every_config_builds_a_tiny_model(path):
     values = MlmSettings.from_yaml(path, tiny)
     tokenizer = load_tokenizer(values)
     model = build_model(values, build_config(values, tokenizer), AutoModelForMaskedLM)
-    data = masked_windows("train", [TEXT * 30], tokenizer, 300, values)
+    data = TASK.make_windows("train", [TEXT * 30], tokenizer, 300, values)
     batch = DataCollatorForTokenClassification(tokenizer)([data[0], data[1]])
     assert model(**batch).loss.item() == pytest.approx(math.log(len(tokenizer)), abs=2)
     assert {key: getattr(model.config, key) for key in values.model} == values.model

@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from efficient_transformers.training.engine import loop
-from efficient_transformers.training.tasks import language_models
+from efficient_transformers.training.engine import loop, task
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -144,7 +143,7 @@ def kill_and_continue(monkeypatch, run, folder, step, total):
 
     Returns the name of the newest checkpoint that was left.
     """
-    module, name = (language_models, "metrics_of") if step == total else (loop, "record_step")
+    module, name = (task, "metrics_of") if step == total else (loop, "record_step")
     original = getattr(module, name)
 
     def cut(*arguments):

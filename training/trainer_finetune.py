@@ -32,15 +32,15 @@ from transformers import (
 
 from efficient_transformers.folders import fit_tokenizer
 from efficient_transformers.training.data.causal import CausalPacker, CausalWindows
+from efficient_transformers.training.data.features import Features
 from efficient_transformers.training.data.packing import IGNORED, Packer, RowCollator, Rows, packed
 from efficient_transformers.training.data.texts import SPLITS, load_texts
 from efficient_transformers.training.engine.building import build_config, visible_length
-from efficient_transformers.training.engine.task import Features, Task
+from efficient_transformers.training.engine.task import Task
 from efficient_transformers.training.settings import InputError, Settings, did_you_mean, merge, parse_override
-from efficient_transformers.training.tasks import answer, choose, classify, tag_tokens
-from efficient_transformers.training.tasks.language_models import check_packing
-from efficient_transformers.training.tasks.pretrain_clm import ClmSettings, build_causal_model, load_open_tokenizer
-from efficient_transformers.training.tasks.pretrain_mlm import MlmSettings, build_masked_model, load_masking_tokenizer
+from efficient_transformers.training.tasks import answer, choose, classify, pretrain_clm, pretrain_mlm, tag_tokens
+from efficient_transformers.training.tasks.pretrain_clm import ClmSettings, load_open_tokenizer
+from efficient_transformers.training.tasks.pretrain_mlm import MlmSettings
 
 TASKS: dict[str, Task] = {
     "classify": classify.TASK,
@@ -136,10 +136,9 @@ def ready_to_fill(settings: MlmSettings) -> Ready:
     if settings.whole_word:
         raise InputError("whole_word (True) is for training/pretrain_mlm.py: here transformers' collator masks tokens.")
     texts = load_texts(settings)
-    tokenizer = load_masking_tokenizer(settings, texts["train"])
+    tokenizer = pretrain_mlm.TASK.load_tokenizer(settings, texts["train"])
     config = build_config(settings, tokenizer)
-    model = build_masked_model(settings, config, tokenizer)
-    check_packing(model, settings)
+    model = pretrain_mlm.TASK.build_model(settings, config, tokenizer)
     length = visible_length(settings, config)
     pack = Packer(tokenizer, length, settings.packing, settings.shortest_window)
     data: dict[str, Any] = {}
@@ -157,8 +156,7 @@ def ready_to_write(settings: ClmSettings) -> Ready:
     texts = load_texts(settings)
     tokenizer = load_open_tokenizer(settings, texts["train"])
     config = build_config(settings, tokenizer)
-    model = build_causal_model(settings, config, tokenizer)
-    check_packing(model, settings)
+    model = pretrain_clm.TASK.build_model(settings, config, tokenizer)
     length = visible_length(settings, config)
     pack = CausalPacker(tokenizer, length, settings.packing, settings.shortest_window)
     data = {name: packed(CausalWindows(pack(split)), length, settings.packing) for name, split in texts.items()}

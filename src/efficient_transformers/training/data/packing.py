@@ -112,6 +112,7 @@ class Windows(Dataset):
     def __len__(self) -> int:
         return len(self.windows)
 
+    @property
     def lengths(self) -> list[int]:
         """Tokens of each."""
         return [len(window.ids) for window in self.windows]
@@ -145,6 +146,7 @@ class Rows(Windows):
         if hasattr(self.windows, "set_epoch"):
             self.windows.set_epoch(*epoch)  # type: ignore[attr-defined]
 
+    @property
     def lengths(self) -> list[int]:
         return [sum(self.window_lengths[window] for window in row) for row in self.rows]
 
@@ -172,7 +174,7 @@ def best_fit(lengths: list[int], room: int) -> list[list[int]]:
 
 def packed(windows: Windows, max_length: int, packing: Packing) -> Windows:
     """The windows, or with `best_fit` rows of them."""
-    return Rows(windows, windows.lengths(), max_length) if packing == "best_fit" else windows
+    return Rows(windows, windows.lengths, max_length) if packing == "best_fit" else windows
 
 
 @dataclass

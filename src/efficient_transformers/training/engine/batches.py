@@ -121,6 +121,11 @@ class Steps:
             yield [Batch(indices, send_to_device(next(inputs), self.device)) for indices in step]
 
 
+def lengths_of(data: Any) -> list[int]:
+    """Tokens of each example."""
+    return data.lengths if hasattr(data, "lengths") else [len(ids) for ids in data["input_ids"]]
+
+
 def ignore_sigterm(worker: int) -> None:
     """A scheduler that sends it to all processes means the one that trains, which must save before its workers end."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -5,7 +5,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
 from ..settings import InputError, Settings
-from .batches import Batch, EpochSampler, Steps
+from .batches import Batch, EpochSampler, Steps, lengths_of
 from .checkpoints import Checkpoints, Progress
 from .outputs import CHECKPOINTS
 from .sharding import name_blocks
@@ -47,7 +47,6 @@ def train(
     settings: Settings,
     model: PreTrainedModel,
     data: Any,
-    lengths: Sequence[int],
     collate: Any,
     evaluate: Callable[[torch.nn.Module], dict[str, float]],
 ) -> tuple[torch.nn.Module, Progress]:
@@ -56,10 +55,10 @@ def train(
     Dropout, order of the data, schedule and moments are part of a checkpoint: a run that was killed and continued ends
     with the same weights, bit for bit, as one that never stopped. Examples that draw must do so from the seed, the
     epoch (they are told by `data.set_epoch`) and their index: a loader reads ahead of the state that is saved.
-    `data` may be a Stream, whose `lengths` are not known.
+    `data` may be a Stream.
     """
     checkpoints = Checkpoints(settings.folder / CHECKPOINTS, settings.keep_checkpoints, accelerator)
-    steps = make_steps(accelerator, settings, data, lengths, collate)
+    steps = make_steps(accelerator, settings, data, collate)
     if accelerator.process_index:
         torch.manual_seed(settings.seed + accelerator.process_index)  # other dropout in each process
     name_blocks(accelerator, model)
@@ -123,9 +122,7 @@ def train(
     return model, progress
 
 
-def make_steps(
-    accelerator: Accelerator, settings: Settings, data: Any, lengths: Sequence[int], collate: Any
-) -> Steps | StreamedSteps:
+def make_steps(accelerator: Accelerator, settings: Settings, data: Any, collate: Any) -> Steps | StreamedSteps:
     size = settings.step_size(accelerator.num_processes)
     shared: dict[str, Any] = {
         "size": size,
@@ -136,8 +133,8 @@ def make_steps(
     }
     if isinstance(data, Stream):
         return StreamedSteps(data, collate, **shared)
-    grouped = list(lengths) if settings.sort_by_length else None
-    order = EpochSampler(len(lengths), settings.seed, grouped, size)
+    lengths = lengths_of(data) if settings.sort_by_length else None
+    order = EpochSampler(len(data), settings.seed, lengths, size)
     return Steps(data, collate, order, workers=settings.dataloader_num_workers, **shared)
 
 

@@ -1,129 +1,36 @@
-"""What the tasks with labelled examples share beyond the loop: features, scores, a run from its start to its card.
-
-What each of them does in its own way is a `Task`, in its script.
-"""
+"""One training task: its data, its model, and a run from the first check of the settings to the card."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from huggingface_hub import ModelCard
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...cards import description_of
+from ..data.features import Features
 from ..data.texts import SPLITS, TextSettings
 from ..settings import InputError, Settings
-from .batches import make_loader
 from .building import build_config, build_model, load_tokenizer, make_accelerator, model_facts, visible_length
 from .card import make_card, report
 from .command_line import finished_settings
 from .loop import train
-from .metrics import OWN_METRICS, compute_metrics, load_metrics
 from .outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
-
-
-class Features(Dataset):
-    """Windows as a data set: `rows` are what the model gets of each, `notes` what an evaluation knows of it besides,
-    and `shared` what it knows of all."""
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]], notes: Sequence[Any] = (), shared: Any = None):
-        self.rows, self.notes, self.shared = rows, notes, shared
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        return {key: value.astype(np.int64) if isinstance(value, np.ndarray) else value for key, value in row.items()}
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each, of the longest where one has several sequences."""
-        first = (row["input_ids"] for row in self.rows)
-        return [max(map(len, ids)) if isinstance(ids, list) else len(ids) for ids in first]
-
-
-class Scorer:
-    """Scores of one split: what is found in each window, then what all of it says."""
-
-    names: ClassVar[tuple[str, ...]]  # of the scores, besides the loss
-
-    def __init__(self, data: Any, settings: Any):
-        self.data, self.settings = data, settings
-
-    @classmethod
-    def all_names(cls, settings: Any) -> tuple[str, ...]:
-        return ("loss", *cls.names)
-
-    def judge(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[Any]:
-        """What the scores need of each window of a batch: no tensor, so that it can be gathered from all processes."""
-        raise NotImplementedError
-
-    def scores(self, found: list[Any]) -> dict[str, float]:
-        """From what was found in all windows, in their order."""
-        raise NotImplementedError
-
-
-class LabelScorer(Scorer):
-    """Loss and metrics of examples with one label each; `extra_metrics` of the settings are the user's."""
-
-    names = tuple(OWN_METRICS)
-
-    def __init__(self, data: Any, settings: Any):
-        super().__init__(data, settings)
-        self.metrics = load_metrics(getattr(settings, "extra_metrics", ()), self.names)
-
-    @classmethod
-    def all_names(cls, settings: Any) -> tuple[str, ...]:
-        return (*super().all_names(settings), *getattr(settings, "extra_metrics", ()))
-
-    def judge(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[tuple[float, int, int]]:
-        """The loss, the class that is predicted and the true one."""
-        logits, labels = outputs.logits.float(), batch["labels"]
-        losses = cross_entropy(logits, labels, reduction="none")
-        return list(zip(losses.tolist(), logits.argmax(-1).tolist(), labels.tolist(), strict=True))
-
-    def scores(self, found: list[tuple[float, int, int]]) -> dict[str, float]:
-        losses, predictions, references = zip(*found, strict=True)
-        return {"loss": sum(losses) / len(losses), **compute_metrics(self.metrics, predictions, references)}
-
-
-class Evaluator:
-    """Scores of a model on one split, over all processes."""
-
-    def __init__(self, accelerator: Accelerator, scorer: Scorer, collate: Any, batch_size: int):
-        self.accelerator, self.scorer, self.size = accelerator, scorer, len(scorer.data)
-        self.loader = accelerator.prepare(make_loader(scorer.data, collate, batch_size))
-
-    @torch.inference_mode()
-    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
-        model.eval()
-        found: list[Any] = []
-        for batch in self.loader:
-            # without the labels, from which a model makes a loss that nobody reads
-            outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
-            windows: Any = self.scorer.judge(outputs, batch)
-            found += self.accelerator.gather_for_metrics(windows, use_gather_object=True)
-        assert len(found) == self.size
-        return self.scorer.scores(found)
+from .scoring import Evaluator, Scorer
+from .streaming import Stream
 
 
 @dataclass
 class Source:
-    """What a task learns from.
+    """Data of a task.
 
-    tokenizer: none, where it reads images.
-    labels: names of its classes, those of the training examples; none, where it has no classes of its own.
-    encode: a split's examples, by its name, from the longest length that the model sees, and the model.
+    tokenizer: None if the task reads images.
+    labels: names of the classes in the training examples; empty if the task has no classes of its own.
+    encode: examples of a split, from its name, the longest length that the model sees, and the model.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
@@ -148,7 +55,7 @@ class Source:
 
 @dataclass
 class Ready:
-    """A task's model and data; `preparation` is what prepares inputs, and is saved beside the model."""
+    """Model and data of a task; `preparation` prepares inputs, and is saved beside the model."""
 
     model: PreTrainedModel
     max_length: int
@@ -162,7 +69,7 @@ S = TypeVar("S", bound=Settings)
 
 
 class Task(Generic[S]):
-    """One kind of labelled task: what is its own, and a run that is the same for all."""
+    """One kind of training: a subclass says what is its own, `run` and `evaluate_folder` are the same for all."""
 
     script: str
     settings_class: type[S]
@@ -176,16 +83,15 @@ class Task(Generic[S]):
     def load(self, settings: S) -> Source:
         raise NotImplementedError
 
-    def limits(self, settings: S) -> list[str]:
-        """For the card."""
-        raise NotImplementedError
-
-    # --- what most tasks do in the same way
+    # --- the same in most tasks
 
     def build_config(self, settings: S, tokenizer: PreTrainedTokenizerBase | None, **fields: Any) -> PreTrainedConfig:
         return build_config(settings, tokenizer, **fields)
 
-    def build_model(self, settings: S, config: PreTrainedConfig) -> Any:
+    def build_model(
+        self, settings: S, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+    ) -> PreTrainedModel:
+        """The model to train; it may add to the tokenizer what the model needs."""
         return build_model(settings, config, self.auto_class)
 
     def longest(self, settings: S, config: PreTrainedConfig) -> int:
@@ -196,18 +102,29 @@ class Task(Generic[S]):
         """What prepares inputs, and a function that puts examples in a batch."""
         return source.tokenizer, self.collate(source.tokenizer)
 
-    def learn_before(
+    def start(self, settings: S, model: PreTrainedModel, data: Any) -> None:
+        """Changes a new model by its training examples, before anything is written."""
+
+    def before_training(
         self, accelerator: Accelerator, settings: S, ready: Ready, data: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """What the model learns in front of its labels, and what metrics.json is to hold of it."""
+        """Trains the model on something else first; returns what is to be recorded of it in metrics.json."""
         return {}
 
-    def sizes(self, sizes: list[int], ready: Ready) -> str:
+    def sizes(self, sizes: list[int | str], ready: Ready) -> str:
         """For the line that a run begins with."""
         return f"{' / '.join(map(str, sizes))} {self.unit} of up to {ready.max_length} tokens"
 
+    def shown(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """Test scores for the card and the screen."""
+        return {name: value for name, value in metrics["test"].items() if name not in ("n", "loss")}
+
+    def limits(self, settings: S) -> list[str]:
+        """For the card."""
+        raise NotImplementedError
+
     def described(self, settings: S, metrics: dict[str, Any], labels: list[str]) -> dict[str, Any]:
-        """For the card: what the model is for, what is counted, its limits, and perhaps rows of the table."""
+        """For the card: the model's purpose, the unit that is counted, limits, and optionally rows of the table."""
         classes = f" Its classes: {', '.join(labels)}." if labels else ""
         return {
             "purpose": f"{self.purpose}{classes}",
@@ -222,21 +139,7 @@ class Task(Generic[S]):
     def mismatch(self, labels: list[str], trained: list[str], folder: Path) -> str:
         return f"The data has the classes {labels} and the model in {folder} has {trained}."
 
-    # --- what all tasks do in the same way
-
-    def ready(self, settings: S, folder: Path | None = None) -> Ready:
-        """The model and its data; of a finished run, if its `folder` is given: the data must have its classes."""
-        source = self.load(settings)
-        config = self.build_config(settings, source.tokenizer, **({} if folder else label_fields(source.labels)))
-        if folder and source.labels and source.labels != (trained := list((config.id2label or {}).values())):
-            raise InputError(self.mismatch(source.labels, trained, folder))
-        preparation, collate = self.preparation(settings, source, config)
-        length = self.longest(settings, config)
-        set_seed(settings.seed)
-        model = self.build_model(settings, config)
-        return Ready(
-            model, length, source.labels, preparation, collate, lambda name: source.encode(name, length, model)
-        )
+    # --- the same in all tasks
 
     def run(self, settings: S, command: str = "") -> dict[str, Any]:
         """Trains, evaluates and saves; returns what `metrics.json` holds. Raises Stopped after SIGTERM."""
@@ -248,9 +151,11 @@ class Task(Generic[S]):
 
         ready = self.ready(settings)
         data = {name: ready.encode(name) for name in SPLITS}
-        for name, examples in data.items():
-            if not len(examples):
+        sizes = {name: "streamed" if isinstance(split, Stream) else len(split) for name, split in data.items()}
+        for name, size in sizes.items():
+            if not size:
                 raise InputError(f"The {name} data holds nothing to learn from: no example has anything to predict.")
+        self.start(settings, ready.model, data["train"])
         facts = model_facts(ready.model, ready.max_length)
         validate, test = (
             Evaluator(accelerator, self.scorer(data[name], settings), ready.collate, settings.eval_batch_size)
@@ -258,22 +163,48 @@ class Task(Generic[S]):
         )
 
         begin_folder(accelerator, settings)
-        sizes = self.sizes([len(examples) for examples in data.values()], ready)
         accelerator.print(
-            f"{facts['model_type']}, {facts['parameters']:,} parameters; {sizes}; {hardware(accelerator)}"
+            f"{facts['model_type']}, {facts['parameters']:,} parameters; {self.sizes(list(sizes.values()), ready)}; "
+            f"{hardware(accelerator)}"
         )
-        learnt = self.learn_before(accelerator, settings, ready, data)
-        lengths = lengths_of(data["train"])
-        trained, progress = train(accelerator, settings, ready.model, data["train"], lengths, ready.collate, validate)
+        learnt = self.before_training(accelerator, settings, ready, data)
+        trained, progress = train(accelerator, settings, ready.model, data["train"], ready.collate, validate)
         scores = {
-            "test": {**test(trained), "n": test.size},
-            "validation": {**progress.best_scores, "n": validate.size},
+            "test": {**test(trained), **test.scorer.counts()},
+            "validation": {**progress.best_scores, **validate.scorer.counts()},
         }
-        metrics = metrics_of(accelerator, settings, progress, len(lengths), facts, scores, command) | learnt
+        size = sizes["train"]
+        seen = size if isinstance(size, int) else progress.step * settings.step_size(accelerator.num_processes)
+        metrics = metrics_of(accelerator, settings, progress, seen, facts, scores, command) | learnt
         card = self.card(settings, metrics, description_of(ready.model), ready.labels, command)
         finish_folder(accelerator, settings, trained, ready.preparation, card, metrics)
-        report(accelerator, settings, metrics, self.auto_class.__name__, shown(metrics))
+        report(accelerator, settings, metrics, self.auto_class.__name__, self.shown(metrics))
         return metrics
+
+    def evaluate_folder(self, folder: Path, overrides: list[str]) -> dict[str, float]:
+        """Test scores of a finished run, on its own data unless `overrides` say otherwise, e.g. `max_length=512`."""
+        settings = finished_settings(self.settings_class, folder, overrides)
+        accelerator = make_accelerator(settings)
+        ready = self.ready(settings, folder)
+        scorer = self.scorer(ready.encode("test"), settings)
+        test = Evaluator(accelerator, scorer, ready.collate, settings.eval_batch_size)
+        scores = {**test(accelerator.prepare_model(ready.model, evaluation_mode=True)), "n": len(scorer.data)}
+        accelerator.print(json.dumps({"max_length": ready.max_length, **scores}))
+        return scores
+
+    def ready(self, settings: S, folder: Path | None = None) -> Ready:
+        """The model and its data; with the `folder` of a finished run, whose classes the data must have."""
+        source = self.load(settings)
+        config = self.build_config(settings, source.tokenizer, **({} if folder else label_fields(source.labels)))
+        if folder and source.labels and source.labels != (trained := list((config.id2label or {}).values())):
+            raise InputError(self.mismatch(source.labels, trained, folder))
+        preparation, collate = self.preparation(settings, source, config)
+        length = self.longest(settings, config)
+        set_seed(settings.seed)
+        model = self.build_model(settings, config, source.tokenizer)
+        return Ready(
+            model, length, source.labels, preparation, collate, lambda name: source.encode(name, length, model)
+        )
 
     def card(
         self, settings: S, metrics: dict[str, Any], description: str, labels: list[str], command: str
@@ -286,31 +217,11 @@ class Task(Generic[S]):
             task_type=self.task_type,
             auto_class=self.auto_class.__name__,
             description=f"{description}\n\n{described.pop('purpose')}",
-            shown=shown(metrics),
+            shown=self.shown(metrics),
             **described,
         )
 
-    def evaluate_folder(self, folder: Path, overrides: list[str]) -> dict[str, float]:
-        """Test scores of a finished run, on its own data unless `overrides` say otherwise, e.g. `max_length=512`."""
-        settings = finished_settings(self.settings_class, folder, overrides)
-        accelerator = make_accelerator(settings)
-        ready = self.ready(settings, folder)
-        scorer = self.scorer(ready.encode("test"), settings)
-        test = Evaluator(accelerator, scorer, ready.collate, settings.eval_batch_size)
-        scores = {**test(accelerator.prepare_model(ready.model, evaluation_mode=True)), "n": test.size}
-        accelerator.print(json.dumps({"max_length": ready.max_length, **scores}))
-        return scores
-
-
-def lengths_of(data: Any) -> list[int]:
-    """Tokens of each example."""
-    return data.lengths if hasattr(data, "lengths") else [len(ids) for ids in data["input_ids"]]
-
-
-def shown(metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in metrics["test"].items() if name not in ("n", "loss")}
-
 
 def label_fields(names: list[str]) -> dict[str, Any]:
-    """What a config knows of its classes."""
+    """Fields of a config for these classes."""
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}} if names else {}

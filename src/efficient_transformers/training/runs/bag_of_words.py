@@ -14,9 +14,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 
+from ..data.texts import SPLITS
 from ..engine.building import load_tokenizer
 from ..engine.metrics import compute_metrics, load_metrics
-from ..engine.task import SPLITS
 from ..settings import InputError
 from ..tasks.classify import ClassifySettings, labelled_documents
 

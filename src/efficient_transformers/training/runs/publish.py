@@ -17,16 +17,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import PreTrainedModel
 
 from ... import VARIANTS, plots
 from ...cards import PICTURE, costs_of, description_of
@@ -37,9 +33,9 @@ from ..data.documents import encode_documents, load_documents
 from ..engine.building import load_tokenizer
 from ..engine.checkpoints import write_json
 from ..engine.outputs import METRICS, SETTINGS
-from ..settings import InputError, Settings
+from ..engine.task import Task
+from ..settings import InputError
 from ..tasks import classify, pretrain_clm, pretrain_mlm
-from ..tasks.language_models import Task
 from ..tasks.scripts import SCRIPTS
 from . import check_published
 
@@ -48,54 +44,27 @@ DRAWN_TOKENS = 512
 PALETTE = 128  # colours
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How the runs of one script are opened, evaluated and described."""
-
-    settings_class: type[Settings]
-    auto_class: str
-    evaluate_folder: Callable[[Path, list[str]], dict[str, float]]
-    card: Callable[[Any, dict[str, Any], PreTrainedModel], ModelCard]
-
-
-def classifier_card(settings: classify.ClassifySettings, metrics: dict[str, Any], model: PreTrainedModel) -> ModelCard:
-    labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]  # type: ignore[index]
-    return classify.TASK.card(settings, metrics, description_of(model), labels, metrics.get("command", ""))
-
-
-def language_model(task: Task[Any]) -> Kind:
-    def card(settings: Any, metrics: dict[str, Any], model: PreTrainedModel) -> ModelCard:
-        return task.card(settings, metrics, description_of(model), metrics.get("command", ""))
-
-    return Kind(task.settings_class, task.auto_class.__name__, task.evaluate_folder, card)
-
-
-KINDS = {
-    "classify.py": Kind(
-        classify.ClassifySettings, check_published.CLASSIFIER, classify.evaluate_folder, classifier_card
-    ),
-    "pretrain_mlm.py": language_model(pretrain_mlm.TASK),
-    "pretrain_clm.py": language_model(pretrain_clm.TASK),
-}
+TASKS: dict[str, Task[Any]] = {
+    task.script: task for task in (classify.TASK, pretrain_mlm.TASK, pretrain_clm.TASK)
+}  # whose runs can be published
 
 
 def publish(run: Path, out: Path) -> dict[str, Any]:
     """Write the folder `out` and return its metrics.
 
-    Raises InputError if the run is not finished, `out` is the run itself, the run is of a script without a `Kind`, or
-    a file gets too large.
+    Raises InputError if the run is not finished, `out` is the run itself, the run's script is not in TASKS, or a file
+    gets too large.
     """
     metrics = read_metrics(run)
-    kind = kind_of(run, metrics)
+    task = task_of(run, metrics)
     if out.resolve() == run.resolve():
         raise InputError(f"{out} is the run itself, whose weights would be overwritten: name another folder.")
-    settings = kind.settings_class.from_yaml(run / SETTINGS)
+    settings = task.settings_class.from_yaml(run / SETTINGS)
     settings.tokenizer = str(run)
-    auto_class = getattr(transformers, kind.auto_class)
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.safetensors*"):
         old.unlink()
-    model = auto_class.from_pretrained(run, dtype=torch.bfloat16)
+    model = task.auto_class.from_pretrained(run, dtype=torch.bfloat16)
     model.save_pretrained(out, max_shard_size=MOST_BYTES)
     for code in out.glob("*.py"):  # copies would grow stale: `export` adds the code
         code.unlink()
@@ -107,7 +76,7 @@ def publish(run: Path, out: Path) -> dict[str, Any]:
     metrics["name"] = f"et-{out.name}"
     write_json(out / METRICS, metrics)  # only a folder that has it is that of a finished run
 
-    scores = kind.evaluate_folder(out, ["matmul_precision=highest"])
+    scores = task.evaluate_folder(out, ["matmul_precision=highest"])
     metrics["test_before_rounding"], metrics["test"] = metrics["test"], {**metrics["test"], **scores}
     write_json(out / METRICS, metrics)
     write_card(out)
@@ -119,22 +88,24 @@ def publish(run: Path, out: Path) -> dict[str, Any]:
 def write_card(folder: Path) -> None:
     """Write picture and card of a folder of the zoo, from its weights, settings and metrics."""
     metrics = read_metrics(folder)
-    kind = kind_of(folder, metrics)
-    settings = kind.settings_class.from_yaml(folder / SETTINGS)
-    model = getattr(transformers, kind.auto_class).from_pretrained(folder)
+    task = task_of(folder, metrics)
+    settings = task.settings_class.from_yaml(folder / SETTINGS)
+    model = task.auto_class.from_pretrained(folder)
     draw_pattern(folder, metrics["model"]["model_type"])
     metrics["model"]["costs"] = costs_of(model.config, metrics["model"]["max_length"])
-    sections = [settings.card_notes or "", recorded_logits(folder, kind.auto_class)]
+    sections = [settings.card_notes or "", recorded_logits(folder, task.auto_class.__name__)]
     settings.card_notes = "\n\n".join(section.strip() for section in sections if section)
     settings.out = str(folder)  # where the picture is
-    (folder / README).write_text(f"{str(kind.card(settings, metrics, model)).rstrip()}\n", encoding="utf-8")
+    labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    card = task.card(settings, metrics, description_of(model), labels, metrics.get("command", ""))
+    (folder / README).write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
 
 
-def kind_of(folder: Path, metrics: dict[str, Any]) -> Kind:
+def task_of(folder: Path, metrics: dict[str, Any]) -> Task[Any]:
     script = script_of(metrics)
-    if (kind := KINDS.get(script)) is None:
-        raise InputError(f"{folder} was trained by {script}; what can be published is trained by {', '.join(KINDS)}.")
-    return kind
+    if (task := TASKS.get(script)) is None:
+        raise InputError(f"{folder} was trained by {script}; what can be published is trained by {', '.join(TASKS)}.")
+    return task
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
@@ -179,7 +150,7 @@ def check(folders: list[Path]) -> int:
         for folder in folders:
             exported.append(Path(temporary, str(len(exported)), folder.name))
             export(folder, exported[-1])
-            if kind_of(folder, read_metrics(folder)).auto_class == check_published.CLASSIFIER:
+            if task_of(folder, read_metrics(folder)).auto_class.__name__ == check_published.CLASSIFIER:
                 with contextlib.suppress(OSError, ValueError):  # a broken tokenizer: the check reports it
                     write_json(exported[-1].with_name(check_published.WINDOWS), test_windows(folder))
         return subprocess.run([sys.executable, check_published.__file__, *exported]).returncode

@@ -18,10 +18,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.excerpts import sentences
+from ..data.features import Features
 from ..data.packing import check_offsets, shortened
 from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
 from ..engine.command_line import command_line
-from ..engine.task import Features, Scorer, Source, Task
+from ..engine.scoring import Scorer
+from ..engine.task import Source, Task
 from ..settings import InputError
 
 NAMES = (

@@ -17,10 +17,12 @@ from transformers import (
 )
 
 from ..data.excerpts import excerpts
+from ..data.features import Features
 from ..data.packing import check_offsets, shortened
 from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
 from ..engine.command_line import command_line
-from ..engine.task import Features, LabelScorer, Source, Task
+from ..engine.scoring import LabelScorer
+from ..engine.task import Source, Task
 from ..settings import InputError
 
 

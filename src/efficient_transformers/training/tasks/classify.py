@@ -19,7 +19,8 @@ from transformers import (
 from ..data.documents import DocumentSettings, encode_documents, load_documents
 from ..engine.building import load_tokenizer, visible_length
 from ..engine.command_line import command_line
-from ..engine.task import LabelScorer, Ready, Source, Task
+from ..engine.scoring import LabelScorer
+from ..engine.task import Ready, Source, Task
 from .self_pretraining import SelfPretrainingSettings, card_row, self_pretrain
 
 
@@ -55,13 +56,13 @@ class ClassifyTask(Task[ClassifySettings]):
     def longest(self, settings: ClassifySettings, config: PreTrainedConfig) -> int:
         return visible_length(settings, config, default=settings.window_length)
 
-    def learn_before(
+    def before_training(
         self, accelerator: Accelerator, settings: ClassifySettings, ready: Ready, data: Mapping[str, Any]
     ) -> dict[str, Any]:
         learnt = self_pretrain(accelerator, settings, ready.model, data, ready.preparation)
         return {} if learnt is None else {"self_pretraining": learnt}
 
-    def sizes(self, sizes: list[int], ready: Ready) -> str:
+    def sizes(self, sizes: list[int | str], ready: Ready) -> str:
         return f"{super().sizes(sizes, ready)}; {len(ready.labels)} classes"
 
     def described(self, settings: ClassifySettings, metrics: dict[str, Any], labels: list[str]) -> dict[str, Any]:

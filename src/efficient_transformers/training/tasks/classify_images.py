@@ -13,7 +13,8 @@ from ... import EtImageProcessor
 from ...models.base_configuration import EtConfig
 from ..data.images import PictureCollator, PictureSettings, load_pictures
 from ..engine.command_line import command_line
-from ..engine.task import LabelScorer, Ready, Source, Task
+from ..engine.scoring import LabelScorer
+from ..engine.task import Ready, Source, Task
 from ..settings import InputError
 
 
@@ -52,7 +53,7 @@ class ClassifyImagesTask(Task[ClassifyImagesSettings]):
     def longest(self, settings: ClassifyImagesSettings, config: PreTrainedConfig) -> int:
         return config.max_position_embeddings  # type: ignore[attr-defined]
 
-    def sizes(self, sizes: list[int], ready: Ready) -> str:
+    def sizes(self, sizes: list[int | str], ready: Ready) -> str:
         counts = " / ".join(f"{size:,}" for size in sizes)
         return f"{counts} images of {ready.max_length} tokens; {len(ready.labels)} classes"
 

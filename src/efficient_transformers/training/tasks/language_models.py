@@ -1,41 +1,22 @@
-"""What masked and causal language modelling share: settings, scores, a run from its start to its card.
-
-What each of them does in its own way is a `Task`, in pretrain_mlm.py and pretrain_clm.py.
-"""
+"""What masked and causal language modelling share: settings, windows of tokens, scores and the card."""
 
 import inspect
 import itertools
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from huggingface_hub import ModelCard
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers import (
-    DataCollatorForTokenClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import DataCollatorForTokenClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ...cards import description_of
-from ..data.packing import IGNORED, Packing, RowCollator, Windows
+from ..data.packing import Packing, RowCollator, Windows
 from ..data.texts import TextSettings, load_texts, stream_texts
 from ..data.token_cache import Row, cache_file, cached_rows
-from ..engine.batches import make_loader
-from ..engine.building import build_config, make_accelerator, model_facts, visible_length
-from ..engine.card import METRIC_NAMES, make_card, report
-from ..engine.command_line import finished_settings
-from ..engine.loop import train
-from ..engine.outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
+from ..engine.card import METRIC_NAMES
+from ..engine.scoring import TokenScorer
 from ..engine.streaming import Stream
+from ..engine.task import Source, Task
 from ..settings import InputError
 
 
@@ -103,121 +84,78 @@ def check_packing(model: PreTrainedModel, settings: LanguageModelSettings) -> No
         )
 
 
-class Evaluator:
-    """Loss and accuracy at the predicted tokens of one split, each token counting the same, over all processes."""
+class PerplexityScorer(TokenScorer):
+    """Scores of a language model at the predicted tokens."""
 
-    def __init__(self, accelerator: Accelerator, data: Windows, collate: Any, settings: LanguageModelSettings):
-        self.accelerator, self.data = accelerator, data
-        self.loader = accelerator.prepare(make_loader(data, collate, settings.eval_batch_size))
+    def scores(self, found: list[list[float]]) -> dict[str, float]:
+        scores = super().scores(found)
+        # math.exp overflows past 709; the loss itself shows such a divergence
+        return {
+            "loss": scores["loss"],
+            "perplexity": math.exp(min(scores["loss"], 709)),
+            "accuracy": scores["accuracy"],
+        }
 
-    @torch.inference_mode()
-    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
-        model.eval()
-        totals = torch.zeros(3, dtype=torch.float64)
-        for batch in self.loader:
-            labels = batch.pop("labels")
-            windows = zip(model(**batch).logits, labels, strict=True)
-            sums = torch.stack([window_sums(*self.aligned(*window)) for window in windows])
-            # sums of each window, and no logits, are gathered: what fills up the last batch is known by its window
-            gathered: Any = self.accelerator.gather_for_metrics(sums)
-            totals += gathered.cpu().double().sum(0)
-        return self.scores(*totals.tolist())
-
-    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A window's logits (n, v), and the labels (n,) that they are to predict."""
-        return logits, labels
-
-    def scores(self, loss: float, right: float, count: float) -> dict[str, float]:
-        # past e^709 a float ends; a model that has diverged so far is told by its loss
-        return {"loss": loss / count, "perplexity": math.exp(min(loss / count, 709)), "accuracy": right / count}
-
-
-def window_sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of one window: the loss in nats, the tokens predicted rightly, and all that are to be predicted."""
-    predicted = labels != IGNORED
-    logits, targets = logits[predicted].float(), labels[predicted]
-    loss, right = cross_entropy(logits, targets, reduction="sum"), logits.argmax(-1) == targets
-    return torch.stack([loss, right.sum(), predicted.sum()])
+    def counts(self) -> dict[str, int]:
+        return {**super().counts(), **self.data.counts()}
 
 
 S = TypeVar("S", bound=LanguageModelSettings)
 
 
-@dataclass(frozen=True)
-class Task(Generic[S]):
-    """One kind of language modelling.
+class LanguageModelTask(Task[S]):
+    unit = "windows"
+    scorer = PerplexityScorer
 
-    load_tokenizer: from the settings, and texts of which it surely knows some.
-    build_model: the model to be trained; it may add to the tokenizer what the model needs.
-    make_windows: from the split's name, its texts, the tokenizer, the longest window and the settings.
-    describe: rows of the card's table, and limits that it names; from the settings and the metrics.
-    start: changes a model by the windows that it is going to be trained on, which are not a stream's.
-    """
+    def load_tokenizer(self, settings: S, texts: list[str]) -> PreTrainedTokenizerBase:
+        """The tokenizer; `texts` are some of those that it is for."""
+        raise NotImplementedError
 
-    script: str
-    settings_class: type[S]
-    auto_class: Any
-    task_type: str  # the Hub's name
-    purpose: str
-    load_tokenizer: Callable[[S, list[str]], PreTrainedTokenizerBase]
-    build_model: Callable[[S, PreTrainedConfig, PreTrainedTokenizerBase], PreTrainedModel]
-    make_windows: Callable[[str, list[str], PreTrainedTokenizerBase, int, S], Windows]
-    describe: Callable[[S, dict[str, Any]], tuple[dict[str, str], list[str]]]
-    evaluator: type[Evaluator] = Evaluator
-    start: Callable[[S, PreTrainedModel, Windows], None] | None = None
+    def make_windows(
+        self, name: str, texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, settings: S
+    ) -> Windows:
+        """The windows of a split, or of a part of the stream of training texts."""
+        raise NotImplementedError
 
-    def run(self, settings: S, command: str = "") -> dict[str, Any]:
-        """Trains, evaluates and saves; returns what `metrics.json` holds. Raises Stopped after SIGTERM."""
-        accelerator = make_accelerator(settings)
-        if (finished := finished_metrics(accelerator, settings)) is not None:
-            return finished
+    def describe(self, settings: S, metrics: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+        """Rows of the card's table, and limits."""
+        raise NotImplementedError
 
-        read, texts = stream_texts(settings) if settings.streaming else (None, load_texts(settings))
-        known = texts["train"] if read is None else list(itertools.islice(read(), 100))
+    def load(self, settings: S) -> Source:
+        if settings.streaming:
+            read, texts = stream_texts(settings)
+            known = list(itertools.islice(read(), 100))
+        else:
+            read, texts = None, load_texts(settings)
+            known = texts["train"]
         tokenizer = self.load_tokenizer(settings, known)
-        config = build_config(settings, tokenizer)
-        max_length = visible_length(settings, config)
-        set_seed(settings.seed)
-        model = self.build_model(settings, config, tokenizer)
-        check_packing(model, settings)
-        data: dict[str, Any] = {
-            name: self.make_windows(name, split, tokenizer, max_length, settings) for name, split in texts.items()
-        }
-        if read is not None:
+
+        def encode(name: str, length: int, model: PreTrainedModel) -> Windows | Stream:
+            if name != "train" or read is None:
+                return self.make_windows(name, texts[name], tokenizer, length, settings)
             passing = replace(settings, cache_tokens=False)
-            data["train"] = Stream(
+            return Stream(
                 read,
-                lambda part: self.make_windows("train", part, tokenizer, max_length, passing),
+                lambda part: self.make_windows(name, part, tokenizer, length, passing),
                 settings.stream_buffer,
                 settings.seed,
             )
-        elif self.start is not None:
-            self.start(settings, model, data["train"])
-        facts = model_facts(model, max_length)
-        collate = RowCollator(DataCollatorForTokenClassification(tokenizer), tokenizer.padding_side)
-        validate = self.evaluator(accelerator, data["validation"], collate, settings)
-        test = self.evaluator(accelerator, data["test"], collate, settings)
 
-        begin_folder(accelerator, settings)
-        lengths = [] if isinstance(data["train"], Stream) else data["train"].lengths()
-        training = "streamed" if read else len(lengths)
-        accelerator.print(
-            f"{config.model_type}, {facts['parameters']:,} parameters; {training} / {len(data['validation'])} / "
-            f"{len(data['test'])} windows of up to {max_length} tokens; {hardware(accelerator)}"
-        )
-        trained, progress = train(accelerator, settings, model, data["train"], lengths, collate, validate)
-        scores = {
-            name: {**values, "n": len(data[name]), **data[name].counts()}
-            for name, values in (("test", test(trained)), ("validation", progress.best_scores))
-        }
-        seen = len(lengths) or progress.step * settings.step_size(accelerator.num_processes)
-        metrics = metrics_of(accelerator, settings, progress, seen, facts, scores, command)
-        card = self.card(settings, metrics, description_of(model), command)
-        finish_folder(accelerator, settings, trained, tokenizer, card, metrics)
-        report(accelerator, settings, metrics, self.auto_class.__name__, shown(metrics))
-        return metrics
+        return Source(tokenizer, [], encode)
 
-    def card(self, settings: S, metrics: dict[str, Any], description: str, command: str) -> ModelCard:
+    def build_model(self, settings: S, config: PreTrainedConfig, tokenizer: Any) -> PreTrainedModel:
+        model = super().build_model(settings, config, tokenizer)
+        check_packing(model, settings)
+        return model
+
+    def preparation(self, settings: S, source: Source, config: PreTrainedConfig) -> tuple[Any, Any]:
+        tokenizer: Any = source.tokenizer
+        return tokenizer, RowCollator(DataCollatorForTokenClassification(tokenizer), tokenizer.padding_side)
+
+    def shown(self, metrics: dict[str, Any]) -> dict[str, float]:
+        return {name: value for name, value in metrics["test"].items() if name in METRIC_NAMES}
+
+    def described(self, settings: S, metrics: dict[str, Any], labels: list[str]) -> dict[str, Any]:
         windows = {
             "documents": "documents joined and cut, without padding",
             "padding": "of one document each, padded",
@@ -225,39 +163,9 @@ class Task(Generic[S]):
         }[settings.packing]
         full = settings.packing == "documents"
         rows, limits = self.describe(settings, metrics)
-        return make_card(
-            settings,
-            metrics,
-            command or f"accelerate launch training/{self.script} --config settings.yaml",
-            task_type=self.task_type,
-            auto_class=self.auto_class.__name__,
-            description=f"{description}\n\n{self.purpose}",
-            shown=shown(metrics),
-            unit=f"windows of {'' if full else 'up to '}{metrics['model']['max_length']:,} tokens",
-            training_rows={
-                "windows": windows,
-                **rows,
-            },
-            limits=[*limits, "It has seen no more than this training data and repeats its slant."],
-        )
-
-    def evaluate_folder(self, folder: Path, overrides: list[str]) -> dict[str, float]:
-        """Test scores of a finished run, on its own data unless `overrides` say otherwise, e.g. `max_length=512`."""
-        settings = finished_settings(self.settings_class, folder, overrides)
-        accelerator = make_accelerator(settings)
-        texts = load_texts(settings)["test"]
-        tokenizer = self.load_tokenizer(settings, texts)
-        config = build_config(settings, tokenizer)
-        max_length = visible_length(settings, config)
-        model = self.build_model(settings, config, tokenizer)
-        check_packing(model, settings)
-        data = self.make_windows("test", texts, tokenizer, max_length, settings)
-        collate = RowCollator(DataCollatorForTokenClassification(tokenizer), tokenizer.padding_side)
-        test = self.evaluator(accelerator, data, collate, settings)
-        scores = {**test(accelerator.prepare_model(model, evaluation_mode=True)), "n": len(data)}
-        accelerator.print(json.dumps({"max_length": max_length, **scores}))
-        return scores
-
-
-def shown(metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in metrics["test"].items() if name in METRIC_NAMES}
+        return {
+            "purpose": self.purpose,
+            "unit": f"windows of {'' if full else 'up to '}{metrics['model']['max_length']:,} tokens",
+            "training_rows": {"windows": windows, **rows},
+            "limits": [*limits, "It has seen no more than this training data and repeats its slant."],
+        }

@@ -29,10 +29,11 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..data.excerpts import excerpts
+from ..data.features import Features
 from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
 from ..engine.building import build_model
 from ..engine.command_line import command_line
-from ..engine.task import Features, Source, Task
+from ..engine.task import Source, Task
 from ..settings import InputError, find_path
 from .choose import ChoiceScorer
 
@@ -234,7 +235,9 @@ class MatchTask(Task[MatchSettings]):
     def load(self, settings: MatchSettings) -> Source:
         return Source.of_texts(settings, load_pairs, pair_rows)
 
-    def build_model(self, settings: MatchSettings, config: PreTrainedConfig) -> DocumentMatcher:
+    def build_model(
+        self, settings: MatchSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+    ) -> DocumentMatcher:
         return build_matcher(settings, config, self.auto_class)
 
     def limits(self, settings: MatchSettings) -> list[str]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -23,10 +22,11 @@ from transformers import (
 from ... import VARIANTS
 from ..data.causal import CausalPacker, CausalWindow, CausalWindows
 from ..data.packing import Windows, packed, special_frame
-from ..engine.building import build_model, load_tokenizer
+from ..engine.building import load_tokenizer
 from ..engine.command_line import command_line
+from ..engine.scoring import NextTokenScorer
 from ..settings import InputError
-from .language_models import Evaluator, LanguageModelSettings, Task, cut
+from .language_models import LanguageModelSettings, LanguageModelTask, PerplexityScorer, cut
 
 
 @dataclass
@@ -34,15 +34,12 @@ class ClmSettings(LanguageModelSettings):
     """The settings of this script are all shared: see settings.py, texts.py and language_models.py."""
 
 
-class CausalEvaluator(Evaluator):
-    """Scores of the next token, and what a byte of the text costs, which compares models of different tokenizers."""
+class CausalScorer(NextTokenScorer, PerplexityScorer):
+    """Adds the loss per byte of text, by which models with different tokenizers compare."""
 
-    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return logits[:-1], labels[1:]
-
-    def scores(self, loss: float, right: float, count: float) -> dict[str, float]:
-        nats = loss / self.data.counts()["predicted_bytes"]
-        return {**super().scores(loss, right, count), "nats_per_byte": nats, "bits_per_byte": nats / math.log(2)}
+    def scores(self, found: list[list[float]]) -> dict[str, float]:
+        nats = math.fsum(loss for loss, *_ in found) / self.data.counts()["predicted_bytes"]
+        return {**super().scores(found), "nats_per_byte": nats, "bits_per_byte": nats / math.log(2)}
 
 
 def load_open_tokenizer(settings: ClmSettings, texts: list[str]) -> PreTrainedTokenizerBase:
@@ -86,37 +83,6 @@ def load_open_tokenizer(settings: ClmSettings, texts: list[str]) -> PreTrainedTo
     )
 
 
-def build_causal_model(
-    settings: ClmSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
-    """Raises InputError unless the model predicts each token from those before it alone."""
-    causal = ", ".join(variant.model_type for variant in VARIANTS.values() if variant.causal)
-    on_hub = getattr(config, "auto_map", None) or {}
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and AutoModelForCausalLM.__name__ not in on_hub:
-        raise InputError(
-            f"A {config.model_type} model has no head that predicts the next token: set model.model_type to another "
-            f"({causal}) or model.checkpoint to one of these, or train it with training/pretrain_mlm.py."
-        )
-    is_encoder = getattr(config, "is_decoder", None) is False
-    if is_encoder and "checkpoint" in settings.model:
-        raise InputError(
-            f"The checkpoint {settings.model['checkpoint']!r} is an encoder, trained to read both sides: set "
-            "model.is_decoder=true to make a causal model of its weights, or model.checkpoint to a causal one."
-        )
-    if config.eos_token_id is None:
-        config.eos_token_id = tokenizer.eos_token_id  # `generate` stops there
-    if config.pad_token_id == config.eos_token_id:
-        config.pad_token_id = None  # the embedding of padding is never trained in some models, that of the end must be
-    model = build_model(settings, config, AutoModelForCausalLM)
-    if reads_ahead(model):
-        raise InputError(
-            f"A {config.model_type} model reads the tokens that it is to predict: "
-            + ("set model.is_decoder=true" if is_encoder else f"set model.model_type to a causal one, e.g. {causal}")
-            + ", or train it with training/pretrain_mlm.py."
-        )
-    return model
-
-
 @torch.no_grad()
 def reads_ahead(model: PreTrainedModel, length: int = 32) -> bool:
     """Do later tokens change the logits of earlier ones?"""
@@ -128,41 +94,72 @@ def reads_ahead(model: PreTrainedModel, length: int = 32) -> bool:
     return not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * ours.std().item())
 
 
-def causal_windows(
-    name: str, texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, settings: ClmSettings
-) -> Windows:
-    pack = CausalPacker(tokenizer, max_length, settings.packing, settings.shortest_window)
-    how = {"kind": "causal", "max_length": max_length}
-    data = CausalWindows(cut(pack, CausalWindow, texts, tokenizer, settings, how))
-    if not data.predicted_bytes:
-        raise InputError(f"The {name} data holds no text that could be predicted: the first token of a window is not.")
-    return packed(data, max_length, settings.packing)
+class ClmTask(LanguageModelTask[ClmSettings]):
+    script = "pretrain_clm.py"
+    settings_class = ClmSettings
+    auto_class = AutoModelForCausalLM
+    task_type = "text-generation"
+    purpose = "A causal language model: `model.generate(**inputs, max_new_tokens=50)` goes on with a text."
+    scorer = CausalScorer
+
+    def load_tokenizer(self, settings: ClmSettings, texts: list[str]) -> PreTrainedTokenizerBase:
+        return load_open_tokenizer(settings, texts)
+
+    def build_model(self, settings: ClmSettings, config: PreTrainedConfig, tokenizer: Any) -> PreTrainedModel:
+        """Raises InputError unless the model predicts each token from those before it alone."""
+        causal = ", ".join(variant.model_type for variant in VARIANTS.values() if variant.causal)
+        on_hub = getattr(config, "auto_map", None) or {}
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and AutoModelForCausalLM.__name__ not in on_hub:
+            raise InputError(
+                f"A {config.model_type} model has no head that predicts the next token: set model.model_type to "
+                f"another ({causal}) or model.checkpoint to one of these, or train it with training/pretrain_mlm.py."
+            )
+        is_encoder = getattr(config, "is_decoder", None) is False
+        if is_encoder and "checkpoint" in settings.model:
+            raise InputError(
+                f"The checkpoint {settings.model['checkpoint']!r} is an encoder, trained to read both sides: set "
+                "model.is_decoder=true to make a causal model of its weights, or model.checkpoint to a causal one."
+            )
+        if config.eos_token_id is None:
+            config.eos_token_id = tokenizer.eos_token_id  # `generate` stops there
+        if config.pad_token_id == config.eos_token_id:
+            # some models never train the embedding of padding, and that of the end must be trained
+            config.pad_token_id = None
+        model = super().build_model(settings, config, tokenizer)
+        if reads_ahead(model):
+            remedy = "is_decoder=true" if is_encoder else f"model_type to a causal one, e.g. {causal}"
+            raise InputError(
+                f"A {config.model_type} model reads the tokens that it is to predict: set model.{remedy}, or train it "
+                "with training/pretrain_mlm.py."
+            )
+        return model
+
+    def make_windows(
+        self, name: str, texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, settings: ClmSettings
+    ) -> Windows:
+        pack = CausalPacker(tokenizer, max_length, settings.packing, settings.shortest_window)
+        how = {"kind": "causal", "max_length": max_length}
+        data = CausalWindows(cut(pack, CausalWindow, texts, tokenizer, settings, how))
+        if not data.predicted_bytes:
+            raise InputError(
+                f"The {name} data holds no text that could be predicted: the first token of a window is not."
+            )
+        return packed(data, max_length, settings.packing)
+
+    def describe(self, settings: ClmSettings, metrics: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+        test = metrics["test"]
+        return {"documents": "each with its end token, which is predicted, too"}, [
+            "Loss and perplexity are of tokens and compare only with those of models that have the same tokenizer. "
+            "Nats and bits per byte compare with any on the same text: the loss of all "
+            f"{test['predicted_tokens']:,} predicted tokens by the {test['predicted_bytes']:,} UTF-8 bytes that they "
+            "stand for.",
+            "A token is predicted from those before it in its window, and the first one of a window is not: the scores "
+            "depend on the length of the windows.",
+            "The results are of one seed; another seed gives somewhat different ones.",
+        ]
 
 
-def describe(settings: ClmSettings, metrics: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-    test = metrics["test"]
-    return {"documents": "each with its end token, which is predicted, too"}, [
-        "Loss and perplexity are of tokens and compare only with those of models that have the same tokenizer. Nats "
-        f"and bits per byte compare with any on the same text: the loss of all {test['predicted_tokens']:,} predicted "
-        f"tokens by the {test['predicted_bytes']:,} UTF-8 bytes that they stand for.",
-        "A token is predicted from those before it in its window, and the first one of a window is not: the scores "
-        "depend on the length of the windows.",
-        "The results are of one seed; another seed gives somewhat different ones.",
-    ]
-
-
-TASK = Task(
-    script="pretrain_clm.py",
-    settings_class=ClmSettings,
-    auto_class=AutoModelForCausalLM,
-    task_type="text-generation",
-    purpose="A causal language model: `model.generate(**inputs, max_new_tokens=50)` goes on with a text.",
-    load_tokenizer=load_open_tokenizer,
-    build_model=build_causal_model,
-    make_windows=causal_windows,
-    describe=describe,
-    evaluator=CausalEvaluator,
-)
+TASK = ClmTask()
 run, evaluate_folder = TASK.run, TASK.evaluate_folder
 
 

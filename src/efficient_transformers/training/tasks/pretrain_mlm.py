@@ -13,10 +13,10 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from ..data.masking import MaskedWindows, Masker, RemaskedWindows
 from ..data.packing import IGNORED, Packer, Window, Windows, packed
-from ..engine.building import build_model, load_tokenizer
+from ..engine.building import load_tokenizer
 from ..engine.command_line import command_line
 from ..settings import InputError
-from .language_models import LanguageModelSettings, Task, cut
+from .language_models import LanguageModelSettings, LanguageModelTask, cut
 
 
 @dataclass
@@ -36,22 +36,58 @@ class MlmSettings(LanguageModelSettings):
             raise InputError(f"mlm_probability ({self.mlm_probability}) must lie between 0 and 1.")
 
 
-def load_masking_tokenizer(settings: MlmSettings, texts: list[str]) -> PreTrainedTokenizerBase:
-    tokenizer = load_tokenizer(settings)
-    if tokenizer.mask_token_id is None and not settings.mask_token:
-        raise InputError(
-            f"The tokenizer {settings.tokenizer or settings.model['checkpoint']!r} has no mask token: take another "
-            "one, or have one added, and a row to the model's embeddings, by mask_token, e.g. mask_token='[MASK]'."
-        )
-    return tokenizer
+class MlmTask(LanguageModelTask[MlmSettings]):
+    script = "pretrain_mlm.py"
+    settings_class = MlmSettings
+    auto_class = AutoModelForMaskedLM
+    task_type = "fill-mask"
+    purpose = "A masked language model, which can be trained on for other tasks."
 
+    def load_tokenizer(self, settings: MlmSettings, texts: list[str]) -> PreTrainedTokenizerBase:
+        tokenizer = load_tokenizer(settings)
+        if tokenizer.mask_token_id is None and not settings.mask_token:
+            raise InputError(
+                f"The tokenizer {settings.tokenizer or settings.model['checkpoint']!r} has no mask token: take another "
+                "one, or have one added, and a row to the model's embeddings, by mask_token, e.g. mask_token='[MASK]'."
+            )
+        return tokenizer
 
-def build_masked_model(
-    settings: MlmSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
-    model = build_model(settings, config, AutoModelForMaskedLM)
-    add_mask_token(tokenizer, model, settings)
-    return model
+    def build_model(self, settings: MlmSettings, config: PreTrainedConfig, tokenizer: Any) -> PreTrainedModel:
+        model = super().build_model(settings, config, tokenizer)
+        add_mask_token(tokenizer, model, settings)
+        return model
+
+    def make_windows(
+        self, name: str, texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, settings: MlmSettings
+    ) -> Windows:
+        """Packed and masked: new masks in every epoch of training, the same ones in every evaluation and run."""
+        pack = Packer(tokenizer, max_length, settings.packing, settings.shortest_window, settings.whole_word)
+        how = {"kind": "masked", "max_length": max_length, "whole_word": settings.whole_word}
+        windows = cut(pack, Window, texts, tokenizer, settings, how)
+        if not windows:
+            raise InputError(f"The {name} data holds no token that could be masked.")
+        masker = Masker.of(tokenizer, settings.mlm_probability)
+        if name == "train":
+            return packed(RemaskedWindows(windows, masker, settings.seed), max_length, settings.packing)
+        return packed(MaskedWindows(windows, masker, settings.split_seed), max_length, settings.packing)
+
+    def start(self, settings: MlmSettings, model: PreTrainedModel, data: Windows) -> None:
+        if settings.frequency_bias:
+            if "checkpoint" in settings.model:
+                raise InputError("frequency_bias is the start of a new model: leave it out with model.checkpoint.")
+            start_at_frequencies(model, data)
+
+    def describe(self, settings: MlmSettings, metrics: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+        masked, unit = metrics["test"]["masked_tokens"], "words" if settings.whole_word else "tokens"
+        rows = {
+            "masks": f"{100 * settings.mlm_probability:g} % of the {unit}, new in every epoch; of these 80 % the mask "
+            "token, 10 % a random one, 10 % unchanged"
+        }
+        return rows, [
+            "Loss and perplexity are of masked tokens, with the text on both sides in sight: they compare only with "
+            "those of models that have the same tokenizer and the same share of masks.",
+            f"The results are of one seed and {masked:,} masked tokens; another seed gives somewhat different ones.",
+        ]
 
 
 def add_mask_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings: MlmSettings) -> None:
@@ -63,66 +99,24 @@ def add_mask_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, s
             model.resize_token_embeddings(len(tokenizer), mean_resizing="checkpoint" in settings.model)
 
 
-def masked_windows(
-    name: str, texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, settings: MlmSettings
-) -> Windows:
-    """A split, packed and masked: new masks in every epoch of training, the same ones in every evaluation and run."""
-    pack = Packer(tokenizer, max_length, settings.packing, settings.shortest_window, settings.whole_word)
-    how = {"kind": "masked", "max_length": max_length, "whole_word": settings.whole_word}
-    windows = cut(pack, Window, texts, tokenizer, settings, how)
-    if not windows:
-        raise InputError(f"The {name} data holds no token that could be masked.")
-    masker = Masker.of(tokenizer, settings.mlm_probability)
-    if name == "train":
-        return packed(RemaskedWindows(windows, masker, settings.seed), max_length, settings.packing)
-    return packed(MaskedWindows(windows, masker, settings.split_seed), max_length, settings.packing)
-
-
 @torch.no_grad()
-def start_at_frequencies(settings: MlmSettings, model: PreTrainedModel, windows: Windows) -> None:
-    """Sets the output bias to the logarithm of how often each token occurs, if the settings ask for it.
+def start_at_frequencies(model: PreTrainedModel, windows: Windows) -> None:
+    """Sets the output bias to the logarithm of how often each token occurs.
 
     The loss then begins at that of a guess by frequency, which a small model takes a hundred steps and more to find.
     """
-    if settings.frequency_bias:
-        if "checkpoint" in settings.model:
-            raise InputError("frequency_bias is the start of a new model: leave it out with model.checkpoint.")
-        bias = getattr(model.get_output_embeddings(), "bias", None)
-        if bias is None:
-            raise InputError(f"frequency_bias needs an output bias, and a {model.config.model_type} model has none.")
-        counts = np.full(len(bias), 0.01)  # a token that does not occur is unlikely, but not impossible
-        for index in range(len(windows)):
-            window = windows[index]
-            ids = np.where(window["labels"] == IGNORED, window["input_ids"], window["labels"])
-            counts += np.bincount(ids, minlength=len(bias))
-        bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is None:
+        raise InputError(f"frequency_bias needs an output bias, and a {model.config.model_type} model has none.")
+    counts = np.full(len(bias), 0.01)  # a token that does not occur is unlikely, but not impossible
+    for index in range(len(windows)):
+        window = windows[index]
+        ids = np.where(window["labels"] == IGNORED, window["input_ids"], window["labels"])
+        counts += np.bincount(ids, minlength=len(bias))
+    bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
 
 
-def describe(settings: MlmSettings, metrics: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-    masked, unit = metrics["test"]["masked_tokens"], "words" if settings.whole_word else "tokens"
-    rows = {
-        "masks": f"{100 * settings.mlm_probability:g} % of the {unit}, new in every epoch; of these 80 % the mask "
-        "token, 10 % a random one, 10 % unchanged"
-    }
-    return rows, [
-        "Loss and perplexity are of masked tokens, with the text on both sides in sight: they compare only with "
-        "those of models that have the same tokenizer and the same share of masks.",
-        f"The results are of one seed and {masked:,} masked tokens; another seed gives somewhat different ones.",
-    ]
-
-
-TASK = Task(
-    script="pretrain_mlm.py",
-    settings_class=MlmSettings,
-    auto_class=AutoModelForMaskedLM,
-    task_type="fill-mask",
-    purpose="A masked language model, which can be trained on for other tasks.",
-    load_tokenizer=load_masking_tokenizer,
-    build_model=build_masked_model,
-    make_windows=masked_windows,
-    describe=describe,
-    start=start_at_frequencies,
-)
+TASK = MlmTask()
 run, evaluate_folder = TASK.run, TASK.evaluate_folder
 
 

@@ -3,16 +3,14 @@
 accelerate launch training/recall.py --config configs/mqar/full.yaml [key=value …] [--resume]
 python training/recall.py --evaluate runs/mqar-full [max_length=128]
 
-The tasks are MQAR, copying, induction heads and a needle in real documents; see recall_tasks.py.
+The tasks are MQAR, copying, induction heads and a needle in real documents: see synthetic/recall.py.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import (
     AutoModelForTokenClassification,
     DataCollatorForTokenClassification,
@@ -22,11 +20,11 @@ from transformers import (
 from ..data.texts import TextSettings, load_texts
 from ..engine.building import load_tokenizer
 from ..engine.command_line import command_line
-from ..engine.task import Ready, Scorer, Source, Task
+from ..engine.scoring import TokenScorer
+from ..engine.task import Ready, Source, Task
 from ..settings import InputError, did_you_mean
 from ..synthetic.generated import Examples, Generator, OneOf, generate, word_tokenizer
 from ..synthetic.recall import Copy, Induction, Mqar, Needle
-from .language_models import window_sums
 
 GENERATED = {
     "mqar": "Multi-query associative recall: the value that stood behind a key, where the key stands again.",
@@ -128,19 +126,6 @@ def load_task(settings: RecallSettings) -> Source:
     return Source(tokenizer, answers, examples)
 
 
-class RecallScorer(Scorer):
-    """Loss and accuracy at the positions that ask, each of them counting the same."""
-
-    names = ("accuracy",)
-
-    def judge(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[list[float]]:
-        return [window_sums(*pair).tolist() for pair in zip(outputs.logits, batch["labels"], strict=True)]
-
-    def scores(self, found: list[list[float]]) -> dict[str, float]:
-        loss, right, asked = map(sum, zip(*found, strict=True))
-        return {"loss": loss / asked, "accuracy": right / asked}
-
-
 class RecallTask(Task[RecallSettings]):
     script = "recall.py"
     settings_class = RecallSettings
@@ -148,12 +133,12 @@ class RecallTask(Task[RecallSettings]):
     task_type = "token-classification"
     unit = "sequences"
     collate = DataCollatorForTokenClassification
-    scorer = RecallScorer
+    scorer = TokenScorer  # the labels are at the positions that ask
 
     def load(self, settings: RecallSettings) -> Source:
         return load_task(settings)
 
-    def sizes(self, sizes: list[int], ready: Ready) -> str:
+    def sizes(self, sizes: list[int | str], ready: Ready) -> str:
         return f"{' / '.join(map(str, sizes))} sequences of {ready.max_length} tokens; {len(ready.labels)} answers"
 
     def described(self, settings: RecallSettings, metrics: dict[str, Any], labels: list[str]) -> dict[str, Any]:

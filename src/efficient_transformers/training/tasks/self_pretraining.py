@@ -15,7 +15,6 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -29,9 +28,9 @@ from ..data.packing import IGNORED, NO_WORD, Window, Windows
 from ..engine.checkpoints import writing
 from ..engine.loop import train
 from ..engine.outputs import CHECKPOINTS, write_whole
+from ..engine.scoring import Evaluator, NextTokenScorer, TokenScorer
 from ..engine.sharding import whole_state
 from ..settings import InputError, Settings
-from .language_models import Evaluator
 
 FOLDER, BODY, RECORD = "self-pretraining", "body.safetensors", "record.json"
 
@@ -84,11 +83,6 @@ class NextTokens(Windows):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         ids = self.windows[index].ids.astype(np.int64)
         return {"input_ids": ids, "labels": np.concatenate([[IGNORED], ids[1:]])}
-
-
-class NextTokenEvaluator(Evaluator):
-    def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return logits[:-1], labels[1:]
 
 
 def self_pretrain(
@@ -144,10 +138,9 @@ def learn(
     missing = denoiser.base_model.load_state_dict(model.base_model.state_dict(), strict=False).missing_keys
     assert not missing, missing
     collate = DataCollatorForTokenClassification(tokenizer)
-    evaluator = NextTokenEvaluator if causal else Evaluator
-    validate = evaluator(accelerator, denoised["validation"], collate, settings)  # type: ignore[arg-type]
-    lengths = [len(window.ids) for window in windows["train"]]
-    trained, progress = train(accelerator, settings, denoiser, denoised["train"], lengths, collate, validate)
+    scorer = NextTokenScorer if causal else TokenScorer
+    validate = Evaluator(accelerator, scorer(denoised["validation"], settings), collate, settings.eval_batch_size)
+    trained, progress = train(accelerator, settings, denoiser, denoised["train"], collate, validate)
 
     state = whole_state(accelerator, trained)
     if accelerator.is_main_process:

@@ -20,11 +20,13 @@ from transformers import (
 )
 
 from ..data.excerpts import ends_sentence
+from ..data.features import Features
 from ..data.packing import IGNORED, check_offsets, encoded, overlapping_slices, special_frame
 from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
 from ..engine.command_line import command_line
 from ..engine.metrics import EntityF1
-from ..engine.task import Features, Scorer, Source, Task
+from ..engine.scoring import Scorer
+from ..engine.task import Source, Task
 from ..settings import InputError
 
 CASE_TAGS = ("B-NAME", "I-NAME", "O", "START")

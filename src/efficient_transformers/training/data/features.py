@@ -1,0 +1,32 @@
+"""Encoded examples as a data set."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+
+class Features(Dataset):
+    """Windows as a data set.
+
+    rows: the model's inputs, a mapping for each window.
+    notes: what the evaluation needs of each window besides, such as the index of its document.
+    shared: what the evaluation needs of the split as a whole.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], notes: Sequence[Any] = (), shared: Any = None):
+        self.rows, self.notes, self.shared = rows, notes, shared
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        return {key: value.astype(np.int64) if isinstance(value, np.ndarray) else value for key, value in row.items()}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example, of its longest sequence if it has several."""
+        first = (row["input_ids"] for row in self.rows)
+        return [max(map(len, ids)) if isinstance(ids, list) else len(ids) for ids in first]
