@@ -3,7 +3,7 @@ PYTHON ?= python3
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: train zoo zoo-check pages test test-all test-space lint format
+.PHONY: train zoo zoo-check pages test test-all test-space package lint format
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
@@ -49,6 +49,10 @@ test-all: .venv/installed
 test-space: .venv/installed
 	.venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,space]'
 	.venv/bin/python -m pytest -m space
+
+# Builds the wheel and the sdist, and tries each in an empty environment.
+package:
+	.ci/package
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -14,7 +14,7 @@ from .conversion import convert
 from .models.ops_patterns import AttentionPattern, parse_pattern
 from .registry import VARIANTS, Variant, register_all
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["VARIANTS", "AttentionPattern", "Variant", "convert", "parse_pattern", "register_all"]
 
 register_all()
