@@ -12,7 +12,9 @@ import efficient_transformers
 where = Path(efficient_transformers.__file__)
 if Path(sys.prefix) not in where.parents:
     sys.exit(f"{where} is not inside {sys.prefix}: this is not the installed package.")
-config = AutoConfig.for_model("et_longformer", vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+config = AutoConfig.for_model(
+    "et_longformer", vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2
+)
 model = AutoModelForMaskedLM.from_config(config).eval()
 ids = torch.randint(5, 99, (2, 300))
 with tempfile.TemporaryDirectory() as folder, torch.no_grad():
