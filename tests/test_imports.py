@@ -58,6 +58,24 @@ def test_no_variant_is_forgotten():
     )
 
 
+# --- any_model
+
+ANY_MODEL = MODELS.parent / "any_model"
+ANY_MODEL_TIERS = ["rules", "masks", "attention", "configure"]
+
+
+@pytest.mark.parametrize("stem", ANY_MODEL_TIERS)
+def test_any_model_imports_downwards(stem):
+    """Of the rest of the package only the shipped folder, and the table of sources for a message."""
+    below = {ANY_MODEL / f"{name}.py" for name in ANY_MODEL_TIERS[: ANY_MODEL_TIERS.index(stem)]}
+    allowed = below | set(FILES) | {MODELS.parent / "conversion.py"}
+    assert imported_modules(ANY_MODEL / f"{stem}.py") <= allowed
+
+
+def test_no_file_of_any_model_is_forgotten():
+    assert {path.stem for path in ANY_MODEL.glob("*.py")} == {"__init__", *ANY_MODEL_TIERS}
+
+
 # --- training
 
 PACKAGE = MODELS.parent

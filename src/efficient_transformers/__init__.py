@@ -10,14 +10,16 @@ Importing the package registers every variant with transformers' Auto classes:
 
 from transformers.utils import is_vision_available
 
+from .any_model.configure import register, set_attention
 from .conversion import convert
 from .models.ops_patterns import AttentionPattern, parse_pattern
 from .registry import VARIANTS, Variant, register_all
 
 __version__ = "0.2.0"
-__all__ = ["VARIANTS", "AttentionPattern", "Variant", "convert", "parse_pattern", "register_all"]
+__all__ = ["VARIANTS", "AttentionPattern", "Variant", "convert", "parse_pattern", "register_all", "set_attention"]
 
 register_all()
+register()
 if is_vision_available():
     from .models.base_image_processing import EtImageProcessor
 
