@@ -14,21 +14,22 @@ export TOKENIZERS_PARALLELISM = false
 train: .venv/installed
 	.venv/bin/accelerate launch --config_file configs/accelerate/one_cpu.yaml \
 		--num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN) \
-		training/classify.py --config configs/era/local.yaml resume=true
+		training/train.py --config configs/era.yaml --variant local --resume
 
 # Of every variant a masked language model, a classifier that goes on from it, and a causal model if it has one, each
 # trained and published. Given again it goes on where it was; what is in model_cards is not made again.
 zoo: .venv/installed
 	@set -e; publish() { \
-		test ! -e $$2/README.md || return 0; \
-		.venv/bin/python training/train_all.py --configs $$1; \
-		.venv/bin/python training/publish.py runs/$$(basename $$(dirname $$1))-$$(basename $$1 .yaml) $$2; \
-	}; for config in configs/zoo_mlm/*.yaml; do \
+		test ! -e model_cards/$$2-$$3/README.md || return 0; \
+		.venv/bin/python training/train_all.py --config configs/$$1.yaml --variants $$2; \
+		.venv/bin/python training/publish.py runs/$$1-$$2 model_cards/$$2-$$3; \
+	}; causal=" $$(.venv/bin/python -c 'import efficient_transformers as zoo; \
+		print(*(name for name, variant in zoo.VARIANTS.items() if variant.causal))') "; \
+	for config in configs/variants/*.yaml; do \
 		variant=$$(basename $$config .yaml); \
-		test $$variant != base || continue; \
-		publish $$config model_cards/$$variant-mlm; \
-		publish configs/zoo_era/$$variant.yaml model_cards/$$variant-era; \
-		test ! -e configs/zoo_clm/$$variant.yaml || publish configs/zoo_clm/$$variant.yaml model_cards/$$variant-clm; \
+		publish zoo_mlm $$variant mlm; \
+		publish zoo_era $$variant era; \
+		case "$$causal" in *" $$variant "*) publish zoo_clm $$variant clm;; esac; \
 	done
 
 # Exports every folder of model_cards, opens it without the package, and compares it with what its card says.

@@ -399,7 +399,7 @@ def read_quality(runs: Path | None, task: str | None, metric: str) -> tuple[dict
     """Mean of a test metric over the finished runs of each variant, by slug, and the longest length of any.
 
     Of several lengths of a variant the longest counts. `runs` is a folder of runs, or a file in which
-    training/report.py keeps them; `task` is a folder of configs.
+    training/report.py keeps them; `task` is the name of a file in configs.
     """
     if runs is None:
         return {}, 0
@@ -475,7 +475,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--budget", type=float, default=60, help="seconds a length may take beyond its three rounds")
     parser.add_argument("--runs", type=Path, help="for the plot of quality: a folder of runs, or docs/results.json")
-    parser.add_argument("--task", help="their folder of configs, e.g. zoo_era (default: all are of one)")
+    parser.add_argument("--task", help="their file in configs, e.g. zoo_era (default: all are of one)")
     parser.add_argument("--metric", default="accuracy", help="of their test split")
     parser.add_argument("--quick", action="store_true", help="64 and 128 tokens, three rounds")
     parser.add_argument("--out", type=Path, required=True, help="write <out>.json, <out>.md and pictures beside them")

@@ -16,16 +16,15 @@ import transformers
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from training_runs import ROOT, reset_accelerate, write_rows
+from training_runs import ROOT, composed, each_variant_of, reset_accelerate, write_rows
 
 from efficient_transformers import VARIANTS
 from efficient_transformers.cards import costs_of, description_of, loading_code, measured
 from efficient_transformers.cli import main
 from efficient_transformers.exporting import code_version, export, public_files
 from efficient_transformers.publishing import missing_for_push
-from efficient_transformers.training.runs import check_published, publish
-from efficient_transformers.training.settings import InputError, merge, read_yaml
-from efficient_transformers.training.tasks import classify, pretrain_mlm
+from efficient_transformers.training.runs import check_published, publish, train
+from efficient_transformers.training.settings import InputError
 
 TINY = {
     "tokenizer": "data/tokenizer",
@@ -47,17 +46,15 @@ TINY = {
     "eval_steps": 12,
     "tracker": "none",
 }
-ZOO = {task: sorted((ROOT / "configs" / task).glob("*.yaml")) for task in ("zoo_mlm", "zoo_era", "zoo_clm")}
 
 
-def train(task, script, folder, **values):
-    """A run of a config in a folder with the name of the zoo's, by which publish.py knows the script."""
-    path = folder / task / "local.yaml"
-    path.parent.mkdir()
-    out = folder / f"{task}-local"
+def trained(name, folder, **values):
+    """A run of a config with the name of the zoo's."""
+    path = folder / f"{name}.yaml"
+    out = folder / f"{name}-local"
     path.write_text(yaml.safe_dump({**TINY, "out": str(out), **values}))
     with redirect_stdout(StringIO()):
-        script.main(["--config", str(path)])
+        train.main(["--config", str(path), "--variant", "local"])
     reset_accelerate()
     return out
 
@@ -69,10 +66,17 @@ def published(tmp_path_factory):
     rows = [{"text": f"we are at {('peace ', 'war ')[i % 2] * (1 + i % 7)}", "era": "ab"[i % 2]} for i in range(60)]
     data = str(write_rows(folder / "documents.jsonl", rows))
     zoo = folder / "model_cards"
-    texts = {"data": data, "more_data": [data], "frequency_bias": True}
-    publish.publish(train("zoo_mlm", pretrain_mlm, folder, **texts), zoo / "local-mlm")
+    texts = {
+        "data": data,
+        "more_data": [data],
+        "frequency_bias": True,
+        "variants": {"local": {"model": {"window_size": 5}}},
+    }
+    publish.publish(trained("zoo_mlm", folder, task="pretrain_mlm", **texts), zoo / "local-mlm")
     model = {"checkpoint": str(zoo / "local-mlm"), "standardize_pooled": True}
-    publish.publish(train("zoo_era", classify, folder, data=data, label_column="era", model=model), zoo / "local-era")
+    publish.publish(
+        trained("zoo_era", folder, task="classify", data=data, label_column="era", model=model), zoo / "local-era"
+    )
     reset_accelerate()
     return folder / "model_cards" / "local-era"
 
@@ -117,7 +121,7 @@ def test_the_card_says_what_was_measured(published):
         "(pattern.png)",
         "| 24 | ",
         "| seed | 0 |",
-        "training/classify.py --config",
+        "training/train.py --config",
         "| initialised from | et-local-mlm |",
     ):
         assert text in card.text
@@ -261,15 +265,16 @@ def test_the_card_s_code_runs_as_it_stands(published, tmp_path):
     assert done.stdout.strip() in ("a", "b"), done.stderr[-2000:]
 
 
-def test_only_finished_runs_of_known_scripts_are_published(published, tmp_path):
+def test_only_finished_runs_of_known_tasks_are_published(published, tmp_path):
     with pytest.raises(InputError, match="is the run itself"):
         publish.publish(published, published)
     with pytest.raises(InputError, match="holds no finished run"):
         publish.publish(tmp_path, tmp_path / "out")
     metrics = json.loads((published / "metrics.json").read_text())
     metrics["settings"]["config"] = "mqar/local"
+    del metrics["settings"]["task"]  # as in older runs
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(InputError, match=r"was trained by recall.py; what can be published"):
+    with pytest.raises(InputError, match=r"is of the task recall; what can be published"):
         publish.publish(tmp_path, tmp_path / "out")
 
 
@@ -355,22 +360,22 @@ def test_what_training_keeps_for_itself_is_not_pushed(published, tmp_path):
 # --- the zoo's configs
 
 
-@pytest.mark.parametrize("task", ["zoo_mlm", "zoo_clm"])
-def test_the_zoo_s_models_are_of_one_size(task):
-    auto_class = transformers.AutoModelForMaskedLM if task == "zoo_mlm" else transformers.AutoModelForCausalLM
-    base = read_yaml(ROOT / "configs" / task / "base.yaml")
-    for path in ZOO[task]:
-        if path.stem != "base":
-            fields = dict(merge(base, read_yaml(path))["model"])
-            config = transformers.AutoConfig.for_model(fields.pop("model_type"), vocab_size=4096, **fields)
-            with torch.device("meta"):
-                model = auto_class.from_config(config)
-            # what a variant owns beside its projections may be as much as half of the rest, and in bfloat16 3.2 MB
-            assert 1.2e6 < sum(p.numel() for p in model.parameters()) < 2.5e6, path
+@each_variant_of("zoo_mlm", "zoo_clm")
+def test_the_zoo_s_models_are_of_one_size(task, variant):
+    task, settings = composed(task, variant)
+    fields = dict(settings.model)
+    config = transformers.AutoConfig.for_model(fields.pop("model_type"), vocab_size=4096, **fields)
+    with torch.device("meta"):
+        model = task.auto_class.from_config(config)
+    # what a variant owns beside its projections may be as much as half of the rest, and in bfloat16 3.2 MB
+    assert 1.2e6 < sum(p.numel() for p in model.parameters()) < 2.5e6
 
 
-def test_a_classifier_goes_on_from_the_masked_model_of_its_variant():
-    for path in ZOO["zoo_era"]:
-        if path.stem != "base":
-            assert read_yaml(path)["model"]["checkpoint"] == f"model_cards/{path.stem}-mlm"
+@each_variant_of("zoo_era")
+def test_a_classifier_starts_from_the_masked_model_of_its_variant(task, variant):
+    _, settings = composed(task, variant)
+    assert settings.model == {"checkpoint": f"model_cards/{variant}-mlm", "standardize_pooled": True}
+
+
+def test_the_books_are_small_enough_for_the_repository():
     assert Path(ROOT / "data" / "books.parquet").stat().st_size < 4_000_000

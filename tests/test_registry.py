@@ -135,19 +135,3 @@ def test_a_montage_has_a_tile_for_any_number_of_variants(count):
     firsts = [(variant, plots.read_matrices(plots.drawn_model(variant.slug, 12), ids)) for variant in rows]
     figure = plots.montage(firsts)
     assert [axes.get_title().replace("\n", " ") for axes in figure.axes if axes.images] == [v.title for v in rows]
-
-
-# comparisons ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_variant_is_in_all_comparisons_or_in_none():
-    """A comparison is a folder of configs with most of the variants. One that leaves out a few compares nothing."""
-    stems: dict[str, set[str]] = {}
-    for path in (ROOT / "configs").glob("*/*.yaml"):
-        stems.setdefault(path.parent.name, set()).add(path.stem)
-    comparisons = {folder: names & VARIANTS.keys() for folder, names in stems.items() if len(names) > len(VARIANTS) / 2}
-    assert comparisons.keys() >= {"clm", "copy", "era", "listops", "mlm", "mqar", "zoo_clm", "zoo_era", "zoo_mlm"}
-    compared = {"full"}.union(*comparisons.values())
-    for folder, names in comparisons.items():
-        expected = {slug for slug in compared if VARIANTS[slug].causal or not folder.endswith("clm")}
-        assert names == expected, f"configs/{folder} must have all compared variants: {sorted(compared)}"

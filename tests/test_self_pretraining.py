@@ -72,12 +72,12 @@ def test_both_trainings_are_reported(finished):
 
 def test_training_starts_from_the_body_that_was_learnt(config, tmp_path):
     # no weight moves by more than its rounding
-    run(config, "learning_rate=1e-12")
+    run(config, "--learning_rate=1e-12")
     body, saved = body_of(tmp_path / "out"), load_file(tmp_path / "out/model.safetensors")
     for name, value in body.items():
         torch.testing.assert_close(saved[f"model.{name}"], value, rtol=0, atol=1e-9)
     reset_accelerate()
-    run(config, "learning_rate=1e-12", "self_pretrain_steps=null", "overwrite=true")
+    run(config, "--learning_rate=1e-12", "--self_pretrain_steps=null", "--overwrite=true")
     untaught = load_file(tmp_path / "out/model.safetensors")
     moved = {name for name in body if (untaught[f"model.{name}"] - body[name]).abs().max() > 1e-3}
     assert {"embeddings.word_embeddings.weight"} < moved
@@ -95,7 +95,7 @@ def test_head_learning_rate_is_of_what_was_not_learnt(monkeypatch, config):
         return optimizer
 
     monkeypatch.setattr(loop, "make_optimizer", make_optimizer)
-    run(config, "head_learning_rate=0.5", "self_pretrain_steps=2", "max_steps=2")
+    run(config, "--head_learning_rate=0.5", "--self_pretrain_steps=2", "--max_steps=2")
     assert {name for name, rate in rates.items() if rate == 0.5} >= {"classifier.weight", "classifier.bias"}
     assert not any("layers" in name or "embeddings" in name for name, rate in rates.items() if rate == 0.5)
 
@@ -123,7 +123,7 @@ def test_a_killed_run_ends_as_one_never_stopped(monkeypatch, finished, config, t
     torch.manual_seed(1)
     if when > 12:
         monkeypatch.setattr(self_pretraining, "learn", lambda *arguments: pytest.fail("learnt again"))
-    run(config, "resume=true")
+    run(config, "--resume=true")
     assert_same_run(tmp_path / "out", finished[0], "step-000000012")
     assert (
         read_metrics(tmp_path / "out")["self_pretraining"]["history"]
@@ -132,7 +132,7 @@ def test_a_killed_run_ends_as_one_never_stopped(monkeypatch, finished, config, t
 
 
 def test_a_decoder_predicts_the_next_token(config):
-    found = run(config, "model.is_decoder=true", "self_pretrain_steps=null", "self_pretrain_epochs=1")
+    found = run(config, "--model.is_decoder=true", "--self_pretrain_steps=null", "--self_pretrain_epochs=1")
     assert found["self_pretraining"]["objective"] == "causal"
     assert found["self_pretraining"]["steps"] == 6
     assert "mask_share" not in found["self_pretraining"]
@@ -155,9 +155,9 @@ def test_special_tokens_are_not_denoised():
 
 
 BAD = {
-    "share": ("self_pretrain_mask_share=1", r"self_pretrain_mask_share \(1.0\) must lie between 0 and 1"),
-    "epochs": ("self_pretrain_epochs=0", r"self_pretrain_epochs \(0\) must be at least 1; leave it out"),
-    "rate": ("self_pretrain_learning_rate=0", r"self_pretrain_learning_rate \(0.0\) must be positive"),
+    "share": ("--self_pretrain_mask_share=1", r"self_pretrain_mask_share \(1.0\) must lie between 0 and 1"),
+    "epochs": ("--self_pretrain_epochs=0", r"self_pretrain_epochs \(0\) must be at least 1; leave it out"),
+    "rate": ("--self_pretrain_learning_rate=0", r"self_pretrain_learning_rate \(0.0\) must be positive"),
 }
 
 
@@ -172,4 +172,4 @@ def test_a_tokenizer_without_a_mask_is_refused(config, tmp_path):
     tokenizer.mask_token = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(InputError, match="needs a mask token, and the tokenizer has none"):
-        run(config, f"tokenizer={tmp_path / 'tokenizer'}")
+        run(config, f"--tokenizer={tmp_path / 'tokenizer'}")

@@ -65,7 +65,7 @@ def settings_of(corpus, **values):
 @pytest.mark.parametrize(("script", "settings_class", "packing"), SCRIPTS.values(), ids=SCRIPTS)
 def test_a_streamed_run_goes_on_where_it_was_killed(monkeypatch, corpus, tmp_path, script, settings_class, packing):
     def run(config, *overrides):
-        return script.run(settings_class.from_yaml(config, [f"packing={packing}", *overrides]))
+        return script.run(settings_class.from_yaml(config, [f"--packing={packing}", *overrides]))
 
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()

@@ -16,7 +16,14 @@ import yaml
 from accelerate.state import AcceleratorState
 from huggingface_hub import EvalResult, ModelCard
 from safetensors.torch import load_file
-from training_runs import TINY, assert_same_run, reset_accelerate, write_labelled
+from training_runs import (
+    TINY,
+    assert_same_run,
+    composed,
+    each_variant_of,
+    reset_accelerate,
+    write_labelled,
+)
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from efficient_transformers.cards import loading_code, model_card
@@ -26,16 +33,12 @@ from efficient_transformers.training.engine.building import build_config, build_
 from efficient_transformers.training.engine.checkpoints import PARTIAL, Checkpoints, Progress, files_of, seal
 from efficient_transformers.training.engine.loop import make_optimizer
 from efficient_transformers.training.engine.outputs import differences
-from efficient_transformers.training.runs import bag_of_words, running, seeds
+from efficient_transformers.training.runs import bag_of_words, running, seeds, train
 from efficient_transformers.training.settings import InputError
 from efficient_transformers.training.tasks import classify
 from efficient_transformers.training.tasks.classify import ClassifySettings
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
-VARIANTS = [path for path in CONFIGS if path.parent.name in ("era", "arxiv", "imdb") and path.stem != "base"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,7 @@ def finished(tmp_path_factory, corpus):
     """The folder of a run that was never stopped, and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
     with redirect_stdout(io.StringIO()) as printed:
-        classify.main(["--config", str(write_config(folder, corpus, tracker="tensorboard"))])
+        train.main(["--config", str(write_config(folder, corpus, tracker="tensorboard"))])
     reset_accelerate()
     return folder / "out", printed.getvalue()
 
@@ -72,130 +75,17 @@ def test_a_bag_of_words_reads_what_the_model_would(config, capsys):
     scores = json.loads(capsys.readouterr().out)
     assert {name: split["accuracy"] for name, split in scores.items()} == dict.fromkeys(scores, 1.0)
     assert sum(split["n"] for split in scores.values()) == 60
-    bag_of_words.main(["--config", str(config), "max_length=5"])  # [CLS], "we are at", [SEP]
+    bag_of_words.main(["--config", str(config), "--max_length=5"])  # [CLS], "we are at", [SEP]
     assert json.loads(capsys.readouterr().out)["train"]["accuracy"] < 0.7
 
 
-# --- settings
+# --- settings that need a model
 
 
-def settings_of(tmp_path, text, *overrides, base=None):
-    if base is not None:
-        (tmp_path / "base.yaml").write_text(base)
-    (tmp_path / "variant.yaml").write_text(text)
-    return ClassifySettings.from_yaml(tmp_path / "variant.yaml", overrides)
-
-
-MODEL = "model: {model_type: bert}\n"
-
-
-def test_the_variant_holds_only_what_differs(tmp_path):
-    base = "data: era\nepochs: 7\nmodel: {hidden_size: 8, num_hidden_layers: 2}\n"
-    settings = settings_of(tmp_path, "model: {model_type: bert, hidden_size: 16}\nseed: 3\n", base=base)
-    assert (settings.data, settings.epochs, settings.seed) == ("era", 7, 3)
-    assert settings.model == {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 2}
-    assert settings.out == f"runs/{tmp_path.name}-variant"
-
-
-def test_a_checkpoint_does_not_inherit_the_fields_of_a_new_model(tmp_path):
-    base = "data: era\nmodel: {model_type: bert, hidden_size: 8}\n"
-    assert settings_of(tmp_path, "model: {checkpoint: folder}\n", base=base).model == {"checkpoint": "folder"}
-    assert settings_of(tmp_path, "", "model.checkpoint=x", "model.hidden_dropout_prob=0", base=base).model == {
-        "checkpoint": "x",
-        "hidden_dropout_prob": 0,
-    }
-
-
-def test_overrides_win(tmp_path):
-    overrides = ("seed=1", "learning_rate=3e-4", "model.num_hidden_layers=5", "model.x=[a, b]", "sort_by_length=false")
-    settings = settings_of(tmp_path, "data: era\nseed: 9\n" + MODEL, *overrides)
-    assert (settings.seed, settings.learning_rate, settings.sort_by_length) == (1, 3e-4, False)
-    assert settings.model == {"model_type": "bert", "num_hidden_layers": 5, "x": ["a", "b"]}
-
-
-def test_what_yaml_takes_for_text_is_still_a_number(tmp_path):
-    settings = settings_of(
-        tmp_path, "data: era\nlearning_rate: 3e-4\nmodel: {model_type: bert, layer_norm_eps: 1e-6}\n"
-    )
-    assert settings.learning_rate == 3e-4
-    assert settings.model["layer_norm_eps"] == 1e-6
-
-
-def test_settings_survive_their_yaml(tmp_path):
-    settings = settings_of(tmp_path, "data: era\nextra_metrics: [mcc]\n" + MODEL)
-    assert settings_of(tmp_path, settings.to_yaml()) == settings
-
-
-BAD_SETTINGS = {
-    "unknown": ("sede: 1", "There is no setting 'sede'; did you mean 'seed'?"),
-    "nothing near": ("xyzzy: 1", "There is no setting 'xyzzy'; known are data, "),
-    "type": ("epochs: many", "epochs ('many') must be int, not str."),
-    "float for int": ("batch_size: 1.5", "batch_size (1.5) must be int, not float."),
-    "bool for int": ("seed: true", "seed (True) must be int, not bool."),
-    "int for bool": ("resume: 1", "resume (1) must be bool, not int."),
-    "text for float": ("learning_rate: fast", "learning_rate ('fast') must be float, not str."),
-    "choice": ("schedule: lineal", "schedule ('lineal') must be one of linear, cosine, constant."),
-    "list": ("extra_metrics: mcc", "extra_metrics ('mcc') must be a list"),
-    "section": ("model: bert", "model ('bert') must be a section"),
-    "zero": ("batch_size: 0", "batch_size (0) must be at least 1."),
-    "share": ("warmup_ratio: 5", "warmup_ratio (5.0) must lie between 0 and 1"),
-    "rate": ("learning_rate: 0", "learning_rate (0.0) must be positive."),
-    "both": ("resume: true\noverwrite: true", "resume and overwrite contradict each other"),
-    "two models": ("model: {model_type: bert, checkpoint: x}", "model must name either model_type"),
-    "no model": ("model: {}", "model must name either model_type"),
-    "no data": ("data: null", "data (None) must be str"),
-    "window": ("window_length: 100\nmax_length: 101", "max_length (101) must not exceed window_length (100)"),
-    "not YAML": ("a: [", "cannot be read as YAML"),
-    "no mapping": ("- a", "must hold `key: value` lines, not a list."),
-}
-
-
-@pytest.mark.parametrize(("text", "message"), BAD_SETTINGS.values(), ids=BAD_SETTINGS)
-def test_bad_settings_are_refused(tmp_path, text, message):
-    with pytest.raises(InputError) as error:
-        settings_of(tmp_path, text, base="data: era\n" + MODEL if "model" not in text else "data: era\n")
-    assert message in str(error.value)
-
-
-def test_settings_need_data(tmp_path):
-    with pytest.raises(InputError, match="The setting 'data' is missing"):
-        settings_of(tmp_path, MODEL)
-
-
-@pytest.mark.parametrize("override", ["seed", "=1", "seed 1"])
-def test_an_override_needs_its_form(tmp_path, override):
-    with pytest.raises(InputError, match=f"The override '{override}' must have the form key=value"):
-        settings_of(tmp_path, "data: era\n" + MODEL, override)
-
-
-def test_the_bare_word_no_is_no_truth_value(tmp_path):
-    assert settings_of(tmp_path, "data: era\n" + MODEL, "mixed_precision=no").mixed_precision == "no"
-
-
-def test_a_missing_yaml_says_what_is_there(tmp_path):
-    (tmp_path / "local.yaml").write_text(MODEL)
-    with pytest.raises(InputError, match=r"There is no settings file .*locla.yaml; beside it are local.yaml"):
-        ClassifySettings.from_yaml(tmp_path / "locla.yaml")
-
-
-def test_there_are_configs_to_test():
-    assert {path.stem for path in VARIANTS} >= {"full", "local", "stride", "global", "mixed"}
-    # a folder of another task needs a test of its own
-    assert {path.parent.name for path in CONFIGS} == {
-        "accelerate", "arxiv", "case", "clm", "copy", "era", "facts", "govreport", "image", "image_small", "imdb",
-        "induction", "listops", "listops_short", "mlm", "mqar", "needle", "next", "patches", "pathfinder",
-        "pathfinder_small", "pg19", "pixels", "president", "pubmed", "text",
-        "zoo_clm", "zoo_era", "zoo_mlm",
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("path", VARIANTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_config_builds_a_tiny_model(path, finished):
-    settings = ClassifySettings.from_yaml(path)
-    if "checkpoint" in settings.model:
-        settings.model["checkpoint"] = str(finished[0])  # stands in for one that is not there
-    else:
-        settings.model |= {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
+@each_variant_of("era", "arxiv", "imdb")
+def test_every_config_builds_a_tiny_model(task, variant):
+    _, settings = composed(task, variant)
+    settings.model |= {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
     tokenizer = load_tokenizer(settings)
     config = build_config(settings, tokenizer, id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})
     model = build_model(settings, config, AutoModelForSequenceClassification)
@@ -203,8 +93,14 @@ def test_every_config_builds_a_tiny_model(path, finished):
     logits = model(**tokenizer([text, "b"], padding=True, return_tensors="pt")).logits
     assert logits.shape == (2, 3)
     assert logits.isfinite().all()
-    fields = {key: value for key, value in settings.model.items() if key != "checkpoint"}
-    assert {key: getattr(config, key) for key in fields} == fields
+    assert {key: getattr(config, key) for key in settings.model} == settings.model
+
+
+@pytest.mark.parametrize(("task", "variant"), [("era", "minilm"), ("zoo_era", "local")])
+def test_configs_that_start_from_a_checkpoint_open_one(task, variant, finished):
+    _, settings = composed(task, variant, f"--model.checkpoint={finished[0]}", "--tokenizer=null")
+    config = build_config(settings, load_tokenizer(settings))
+    assert build_model(settings, config, AutoModelForSequenceClassification).config.hidden_size == 16
 
 
 def test_weights_that_a_checkpoint_does_not_bring_may_have_a_rate_of_their_own(finished, tmp_path):
@@ -328,18 +224,13 @@ def test_a_finished_run_is_evaluated_at_any_length(finished, capsys):
     found = json.loads((folder / "metrics.json").read_text())
     assert classify.evaluate_folder(folder, []) == pytest.approx(found["test"], rel=1e-6)
     # [CLS] we are at [SEP]: what tells the classes apart is cut off
-    cut = classify.evaluate_folder(folder, ["max_length=5"])
+    cut = classify.evaluate_folder(folder, ["--max_length=5"])
     assert (cut["accuracy"], cut["n"]) == (pytest.approx(4 / 9, abs=0.12), 9)
-
-
-def test_a_folder_without_a_run_is_not_evaluated(tmp_path):
-    with pytest.raises(SystemExit, match=r"error: .* holds no finished run: it has no metrics.json"):
-        classify.main(["--evaluate", str(tmp_path)])
 
 
 def test_a_finished_run_goes_on_as_a_checkpoint(finished, config):
     folder, _ = finished
-    found = run(config, f"model.checkpoint={folder}", "max_steps=1", "eval_steps=1", "learning_rate=1e-9")
+    found = run(config, f"--model.checkpoint={folder}", "--max_steps=1", "--eval_steps=1", "--learning_rate=1e-9")
     assert found["history"][0]["accuracy"] == 1.0
 
 
@@ -360,7 +251,7 @@ def scripted(monkeypatch, accuracies):
 
 def test_the_best_weights_are_saved_and_patience_ends_training(monkeypatch, config, tmp_path):
     seen = scripted(monkeypatch, [0.5, 0.9, 0.9, 0.7, 0.1])  # the last one is the test split's
-    found = run(config, "eval_steps=1", "patience=2")
+    found = run(config, "--eval_steps=1", "--patience=2")
     assert (found["training"]["steps"], found["validation"]["step"]) == (4, 2)
     saved = load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(saved[name], seen[1][name]) for name in saved)
@@ -372,20 +263,20 @@ def test_a_lower_loss_is_better(monkeypatch, config):
     losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 2.0, 0.0])
     scores = task.Evaluator.__call__
     monkeypatch.setattr(task.Evaluator, "__call__", lambda *a: {**scores(*a), "loss": next(losses)})
-    assert run(config, "eval_steps=4", "best_metric=loss")["validation"]["step"] == 8
+    assert run(config, "--eval_steps=4", "--best_metric=loss")["validation"]["step"] == 8
 
 
 def test_the_newest_checkpoints_are_kept_or_none(config, tmp_path):
-    run(config, "checkpoint_steps=2", "keep_checkpoints=3")
+    run(config, "--checkpoint_steps=2", "--keep_checkpoints=3")
     kept = sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir())
     assert kept == ["best.safetensors", "step-000000020", "step-000000022", "step-000000024"]
     AcceleratorState._reset_state(reset_partial_state=True)
-    run(config, "overwrite=true", "keep_checkpoints_at_end=false")
+    run(config, "--overwrite=true", "--keep_checkpoints_at_end=false")
     assert not (tmp_path / "out/checkpoints").exists()
 
 
 def test_accumulated_batches_make_the_same_steps(config, tmp_path):
-    found = run(config, "gradient_accumulation=5", "epochs=3", "eval_steps=null")
+    found = run(config, "--gradient_accumulation=5", "--epochs=3", "--eval_steps=null")
     # 42 documents are 11 batches, which make 3 steps; evaluated after each epoch
     assert [entry["step"] for entry in found["history"]] == [3, 6, 9]
 
@@ -420,9 +311,9 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(finished, config, tmp
     code = f"""
 import os, pathlib, signal
 from efficient_transformers.training.engine import loop
-from efficient_transformers.training.tasks import classify
+from efficient_transformers.training.runs import train
 {KILLED[when]}
-classify.main(["--config", {str(config)!r}])
+train.main(["--config", {str(config)!r}])
 """
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -434,7 +325,7 @@ classify.main(["--config", {str(config)!r}])
         assert left == ["step-000000003", f"step-000000006{PARTIAL}"]
     assert not (tmp_path / "out/metrics.json").exists()
 
-    run(config, "resume=true")
+    run(config, "--resume=true")
     assert not list((tmp_path / "out/checkpoints").glob(f"*{PARTIAL}"))
     assert_same_run(tmp_path / "out", finished[0])
 
@@ -451,33 +342,33 @@ def test_sigterm_saves_and_says_how_to_go_on(monkeypatch, capsys, finished, conf
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(loop, "record_step", record_step)
     with pytest.raises(SystemExit) as stopped:
-        classify.main(["--config", str(config), "keep_checkpoints=3"])
+        train.main(["--config", str(config), "--keep_checkpoints=3"])
     assert stopped.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
-    assert f"--config {config} keep_checkpoints=3 --resume" in capsys.readouterr().out
+    assert f"--config {config} --keep_checkpoints=3 --resume" in capsys.readouterr().out
     assert (tmp_path / f"out/checkpoints/step-{step:09d}/progress.json").exists()
 
     monkeypatch.setattr(loop, "record_step", original)
     AcceleratorState._reset_state(reset_partial_state=True)
-    classify.main(["--config", str(config), "--resume"])
+    train.main(["--config", str(config), "--resume"])
     assert f"Continuing after step {step} of 24" in capsys.readouterr().out
     assert_same_run(tmp_path / "out", finished[0])
 
 
 def test_a_run_with_nothing_saved_yet_begins_anew(finished, config, tmp_path):
-    run(config, "resume=true")
+    run(config, "--resume=true")
     assert_same_run(tmp_path / "out", finished[0])
 
 
 def test_a_finished_run_is_not_repeated(monkeypatch, finished):
     monkeypatch.setattr(task, "train", lambda *arguments: pytest.fail("trained again"))
     folder, _ = finished
-    assert run(folder.parent / "tiny.yaml", "resume=true") == json.loads((folder / "metrics.json").read_text())
+    assert run(folder.parent / "tiny.yaml", "--resume=true") == json.loads((folder / "metrics.json").read_text())
 
 
 def test_a_run_is_not_continued_with_other_settings(finished):
     with pytest.raises(InputError, match=r"other settings \(learning_rate: 0.03 → 0.5; seed: 0 → 1\)"):
-        run(finished[0].parent / "tiny.yaml", "resume=true", "seed=1", "learning_rate=0.5")
+        run(finished[0].parent / "tiny.yaml", "--resume=true", "--seed=1", "--learning_rate=0.5")
 
 
 def test_a_run_is_continued_by_code_with_a_new_setting(finished, tmp_path):
@@ -486,7 +377,7 @@ def test_a_run_is_continued_by_code_with_a_new_setting(finished, tmp_path):
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(then))
     config = finished[0].parent / "tiny.yaml"
     assert differences(tmp_path, ClassifySettings.from_yaml(config)) == []
-    asked = ClassifySettings.from_yaml(config, ["eval_first=true"])
+    asked = ClassifySettings.from_yaml(config, ["--eval_first=true"])
     assert differences(tmp_path, asked) == ["eval_first: False → True"]
 
 
@@ -510,12 +401,12 @@ def test_a_run_is_not_continued_by_other_processes(tmp_path):
 def test_an_output_folder_with_a_run_is_not_written_over(finished):
     folder, _ = finished
     before = (folder / "metrics.json").read_bytes()
-    with pytest.raises(SystemExit, match=r"error: The output folder .* is not empty, it holds a run: resume=true"):
-        classify.main(["--config", str(folder.parent / "tiny.yaml")])
+    with pytest.raises(SystemExit, match=r"error: The output folder .* is not empty, it holds a run: --resume"):
+        train.main(["--config", str(folder.parent / "tiny.yaml")])
     assert (folder / "metrics.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("override", ["overwrite=true", "resume=true", "seed=0"])
+@pytest.mark.parametrize("override", ["--overwrite=true", "--resume=true", "--seed=0"])
 def test_a_folder_of_something_else_is_left_alone(config, tmp_path, override):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.tex").write_text("precious")
@@ -527,7 +418,7 @@ def test_a_folder_of_something_else_is_left_alone(config, tmp_path, override):
 def test_a_folder_that_cannot_be_written_is_refused(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"The folder .*file/out cannot be written \(Not a directory\)"):
-        run(config, f"out={tmp_path / 'file/out'}")
+        run(config, f"--out={tmp_path / 'file/out'}")
 
 
 def test_a_run_that_cannot_start_deletes_nothing_and_leaves_nothing(monkeypatch, finished, config, tmp_path):
@@ -535,21 +426,21 @@ def test_a_run_that_cannot_start_deletes_nothing_and_leaves_nothing(monkeypatch,
     for overwritten in (folder, tmp_path / "out"):
         before = sorted(overwritten.rglob("*"))
         with pytest.raises(InputError, match=r"There is no file missing.jsonl"):
-            run(config, "overwrite=true", "data=missing.jsonl", f"out={overwritten}")
+            run(config, "--overwrite=true", "--data=missing.jsonl", f"--out={overwritten}")
         assert sorted(overwritten.rglob("*")) == before
 
 
 BAD_RUNS = {
-    "length": (["max_length=65"], r"max_length \(65\) must not exceed the model's max_position_embeddings \(64\)"),
-    "field": (["model.hiden_size=4"], "EtLocalConfig has no field 'hiden_size'; did you mean 'hidden_size'"),
-    "type": (["model.model_type=brt"], "The model section cannot be used: .*brt"),
-    "size": (["model.hidden_size=wide"], "The model section cannot be used: .*hidden_size"),
-    "vocabulary": (["model.vocab_size=100"], r"vocab_size \(100\) must be at least the tokenizer's size \(4096\)"),
-    "no tokenizer": (["tokenizer=null"], "A new model needs a tokenizer"),
-    "tokenizer": (["tokenizer=missing/folder"], "The tokenizer 'missing/folder' cannot be loaded"),
-    "checkpoint": (["model.checkpoint=missing/folder"], "The checkpoint 'missing/folder' cannot be loaded"),
-    "metric": (["best_metric=acuracy"], r"best_metric \('acuracy'\) must be one of loss, accuracy, macro_f1"),
-    "column": (["label_column=kind"], "no column 'kind'; there are: label, text"),
+    "length": (["--max_length=65"], r"max_length \(65\) must not exceed the model's max_position_embeddings \(64\)"),
+    "field": (["--model.hiden_size=4"], "EtLocalConfig has no field 'hiden_size'; did you mean 'hidden_size'"),
+    "type": (["--model.model_type=brt"], "The model section cannot be used: .*brt"),
+    "size": (["--model.hidden_size=wide"], "The model section cannot be used: .*hidden_size"),
+    "vocabulary": (["--model.vocab_size=100"], r"vocab_size \(100\) must be at least the tokenizer's size \(4096\)"),
+    "no tokenizer": (["--tokenizer=null"], "A new model needs a tokenizer"),
+    "tokenizer": (["--tokenizer=missing/folder"], "The tokenizer 'missing/folder' cannot be loaded"),
+    "checkpoint": (["--model.checkpoint=missing/folder"], "The checkpoint 'missing/folder' cannot be loaded"),
+    "metric": (["--best_metric=acuracy"], r"best_metric \('acuracy'\) must be one of loss, accuracy, macro_f1"),
+    "column": (["--label_column=kind"], "no column 'kind'; there are: label, text"),
 }
 
 
@@ -563,7 +454,7 @@ def test_bad_runs_are_refused_before_training(monkeypatch, config, tmp_path, ove
 
 def test_a_loss_that_is_not_finite_names_the_step(config, tmp_path):
     with pytest.raises(InputError, match=r"The loss of step 2 is nan: training has diverged.*lower learning_rate"):
-        run(config, "learning_rate=1e30", "warmup_ratio=0", "checkpoint_steps=1")
+        run(config, "--learning_rate=1e30", "--warmup_ratio=0", "--checkpoint_steps=1")
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-000000001"]
 
 
@@ -573,12 +464,12 @@ def test_a_loss_that_is_not_finite_names_the_step(config, tmp_path):
 def test_seeds_compares_lengths_and_repeats_nothing(monkeypatch, capsys, config, tmp_path):
     def in_this_process(command):
         AcceleratorState._reset_state(reset_partial_state=True)
-        classify.main(command[2:])
+        train.main(command[2:])
         return 0
 
     monkeypatch.setattr(running, "launch", in_this_process)
     arguments = ["--config", str(config), "--seeds", "0", "1", "--max-lengths", "24", "5", "--out", str(tmp_path / "s")]
-    seeds.main([*arguments, "epochs=1"])
+    seeds.main([*arguments, "--epochs=1"])
     table = (tmp_path / "s/table.md").read_text()
     assert table in capsys.readouterr().out
     rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ")][2:]
@@ -589,9 +480,9 @@ def test_seeds_compares_lengths_and_repeats_nothing(monkeypatch, capsys, config,
         assert row[1].strip() == seeds.spread(found)
 
     monkeypatch.setattr(running, "launch", lambda command: pytest.fail("trained again"))
-    seeds.main([*arguments, "epochs=1"])
+    seeds.main([*arguments, "--epochs=1"])
     with pytest.raises(SystemExit, match=r"holds a run with other settings \(epochs: 1 → 2\)"):
-        seeds.main([*arguments, "epochs=2"])
+        seeds.main([*arguments, "--epochs=2"])
 
 
 def test_spread_is_the_sample_standard_deviation():
@@ -610,7 +501,7 @@ def test_a_card_carries_its_metadata():
         description="Attention in a window.",
         results=[result],
         training={"steps": 10, "seed": 3},
-        command="accelerate launch training/classify.py",
+        command="accelerate launch training/train.py",
         limits=["English only."],
         max_length=4096,
         license="apache-2.0",
@@ -647,7 +538,7 @@ def test_a_card_needs_a_known_class():
     ids=["one process", "two processes"],
 )
 def test_launched_by_the_command_line(config, tmp_path, launcher, processes):
-    command = [sys.executable, "-m", *launcher, "training/classify.py", "--config", str(config)]
+    command = [sys.executable, "-m", *launcher, "training/train.py", "--config", str(config)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -18,6 +18,8 @@ from training_runs import (
     TINY_LANGUAGE,
     assert_same_run,
     bpe,
+    composed,
+    each_variant_of,
     kill_and_continue,
     launch_two,
     read_metrics,
@@ -47,6 +49,7 @@ from efficient_transformers.training.data.texts import load_texts
 from efficient_transformers.training.engine import task
 from efficient_transformers.training.engine.building import build_config, make_accelerator
 from efficient_transformers.training.engine.scoring import Evaluator
+from efficient_transformers.training.runs import evaluate, train
 from efficient_transformers.training.settings import InputError
 from efficient_transformers.training.tasks import pretrain_clm
 from efficient_transformers.training.tasks.pretrain_clm import (
@@ -60,11 +63,9 @@ from efficient_transformers.training.tasks.pretrain_clm import (
 ROOT = Path(__file__).resolve().parent.parent
 
 
-FOLDERS = ("clm", "pg19")
-CONFIGS = [path for name in FOLDERS for path in sorted((ROOT / "configs" / name).glob("*.yaml")) if path.stem != "base"]
 SCORES = ("loss", "perplexity", "accuracy", "nats_per_byte", "bits_per_byte")
 
-TINY = {**TINY_LANGUAGE, "model": {**TINY_LANGUAGE["model"], "window_size": 8}}
+TINY = {**TINY_LANGUAGE, "task": "pretrain_clm", "model": {**TINY_LANGUAGE["model"], "window_size": 8}}
 TOTAL = 28
 LAST = f"step-{TOTAL:09d}"
 
@@ -350,7 +351,7 @@ def finished(tmp_path_factory, corpus):
     """The folder of a run that was never stopped, and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
     with redirect_stdout(io.StringIO()) as printed:
-        pretrain_clm.main(["--config", str(write_config(folder, TINY, corpus, tracker="tensorboard"))])
+        train.main(["--config", str(write_config(folder, TINY, corpus, tracker="tensorboard"))])
     reset_accelerate()
     return folder / "out", printed.getvalue()
 
@@ -378,8 +379,8 @@ def test_the_metrics_agree_with_each_other(finished, corpus):
 
 
 def test_what_is_learnt_is_generated(config, tmp_path):
-    run(config, "epochs=12", "gradient_accumulation=1", "learning_rate=0.01", "model.hidden_dropout_prob=0.0",
-        "eval_steps=1000", "checkpoint_steps=1000", "packing=padding")  # fmt: skip
+    run(config, "--epochs=12", "--gradient_accumulation=1", "--learning_rate=0.01", "--model.hidden_dropout_prob=0.0",
+        "--eval_steps=1000", "--checkpoint_steps=1000", "--packing=padding")  # fmt: skip
     model, tokenizer = (auto.from_pretrained(tmp_path / "out") for auto in (AutoModelForCausalLM, AutoTokenizer))
     prompt = tokenizer("the people of", return_tensors="pt")
     (ids,) = model.generate(**prompt, max_new_tokens=7, do_sample=False)
@@ -416,24 +417,24 @@ def test_the_card_of_a_run_is_valid(finished):
     for text in ("AutoModelForCausalLM", "| Bits per byte |", f"{found['test']['predicted_bytes']:,} UTF-8 bytes",
                  "validation before training | loss 8."):  # fmt: skip
         assert text in card.text
-    assert f"training/pretrain_clm.py --config {folder.parent / 'tiny.yaml'}" in card.text
+    assert f"training/train.py --config {folder.parent / 'tiny.yaml'}" in card.text
 
 
 def test_a_finished_run_is_evaluated(finished, capsys):
     folder, _ = finished
     found = read_metrics(folder)["test"]
-    pretrain_clm.main(["--evaluate", str(folder)])
+    evaluate.main([str(folder)])
     assert '"bits_per_byte": ' in capsys.readouterr().out
     reset_accelerate()
     scores = pretrain_clm.evaluate_folder(folder, [])
     assert scores == pytest.approx({name: found[name] for name in (*SCORES, "n")}, rel=1e-5)
     reset_accelerate()
-    assert pretrain_clm.evaluate_folder(folder, ["max_length=10"])["n"] > found["n"]
+    assert pretrain_clm.evaluate_folder(folder, ["--max_length=10"])["n"] > found["n"]
 
 
 def test_a_checkpoint_is_trained_on(finished, config, tmp_path):
     folder, _ = finished
-    found = run(config, f"model.checkpoint={folder}", "tokenizer=null", "max_steps=3", "learning_rate=0.001")
+    found = run(config, f"--model.checkpoint={folder}", "--tokenizer=null", "--max_steps=3", "--learning_rate=0.001")
     best = read_metrics(folder)["validation"]
     assert found["before"] == pytest.approx({name: best[name] for name in SCORES}, rel=1e-5)
     ours, theirs = load_file(tmp_path / "out/model.safetensors"), load_file(folder / "model.safetensors")
@@ -445,9 +446,9 @@ def test_a_checkpoint_is_trained_on(finished, config, tmp_path):
 
 
 def test_sigterm_saves_and_the_run_ends_as_one_never_stopped(monkeypatch, capsys, finished, config, tmp_path):
-    stop_and_continue(monkeypatch, pretrain_clm.main, config, 10)  # in the second epoch
+    stop_and_continue(monkeypatch, config, 10)  # in the second epoch
     printed = capsys.readouterr().out
-    assert f"pretrain_clm.py --config {config} --resume" in printed
+    assert f"train.py --config {config} --resume" in printed
     assert f"Continuing after step 10 of {TOTAL}" in printed
     assert_same_run(tmp_path / "out", finished[0], LAST)
 
@@ -463,18 +464,18 @@ def test_a_killed_run_ends_as_one_never_stopped(monkeypatch, finished, config, t
 
 
 BAD_RUNS = {
-    "packing": (["packing=tight"], r"packing \('tight'\) must be one of documents, padding"),
-    "metric": (["best_metric=bits_per_byte"], r"best_metric \('bits_per_byte'\) must be loss"),
-    "share": (["mlm_probability=0.3"], "There is no setting 'mlm_probability'"),
-    "length": (["max_length=1"], r"max_length \(1\) leaves nothing to predict: .* Raise it"),
-    "positions": (["max_length=65"], r"max_length \(65\) must not exceed .* max_position_embeddings \(64\)"),
-    "column": (["text_column=body"], "no column 'body'; there are: text. Set text_column"),
+    "packing": (["--packing=tight"], r"packing \('tight'\) must be one of documents, padding"),
+    "metric": (["--best_metric=bits_per_byte"], r"best_metric \('bits_per_byte'\) must be loss"),
+    "share": (["--mlm_probability=0.3"], "There is no setting 'mlm_probability'"),
+    "length": (["--max_length=1"], r"max_length \(1\) leaves nothing to predict: .* Raise it"),
+    "positions": (["--max_length=65"], r"max_length \(65\) must not exceed .* max_position_embeddings \(64\)"),
+    "column": (["--text_column=body"], "no column 'body'; there are: text. Set text_column"),
 }
 BERT = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 BAD_MODELS = {
-    "no head": ({"model_type": "et_big_bird"}, r"A et_big_bird model has no head .* \(et_full, et_local, .*_mlm.py"),
+    "no head": ({"model_type": "et_big_bird"}, r"A et_big_bird model has no head .* \(et_full, et_local, .*_mlm"),
     "told to": ({"model_type": "et_big_bird", "is_decoder": True}, "BigBird cannot be causal: .* use et_mixed"),
-    "encoder": (BERT, "A bert model reads the tokens that it is to predict: set model.is_decoder=true"),
+    "encoder": (BERT, "A bert model reads the tokens that it is to predict: set --model.is_decoder true"),
 }
 
 
@@ -489,7 +490,7 @@ def test_bad_runs_are_refused_before_training(monkeypatch, config, tmp_path, ove
 @pytest.mark.parametrize(("model", "message"), BAD_MODELS.values(), ids=BAD_MODELS)
 def test_models_that_are_not_causal_are_refused(corpus, tmp_path, model, message):
     with pytest.raises(SystemExit, match=f"error: .*{message}") as error:
-        pretrain_clm.main(["--config", str(write_config(tmp_path, TINY, corpus, model=model))])
+        train.main(["--config", str(write_config(tmp_path, TINY, corpus, model=model))])
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "out").glob("*"))
 
@@ -497,17 +498,17 @@ def test_models_that_are_not_causal_are_refused(corpus, tmp_path, model, message
 def test_a_split_without_text_is_refused(config, tmp_path):
     empty = write_rows(tmp_path / "empty.jsonl", [{"text": "[MASK]"}])
     with pytest.raises(InputError, match="The test data holds no text that could be predicted"):
-        run(config, f"test_data={empty}")
+        run(config, f"--test_data={empty}")
 
 
 def test_an_encoder_is_refused_unless_it_is_to_become_a_decoder(config, tmp_path):
     fields = {**TINY["model"], "vocab_size": 4096}
     encoder = AutoModelForMaskedLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
     encoder.save_pretrained(tmp_path / "encoder")
-    given = (f"model.checkpoint={tmp_path / 'encoder'}", "max_steps=1", "eval_first=false")
-    with pytest.raises(InputError, match=r"The checkpoint .* is an encoder.*set model.is_decoder=true"):
+    given = (f"--model.checkpoint={tmp_path / 'encoder'}", "--max_steps=1", "--eval_first=false")
+    with pytest.raises(InputError, match=r"The checkpoint .* is an encoder.*set --model.is_decoder true"):
         run(config, *given)
-    run(config, *given, "model.is_decoder=true")
+    run(config, *given, "--model.is_decoder=true")
     assert not reads_ahead(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
 
 
@@ -516,21 +517,17 @@ GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positi
 
 @pytest.mark.parametrize("model", [GPT2, {**BERT, "is_decoder": True}], ids=["gpt2", "bert"])
 def test_models_of_transformers_are_trained(corpus, tmp_path, model):
-    found = run(write_config(tmp_path, TINY, corpus, model=model), "max_steps=2", "eval_first=false")
+    found = run(write_config(tmp_path, TINY, corpus, model=model), "--max_steps=2", "--eval_first=false")
     assert found["training"]["steps"] == 2
 
 
 # --- the configs, and several processes
 
 
-def test_there_are_configs_to_test():
-    assert {path.stem for path in CONFIGS} >= {"full", "local"}
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_builds_a_tiny_model(path):
-    tiny = ("model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=32")
-    values = ClmSettings.from_yaml(path, tiny)
+@each_variant_of("clm", "pg19")
+def test_every_config_builds_a_tiny_model(task, variant):
+    tiny = ("--model.hidden_size=32", "--model.num_hidden_layers=1", "--model.intermediate_size=32")
+    _, values = composed(task, variant, *tiny)
     tokenizer = load_open_tokenizer(values, [TEXT])
     model = pretrain_clm.TASK.build_model(values, build_config(values, tokenizer), tokenizer)
     data = TASK.make_windows("train", [TEXT * 30], tokenizer, 300, values)
@@ -542,7 +539,7 @@ def test_every_config_builds_a_tiny_model(path):
 
 @pytest.mark.slow
 def test_several_processes_give_the_scores_of_one(config, tmp_path):
-    launch_two("pretrain_clm.py", "--config", str(config), "eval_batch_size=5")
+    launch_two("--config", str(config), "--eval_batch_size=5")
     found = read_metrics(tmp_path / "out")
     assert found["training"]["processes"] == 2
     scores = pretrain_clm.evaluate_folder(tmp_path / "out", [])

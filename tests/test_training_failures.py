@@ -31,6 +31,7 @@ from efficient_transformers.training.data.documents import encode_documents, loa
 from efficient_transformers.training.engine import loop, task
 from efficient_transformers.training.engine.batches import EpochSampler
 from efficient_transformers.training.engine.checkpoints import Checkpoints, fault_of
+from efficient_transformers.training.runs import train
 from efficient_transformers.training.settings import InputError
 from efficient_transformers.training.tasks import classify
 from efficient_transformers.training.tasks.classify import ClassifySettings
@@ -116,7 +117,7 @@ def test_a_spoilt_checkpoint_is_known(left, tmp_path, name, spoil, fault):
 def test_the_checkpoint_before_a_spoilt_one_is_taken(capsys, finished, left, config, tmp_path):
     shutil.copytree(left, tmp_path / "out")
     truncate(tmp_path / "out/checkpoints/step-000000009/model.safetensors")
-    run(config, "resume=true")
+    run(config, "--resume=true")
     printed = capsys.readouterr().out
     assert "step-000000009 cannot be read (model.safetensors has " in printed
     assert "trying the one before it" in printed
@@ -131,7 +132,7 @@ def test_a_run_without_a_checkpoint_that_can_be_read_is_refused(left, config, tm
     with pytest.raises(
         SystemExit, match=r"error: None of the checkpoints in .* \(step-000000009: .*; step-000000006: "
     ):
-        classify.main(["--config", str(config), "--resume"])
+        train.main(["--config", str(config), "--resume"])
     assert len(list((tmp_path / "out/checkpoints").glob("step-*"))) == 2
 
 
@@ -145,7 +146,7 @@ def test_best_weights_that_are_spoilt_are_told_of(monkeypatch, config, tmp_path)
 
     monkeypatch.setattr(loop, "record_step", record_step)
     with pytest.raises(InputError, match=r"The best weights .*best.safetensors cannot be read"):
-        run(config, "eval_steps=5", "max_steps=6", "best_metric=loss", "learning_rate=1e-12")
+        run(config, "--eval_steps=5", "--max_steps=6", "--best_metric=loss", "--learning_rate=1e-12")
 
 
 # --- full disks
@@ -172,17 +173,17 @@ def test_a_checkpoint_that_cannot_be_written_is_told_of(monkeypatch, finished, c
 
     monkeypatch.setattr(Checkpoints, "save", limited)
     with pytest.raises(SystemExit) as error:
-        classify.main(["--config", str(config)])
+        train.main(["--config", str(config)])
     said = str(error.value)
     assert said.startswith(f"error: The checkpoint of step 9 could not be written to {tmp_path / 'out/checkpoints'}: ")
-    assert " MB are free there. What was saved before is kept: make room, and go on with resume=true." in said
+    assert " MB are free there. What was saved before is kept: make room, and continue with --resume." in said
     assert "\n" not in said
     there = sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir())
     assert there == ["best.safetensors", "step-000000003", "step-000000006"]
 
     monkeypatch.undo()
     reset_accelerate()
-    run(config, "resume=true")
+    run(config, "--resume=true")
     assert_same_run(tmp_path / "out", finished)
 
 
@@ -195,11 +196,11 @@ def test_a_model_that_cannot_be_written_is_told_of(monkeypatch, finished, config
                 original(*arguments)
 
         patch.setattr(task, "finish_folder", finish)
-        with pytest.raises(InputError, match=r"The trained model could not be written .*go on with resume=true"):
+        with pytest.raises(InputError, match=r"The trained model could not be written .*continue with --resume"):
             run(config)
     assert not (tmp_path / "out/metrics.json").exists()
     reset_accelerate()
-    run(config, "resume=true")
+    run(config, "--resume=true")
     assert_same_run(tmp_path / "out", finished)
 
 
@@ -219,7 +220,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_room_continues_it(finished, confi
             run(config)
         subprocess.run(["mount", "-o", "remount,size=32m", tmp_path / "out"], check=True)
         reset_accelerate()
-        run(config, "resume=true")
+        run(config, "--resume=true")
         assert_same_run(tmp_path / "out", finished)
     finally:
         subprocess.run(["umount", tmp_path / "out"], check=True)
@@ -261,7 +262,7 @@ def examples_in(message):
 def test_a_loss_that_is_not_a_number_names_step_and_batch(poisoned, tmp_path):
     config, index = poisoned(lambda loss, model: loss * float("nan"))
     with pytest.raises(InputError, match=r"The loss of step \d is nan: training has diverged") as error:
-        run(config, "checkpoint_steps=1")
+        run(config, "--checkpoint_steps=1")
     examples = examples_in(str(error.value))
     assert index in examples
     assert len(examples) == 4  # one batch of the step's two
@@ -283,7 +284,7 @@ def test_a_gradient_that_is_not_finite_is_told_before_it_is_saved(poisoned, tmp_
     # the slope of the root is infinite at 0, and the loss as it was
     config, index = poisoned(lambda loss, model: loss + (model.classifier.weight * 0).sum().sqrt())
     with pytest.raises(InputError, match=r"The gradient of step \d is not finite, though its loss is \d") as error:
-        run(config, "checkpoint_steps=1")
+        run(config, "--checkpoint_steps=1")
     assert index in examples_in(str(error.value))
     for checkpoint in (tmp_path / "out/checkpoints").glob("step-*"):
         assert all(value.isfinite().all() for value in load_file(checkpoint / "model.safetensors").values())
@@ -327,7 +328,7 @@ KILLER = """
 import os, random, re, signal, sys, time
 import torch
 torch.set_num_threads(1)
-from efficient_transformers.training.tasks import classify  # once for all the runs
+from efficient_transformers.training.runs import train  # once for all the runs
 
 def saved():
     there = os.listdir({checkpoints!r}) if os.path.isdir({checkpoints!r}) else []
@@ -342,7 +343,7 @@ while not finished:
     child = os.fork()
     if not child:
         try:
-            classify.main(["--config", {config!r}, "--resume"])
+            train.main(["--config", {config!r}, "--resume"])
         finally:
             sys.stdout.flush()
             os._exit(0)

@@ -11,38 +11,41 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
-from training_runs import assert_same_run, read_metrics, reset_accelerate, stop_and_continue, write_config
+from training_runs import (
+    assert_same_run,
+    composed,
+    each_variant_of,
+    read_metrics,
+    reset_accelerate,
+    stop_and_continue,
+    write_config,
+)
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
+from efficient_transformers import VARIANTS
 from efficient_transformers.training.data.fashion_mnist import FOLDER, load_fashion_mnist
 from efficient_transformers.training.data.packing import IGNORED
 from efficient_transformers.training.data.texts import SPLITS, load_texts
 from efficient_transformers.training.engine import outputs
 from efficient_transformers.training.engine.building import build_config, build_model
-from efficient_transformers.training.runs import running, train_all
+from efficient_transformers.training.runs import running, train, train_all
 from efficient_transformers.training.settings import InputError
 from efficient_transformers.training.synthetic import generated, pathfinder
 from efficient_transformers.training.synthetic.generated import SPECIAL, byte_tokenizer, generate, word_tokenizer
 from efficient_transformers.training.synthetic.listops import DIGITS, ListOps, apply
 from efficient_transformers.training.synthetic.pathfinder import Pathfinder
 from efficient_transformers.training.synthetic.recall import PEOPLE, THINGS, Copy, Induction, Mqar, Needle
-from efficient_transformers.training.tasks import lra, recall, scripts
+from efficient_transformers.training.tasks import lra, recall
 from efficient_transformers.training.tasks.lra import LraSettings, load_source
 from efficient_transformers.training.tasks.recall import RecallSettings, load_task
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-CONFIGS = {
-    path: settings
-    for settings, folders in (
-        (LraSettings, ("listops", "listops_short", "pathfinder", "pathfinder_small", "image", "image_small", "text")),
-        (RecallSettings, ("mqar", "copy", "induction", "needle")),
-    )
-    for folder in folders
-    for path in sorted((ROOT / "configs" / folder).glob("*.yaml"))
-    if path.stem != "base"
-}
+GENERATED = (
+    "listops", "listops_short", "pathfinder", "pathfinder_small", "image", "image_small", "text",
+    "mqar", "copy", "induction", "needle",
+)  # fmt: skip
 BOOKS = [f"It was the {i} of times, and nobody had ever been so wise in the age of {i} fools." * 20 for i in range(6)]
 
 
@@ -418,15 +421,9 @@ def test_the_package_holds_what_is_expected():
 # --- the configs
 
 
-def test_every_folder_of_configs_has_the_yardstick_and_its_script():
-    for folder, settings in {path.parent.name: settings for path, settings in CONFIGS.items()}.items():
-        assert "full" in {path.stem for path in CONFIGS if path.parent.name == folder}
-        assert scripts.SETTINGS[scripts.SCRIPTS[folder]] is settings
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_config_trains_a_tiny_model(path):
-    settings = CONFIGS[path].from_yaml(path)
+@each_variant_of(*GENERATED)
+def test_every_config_trains_a_tiny_model(task, variant):
+    _, settings = composed(task, variant)
     heads = settings.model.get("num_attention_heads", 2)
     settings.model |= {"hidden_size": 8 * heads, "num_hidden_layers": 1, "intermediate_size": 8}
     if isinstance(settings, RecallSettings):
@@ -482,9 +479,17 @@ SMALL = {
     "keep_checkpoints_at_end": True,
     "tracker": "none",
 }
-RECALL = {**SMALL, "max_length": 12, "items": 2, "vocabulary": 12, "model": {**MODEL, "max_position_embeddings": 16}}
+RECALL = {
+    **SMALL,
+    "task": "recall",
+    "max_length": 12,
+    "items": 2,
+    "vocabulary": 12,
+    "model": {**MODEL, "max_position_embeddings": 16},
+}
 LRA = {
     **SMALL,
+    "task": "lra",
     "min_tokens": 4,
     "max_tokens": 40,
     "max_length": 40,
@@ -501,7 +506,7 @@ def recall_run(folder, *overrides, **values):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    recall.main(["--config", str(write_config(folder, RECALL, "mqar"))])
+    train.main(["--config", str(write_config(folder, RECALL, "mqar"))])
     reset_accelerate()
     return folder / "out"
 
@@ -547,15 +552,15 @@ def test_recall_is_evaluated_at_any_length(finished, capsys):
     again = recall.evaluate_folder(finished, [])
     assert again == pytest.approx(found["test"], rel=1e-6)
     reset_accelerate()
-    assert recall.evaluate_folder(finished, ["max_length=16"])["n"] == 12
+    assert recall.evaluate_folder(finished, ["--max_length=16"])["n"] == 12
     assert '"max_length": 16' in capsys.readouterr().out
     reset_accelerate()
     with pytest.raises(InputError, match=r"The task has 5 answers and the model in .* has 6, or others"):
-        recall.evaluate_folder(finished, ["vocabulary=10"])
+        recall.evaluate_folder(finished, ["--vocabulary=10"])
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(monkeypatch, finished, tmp_path):
-    stop_and_continue(monkeypatch, recall.main, write_config(tmp_path, RECALL, "mqar"), 10)
+    stop_and_continue(monkeypatch, write_config(tmp_path, RECALL, "mqar"), 10)
     assert_same_run(tmp_path / "out", finished)
 
 
@@ -633,7 +638,7 @@ def test_bad_lra_settings_are_refused(values, message):
 
 def test_listops_from_start_to_card(tmp_path, capsys):
     cache = tmp_path / "cache"
-    lra.main(["--config", str(write_config(tmp_path, LRA, "listops", cache=str(cache)))])
+    train.main(["--config", str(write_config(tmp_path, LRA, "listops", cache=str(cache)))])
     assert len(list(cache.iterdir())) == 3
     folder = tmp_path / "out"
     found = read_metrics(folder)
@@ -646,7 +651,7 @@ def test_listops_from_start_to_card(tmp_path, capsys):
     reset_accelerate()
     assert lra.evaluate_folder(folder, []) == pytest.approx(found["test"], rel=1e-6)
     reset_accelerate()
-    assert lra.evaluate_folder(folder, ["max_length=3"])["n"] == 12
+    assert lra.evaluate_folder(folder, ["--max_length=3"])["n"] == 12
 
 
 def test_documents_are_read_as_bytes(tmp_path):
@@ -691,44 +696,38 @@ def test_pathfinder_is_generated_in_the_paper_s_numbers(monkeypatch):
 
 def in_this_process(command):
     reset_accelerate()
-    script = {"recall.py": recall, "lra.py": lra}[Path(command[1]).name]
     try:
-        script.main(command[2:])
+        train.main(command[2:])
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1
     return 0
 
 
-def test_all_configs_are_trained_and_repeats_none(monkeypatch, capsys, tmp_path):
+def test_all_variants_are_trained_and_none_is_repeated(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(running, "launch", in_this_process)
-    folder = tmp_path / "mqar"
-    folder.mkdir()
-    config = write_config(folder, {**RECALL, "max_steps": 2, "eval_steps": 2, "checkpoint_steps": 2}, "mqar", out=None)
-    config.rename(folder / "base.yaml")
-    (folder / "linear.yaml").write_text("model: {model_type: et_linear}\n")
-    (folder / "broken.yaml").write_text("model: {model_type: et_linear, windw_size: 3}\n")
-    (folder / "wrong.yaml").write_text("epohcs: 3\n")
-    (folder / "full.yaml").write_text("")
-    configs = [str(path) for path in sorted(folder.glob("*.yaml"))]
-    arguments = ["--seeds", "0", "1", "--out", str(tmp_path / "runs"), "--configs", *configs, "learning_rate=0.01"]
+    tiny = {**RECALL, "max_steps": 2, "eval_steps": 2, "checkpoint_steps": 2}
+    sections = {"broken": {"model": {"model_type": "et_linear", "windw_size": 3}}, "wrong": {"epohcs": 3}}
+    config = write_config(tmp_path, tiny, "mqar", out=None, variants=sections)
+    command = ["--config", str(config), "--variants", "broken", "full", "linear", "wrong", "fulll"]
     with pytest.raises(SystemExit) as ended:
-        train_all.main(arguments)
-    for text in ("these runs have failed", "broken.yaml: The run in", "There is no setting 'epohcs'"):
+        train_all.main([*command, "--seeds", "0", "1", "--out", str(tmp_path / "runs"), "--learning_rate", "0.01"])
+    for text in ("these runs have failed", "broken: The run in", "There is no setting 'epohcs'", "no variant 'fulll'"):
         assert text in str(ended.value.code)
     trained = {path.parent.name for path in (tmp_path / "runs").glob("*/metrics.json")}
-    assert trained == {"mqar-full", "mqar-linear", "mqar-full-seed-1", "mqar-linear-seed-1"}
-    assert read_metrics(tmp_path / "runs/mqar-linear-seed-1")["settings"]["seed"] == 1
-    assert read_metrics(tmp_path / "runs/mqar-full")["settings"]["learning_rate"] == 0.01
-    assert "linear.yaml, seed 1: loss" in capsys.readouterr().out
+    assert trained == {"tiny-full", "tiny-linear", "tiny-full-seed-1", "tiny-linear-seed-1"}
+    assert read_metrics(tmp_path / "runs/tiny-linear-seed-1")["settings"]["seed"] == 1
+    assert read_metrics(tmp_path / "runs/tiny-full")["settings"]["learning_rate"] == 0.01
+    assert "tiny.yaml, linear, seed 1: loss" in capsys.readouterr().out
 
     monkeypatch.setattr(running, "launch", lambda command: pytest.fail("trained again"))
-    train_all.main(["--out", str(tmp_path / "runs"), "--configs", str(folder / "full.yaml"), "learning_rate=0.01"])
+    command = ["--config", str(config), "--variants", "full"]
+    train_all.main([*command, "--out", str(tmp_path / "runs"), "--learning_rate=0.01"])
     monkeypatch.setattr(running, "launch", lambda command: 143)
     with pytest.raises(SystemExit, match="ended with code 143; the same command continues it"):
-        train_all.main(["--out", str(tmp_path / "other"), "--configs", *configs[-2:]])
+        train_all.main([*command, "--out", str(tmp_path / "other")])
 
 
-def test_a_driver_asks_for_the_script_of_a_strange_folder(tmp_path):
-    (tmp_path / "full.yaml").write_text("data: mqar\n")
-    with pytest.raises(SystemExit, match=r"No script is known for .*: name one by --script"):
-        train_all.main(["--configs", str(tmp_path / "full.yaml")])
+def test_all_variants_of_a_task_are_those_that_can_do_it():
+    assert train_all.variants_of(ROOT / "configs/mqar.yaml") == list(VARIANTS)
+    causal = [name for name, variant in VARIANTS.items() if variant.causal]
+    assert train_all.variants_of(ROOT / "configs/clm.yaml") == causal

@@ -9,16 +9,16 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from training_runs import ROOT, reset_accelerate
+from training_runs import composed, each_variant_of, reset_accelerate
 from transformers import AutoModelForImageClassification, pipeline
 
 from efficient_transformers.training.data.images import load_pictures
 from efficient_transformers.training.engine.building import build_config
+from efficient_transformers.training.runs import evaluate, train
 from efficient_transformers.training.settings import InputError
 from efficient_transformers.training.tasks import classify_images
 from efficient_transformers.training.tasks.classify_images import ClassifyImagesSettings
 
-CONFIGS = [path for folder in ("pixels", "patches") for path in sorted((ROOT / "configs" / folder).glob("*.yaml"))]
 COLOURS = {"blue": (30, 40, 220), "red": (220, 50, 30), "yellow": (220, 210, 40)}
 
 
@@ -38,7 +38,8 @@ def folder(tmp_path_factory):
 def write_config(tmp_path, data, **changes):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = {"model_type": "et_local", "image_size": 8, "patch_size": 4, "initializer_range": 0.3, **sizes}
-    values = {"data": str(data), "model": model, "epochs": 6, "batch_size": 8, "learning_rate": 3e-3, "held_out": 0.2}
+    values = {"task": "classify_images", "data": str(data), "model": model, "epochs": 6, "batch_size": 8}
+    values |= {"learning_rate": 3e-3, "held_out": 0.2}
     values |= {"out": str(tmp_path / "out"), "tracker": "none", **changes}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
     return tmp_path / "tiny.yaml"
@@ -50,7 +51,7 @@ def settings_of(tmp_path, data, **changes):
 
 def test_colours_are_learnt_and_saved_ready_for_the_hub(folder, tmp_path):
     with redirect_stdout(io.StringIO()) as printed:
-        classify_images.main(["--config", str(write_config(tmp_path, folder))])
+        train.main(["--config", str(write_config(tmp_path, folder))])
     assert "accuracy 1.0000, macro_f1 1.0000 (n = 18)" in printed.getvalue()
     out = tmp_path / "out"
     classify = pipeline("image-classification", str(out), device="cpu")
@@ -66,7 +67,7 @@ def test_colours_are_learnt_and_saved_ready_for_the_hub(folder, tmp_path):
     assert printed.getvalue().strip() in COLOURS
     reset_accelerate()
     with redirect_stdout(io.StringIO()) as printed:
-        classify_images.main(["--evaluate", str(out)])
+        evaluate.main([str(out)])
     assert '"accuracy": 1.0' in printed.getvalue()
 
 
@@ -120,9 +121,9 @@ def test_bad_runs_are_refused_before_training(changes, message, folder, tmp_path
     assert not list((tmp_path / "out").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem != "base"], ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_every_config_builds_a_tiny_model(path):
-    settings = ClassifyImagesSettings.from_yaml(path)
+@each_variant_of("pixels", "patches")
+def test_every_config_builds_a_tiny_model(task, variant):
+    _, settings = composed(task, variant)
     fields = {**settings.model, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
     settings.model = fields
     config = build_config(settings, None, id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})

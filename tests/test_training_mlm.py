@@ -20,6 +20,8 @@ from training_runs import (
     TINY_LANGUAGE,
     assert_same_run,
     bpe,
+    composed,
+    each_variant_of,
     kill_and_continue,
     launch_two,
     read_metrics,
@@ -46,6 +48,7 @@ from efficient_transformers.training.data.texts import load_texts
 from efficient_transformers.training.engine import task
 from efficient_transformers.training.engine.building import build_config, build_model, load_tokenizer, make_accelerator
 from efficient_transformers.training.engine.scoring import Evaluator
+from efficient_transformers.training.runs import train
 from efficient_transformers.training.settings import InputError
 from efficient_transformers.training.tasks import pretrain_mlm
 from efficient_transformers.training.tasks.language_models import PerplexityScorer, check_packing
@@ -54,11 +57,9 @@ from efficient_transformers.training.tasks.pretrain_mlm import TASK, MlmSettings
 ROOT = Path(__file__).resolve().parent.parent
 
 
-FOLDERS = ("mlm", "pubmed", "govreport")
-CONFIGS = [path for name in FOLDERS for path in sorted((ROOT / "configs" / name).glob("*.yaml")) if path.stem != "base"]
 SCORES = ("loss", "perplexity", "accuracy")
 
-TINY = {**TINY_LANGUAGE, "whole_word": True}  # 52 windows: 13 batches and 7 steps an epoch
+TINY = {**TINY_LANGUAGE, "task": "pretrain_mlm", "whole_word": True}  # 52 windows: 13 batches and 7 steps an epoch
 TOTAL = 28
 LAST = f"step-{TOTAL:09d}"
 
@@ -365,7 +366,7 @@ def finished(tmp_path_factory, corpus):
     """The folder of a run that was never stopped, and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
     with redirect_stdout(io.StringIO()) as printed:
-        pretrain_mlm.main(["--config", str(write_config(folder, TINY, corpus, tracker="tensorboard"))])
+        train.main(["--config", str(write_config(folder, TINY, corpus, tracker="tensorboard"))])
     reset_accelerate()
     return folder / "out", printed.getvalue()
 
@@ -384,14 +385,14 @@ def test_the_loss_falls(finished):
 
 def test_a_new_model_may_begin_at_the_frequencies(config):
     """Of its training text: 2.8, where equal chances of 4,096 tokens have a loss of 8.3."""
-    found = run(config, "frequency_bias=true", "max_steps=1", "model.initializer_range=0.001")
+    found = run(config, "--frequency_bias=true", "--max_steps=1", "--model.initializer_range=0.001")
     assert found["before"]["loss"] == pytest.approx(2.8, abs=0.2)
 
 
 def test_a_tiny_corpus_is_learnt_by_heart(config):
     """The frequencies of the words alone have a loss of 2.8."""
-    found = run(config, "epochs=18", "gradient_accumulation=1", "learning_rate=0.005", "model.hidden_dropout_prob=0.0",
-                "eval_steps=1000", "checkpoint_steps=1000")  # fmt: skip
+    found = run(config, "--epochs=18", "--gradient_accumulation=1", "--learning_rate=0.005",
+                "--model.hidden_dropout_prob=0.0", "--eval_steps=1000", "--checkpoint_steps=1000")  # fmt: skip
     assert found["test"]["loss"] < 1.4
     assert found["test"]["accuracy"] > 0.6
 
@@ -423,7 +424,7 @@ def test_the_card_of_a_run_is_valid(finished):
     assert results == {name: ("fill-mask", found["test"][score]) for name, score in scores.items()}
     for text in ("AutoModelForMaskedLM", "15 % of the words", "validation before training | loss 8."):
         assert text in card.text
-    assert f"training/pretrain_mlm.py --config {folder.parent / 'tiny.yaml'}" in card.text
+    assert f"training/train.py --config {folder.parent / 'tiny.yaml'}" in card.text
 
 
 def test_a_finished_run_is_evaluated(finished):
@@ -433,12 +434,12 @@ def test_a_finished_run_is_evaluated(finished):
         {name: found[name] for name in (*SCORES, "n")}, rel=1e-5
     )
     reset_accelerate()
-    assert pretrain_mlm.evaluate_folder(folder, ["max_length=10"])["n"] > found["n"]
+    assert pretrain_mlm.evaluate_folder(folder, ["--max_length=10"])["n"] > found["n"]
 
 
 def test_evaluations_of_one_model_are_equal(config):
     # no weight moves by more than its rounding
-    found = run(config, "learning_rate=1e-12", "epochs=1", "eval_steps=2", "eval_batch_size=5")
+    found = run(config, "--learning_rate=1e-12", "--epochs=1", "--eval_steps=2", "--eval_batch_size=5")
     assert len(found["history"]) == 4
     for entry in found["history"]:
         assert entry["loss"] == pytest.approx(found["before"]["loss"], rel=1e-6)
@@ -459,7 +460,7 @@ def test_training_sees_new_masks_in_every_epoch_and_every_window_once(monkeypatc
 
 def test_a_checkpoint_is_trained_on(finished, config, tmp_path):
     folder, _ = finished
-    found = run(config, f"model.checkpoint={folder}", "tokenizer=null", "max_steps=3", "learning_rate=0.001")
+    found = run(config, f"--model.checkpoint={folder}", "--tokenizer=null", "--max_steps=3", "--learning_rate=0.001")
     best = read_metrics(folder)["validation"]
     assert found["before"] == pytest.approx({name: best[name] for name in SCORES}, rel=1e-5)
     card = ModelCard.load(tmp_path / "out/README.md")
@@ -468,16 +469,16 @@ def test_a_checkpoint_is_trained_on(finished, config, tmp_path):
     assert ours.keys() == theirs.keys()
     assert not any(torch.equal(ours[name], theirs[name]) for name in ours if name.endswith("dense.weight"))
     with pytest.raises(InputError, match="frequency_bias is the start of a new model"):
-        run(config, f"model.checkpoint={folder}", "tokenizer=null", "frequency_bias=true", "overwrite=true")
+        run(config, f"--model.checkpoint={folder}", "--tokenizer=null", "--frequency_bias=true", "--overwrite=true")
 
 
 # --- stopped and continued
 
 
 def test_sigterm_saves_and_the_run_ends_as_one_never_stopped(monkeypatch, capsys, finished, config, tmp_path):
-    stop_and_continue(monkeypatch, pretrain_mlm.main, config, 10)  # in the second epoch
+    stop_and_continue(monkeypatch, config, 10)  # in the second epoch
     printed = capsys.readouterr().out
-    assert f"pretrain_mlm.py --config {config} --resume" in printed
+    assert f"train.py --config {config} --resume" in printed
     assert f"Continuing after step 10 of {TOTAL}" in printed
     assert_same_run(tmp_path / "out", finished[0], LAST)
 
@@ -494,11 +495,11 @@ def test_a_killed_run_ends_as_one_never_stopped(monkeypatch, finished, config, t
 
 def without_mask(folder):
     wordpiece(has_mask=False).save_pretrained(folder / "tokenizer")
-    return f"tokenizer={folder / 'tokenizer'}"
+    return f"--tokenizer={folder / 'tokenizer'}"
 
 
 def test_a_missing_mask_token_is_added(config, tmp_path):
-    given = (without_mask(tmp_path), "mask_token=<mask>", "max_steps=2", "packing=padding")
+    given = (without_mask(tmp_path), "--mask_token=<mask>", "--max_steps=2", "--packing=padding")
     run(config, *given)
     tokenizer, model = (auto.from_pretrained(tmp_path / "out") for auto in (AutoTokenizer, AutoModelForMaskedLM))
     assert tokenizer.mask_token == "<mask>"
@@ -526,19 +527,19 @@ def test_an_added_mask_token_leaves_the_embeddings_of_a_checkpoint():
 
 
 BAD_RUNS = {
-    "no share": (["mlm_probability=0"], r"mlm_probability \(0.0\) must lie between 0 and 1"),
-    "all": (["mlm_probability=1"], r"mlm_probability \(1.0\) must lie between 0 and 1"),
-    "packing": (["packing=tight"], r"packing \('tight'\) must be one of documents, padding"),
-    "metric": (["best_metric=perplexity"], r"best_metric \('perplexity'\) must be loss"),
-    "seed": (["seed=-1"], r"seed \(-1\) must lie between 0 and 4294967295"),
-    "label": (["label_column=label"], "There is no setting 'label_column'"),
-    "length": (["max_length=2"], r"max_length \(2\) leaves no room for text beside the special tokens .* \(2\)"),
-    "column": (["text_column=body"], "no column 'body'; there are: text. Set text_column"),
+    "no share": (["--mlm_probability=0"], r"mlm_probability \(0.0\) must lie between 0 and 1"),
+    "all": (["--mlm_probability=1"], r"mlm_probability \(1.0\) must lie between 0 and 1"),
+    "packing": (["--packing=tight"], r"packing \('tight'\) must be one of documents, padding"),
+    "metric": (["--best_metric=perplexity"], r"best_metric \('perplexity'\) must be loss"),
+    "seed": (["--seed=-1"], r"seed \(-1\) must lie between 0 and 4294967295"),
+    "label": (["--label_column=label"], "There is no setting 'label_column'"),
+    "length": (["--max_length=2"], r"max_length \(2\) leaves no room for text beside the special tokens .* \(2\)"),
+    "column": (["--text_column=body"], "no column 'body'; there are: text. Set text_column"),
     "frequencies": (
-        ["frequency_bias=true", "streaming=true", "max_steps=1"],
+        ["--frequency_bias=true", "--streaming=true", "--max_steps=1"],
         "frequency_bias is counted in all the training text",
     ),
-    "causal": (["model.is_decoder=true"], "The model section cannot be used: EtLocalForMaskedLM reads both sides"),
+    "causal": (["--model.is_decoder=true"], "The model section cannot be used: EtLocalForMaskedLM reads both sides"),
 }
 
 
@@ -558,13 +559,13 @@ def test_a_model_without_such_a_head_is_refused(corpus, tmp_path):
 def test_a_tokenizer_without_a_mask_token_is_refused(monkeypatch, config, tmp_path):
     monkeypatch.setattr(task, "train", lambda *arguments: pytest.fail("training began"))
     with pytest.raises(SystemExit, match=r"error: The tokenizer .* has no mask token: .* mask_token='\[MASK\]'"):
-        pretrain_mlm.main(["--config", str(config), without_mask(tmp_path)])
+        train.main(["--config", str(config), without_mask(tmp_path)])
 
 
 def test_a_split_without_text_is_refused(config, tmp_path):
     empty = write_rows(tmp_path / "empty.jsonl", [{"text": ""}])
     with pytest.raises(InputError, match="The test data holds no token that could be masked"):
-        run(config, f"test_data={empty}")
+        run(config, f"--test_data={empty}")
 
 
 def test_whole_words_need_a_tokenizer_that_knows_them():
@@ -586,14 +587,10 @@ def test_joining_needs_a_separator():
 # --- the configs, and several processes
 
 
-def test_there_are_configs_to_test():
-    assert {path.stem for path in CONFIGS} >= {"local"}
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_builds_a_tiny_model(path):
-    tiny = ("model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=32")
-    values = MlmSettings.from_yaml(path, tiny)
+@each_variant_of("mlm", "pubmed", "govreport")
+def test_every_config_builds_a_tiny_model(task, variant):
+    tiny = ("--model.hidden_size=32", "--model.num_hidden_layers=1", "--model.intermediate_size=32")
+    _, values = composed(task, variant, *tiny)
     tokenizer = load_tokenizer(values)
     model = build_model(values, build_config(values, tokenizer), AutoModelForMaskedLM)
     data = TASK.make_windows("train", [TEXT * 30], tokenizer, 300, values)
@@ -604,7 +601,7 @@ def test_every_config_builds_a_tiny_model(path):
 
 @pytest.mark.slow
 def test_several_processes_give_the_scores_of_one(config, tmp_path):
-    launch_two("pretrain_mlm.py", "--config", str(config), "eval_batch_size=5")
+    launch_two("--config", str(config), "--eval_batch_size=5")
     found = read_metrics(tmp_path / "out")
     assert found["training"]["processes"] == 2
     scores = pretrain_mlm.evaluate_folder(tmp_path / "out", [])

@@ -38,6 +38,7 @@ LAUNCHERS = ROOT / "configs/accelerate"
 
 
 TINY = {
+    "task": "pretrain_clm",
     "tokenizer": "data/tokenizer",
     "model": {**MODEL, "num_hidden_layers": 2, "hidden_dropout_prob": 0.0},
     "max_length": 24,
@@ -51,13 +52,13 @@ TINY = {
 }
 
 
-def launched(config, script, *overrides, launcher="several_cpu", processes=2):
+def launched(config, *options, launcher="several_cpu", processes=2):
     """Losses of the steps of a run by `accelerate launch`, and its metrics."""
     out = f"{config.parent}/{launcher}-{processes}"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"{LAUNCHERS / launcher}.yaml"]
     if launcher != "one_cpu":
         command += ["--num_processes", str(processes), "--main_process_port", "0"]
-    command += [f"training/{script}", "--config", str(config), f"out={out}", *overrides]
+    command += ["training/train.py", "--config", str(config), f"--out={out}", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -76,17 +77,17 @@ def labelled(tmp_path):
     return write_labelled(tmp_path, 59)  # 41 for training: one alone in the last step of an epoch
 
 
-SCRIPTS = {"classify.py": "labelled", "pretrain_clm.py": "documents"}
+TASKS = {"classify": "labelled", "pretrain_clm": "documents"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_take_the_steps_of_one(script, request, tmp_path):
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_take_the_steps_of_one(task, request, tmp_path):
     """Windows are of unequal length, and the last step of an epoch need not have an example for each process."""
-    config = write_config(tmp_path, TINY, request.getfixturevalue(SCRIPTS[script]))
-    packing = ["packing=padding"] if script == "pretrain_clm.py" else []
-    one, alone = launched(config, script, *packing, launcher="one_cpu", processes=1)
-    two, together = launched(config, script, *packing, "batch_size=3")  # 2 batches of 2 in each process
+    config = write_config(tmp_path, TINY, request.getfixturevalue(TASKS[task]), task=task)
+    packing = ["--packing=padding"] if task == "pretrain_clm" else []
+    one, alone = launched(config, *packing, launcher="one_cpu", processes=1)
+    two, together = launched(config, *packing, "--batch_size=3")  # 2 batches of 2 in each process
     assert together["training"]["processes"] == 2
     assert len(one) == len(two) == alone["training"]["steps"] > 12
     assert two == pytest.approx(one, abs=1e-4)
@@ -104,7 +105,7 @@ MODELS = {
 WITH_DEEPSPEED = pytest.param(
     "deepspeed_zero3", marks=pytest.mark.skipif(not is_deepspeed_available(), reason="deepspeed is not installed")
 )
-SHORT = ("max_steps=8", "checkpoint_steps=3", "keep_checkpoints_at_end=true")
+SHORT = ("--max_steps=8", "--checkpoint_steps=3", "--keep_checkpoints_at_end=true")
 
 
 @pytest.mark.slow
@@ -115,8 +116,8 @@ def test_divided_weights_are_trained_saved_and_continued(fields, documents, tmp_
         del model["window_size"]
     config = write_config(tmp_path, TINY, documents, model=model)
     # features are drawn again after so many passes, so both have one batch a step
-    one, alone = launched(config, "pretrain_clm.py", *SHORT, "batch_size=8", launcher="one_cpu", processes=1)
-    two, found = launched(config, "pretrain_clm.py", *SHORT, launcher="fsdp2")
+    one, alone = launched(config, *SHORT, "--batch_size=8", launcher="one_cpu", processes=1)
+    two, found = launched(config, *SHORT, launcher="fsdp2")
     assert two == pytest.approx(one, abs=1e-4)
     folder = tmp_path / "fsdp2-2"
     ours, theirs = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "one_cpu-1"))
@@ -131,8 +132,8 @@ def test_divided_weights_are_trained_saved_and_continued(fields, documents, tmp_
 def test_several_processes_go_on_as_if_nothing_had_happened(launcher, documents, tmp_path):
     model = {**TINY["model"], "hidden_dropout_prob": 0.2}
     config = write_config(tmp_path, TINY, documents, model=model)
-    short = (*SHORT, "mixed_precision=no")
-    losses, found = launched(config, "pretrain_clm.py", *short, launcher=launcher)
+    short = (*SHORT, "--mixed_precision=no")
+    losses, found = launched(config, *short, launcher=launcher)
     folder = tmp_path / f"{launcher}-2"
     weights = load_file(folder / "model.safetensors")
     # as a kill between the steps 6 and 8 leaves it
@@ -140,7 +141,7 @@ def test_several_processes_go_on_as_if_nothing_had_happened(launcher, documents,
     shutil.rmtree(folder / "runs")
     (folder / "metrics.json").unlink()
     (folder / "model.safetensors").unlink()
-    rest, again = launched(config, "pretrain_clm.py", *short, "resume=true", launcher=launcher)
+    rest, again = launched(config, *short, "--resume=true", launcher=launcher)
     assert rest == losses[6:]
     assert again["history"] == found["history"]
     continued = load_file(folder / "model.safetensors")

@@ -16,6 +16,8 @@ from training_runs import (
     WIDER,
     assert_same_run,
     bpe,
+    composed,
+    each_variant_of,
     launch_two,
     read_metrics,
     reset_accelerate,
@@ -32,6 +34,7 @@ from efficient_transformers.training.data.packing import IGNORED, overlapping_sl
 from efficient_transformers.training.engine.building import build_config, build_model
 from efficient_transformers.training.engine.metrics import EntityF1, entities
 from efficient_transformers.training.engine.task import label_fields
+from efficient_transformers.training.runs import train
 from efficient_transformers.training.settings import InputError
 from efficient_transformers.training.tasks import answer, choose, match, tag_tokens
 from efficient_transformers.training.tasks.answer import (
@@ -60,8 +63,7 @@ from efficient_transformers.training.tasks.tag_tokens import TagSettings, case_t
 ROOT = Path(__file__).resolve().parent.parent
 
 
-SCRIPTS = {"case": tag_tokens, "facts": answer, "next": choose, "president": match}
-CONFIGS = [path for task in SCRIPTS for path in sorted((ROOT / "configs" / task).glob("*.yaml")) if path.stem != "base"]
+TASKS = {"case": tag_tokens.TASK, "facts": answer.TASK, "next": choose.TASK, "president": match.TASK}
 
 TINY = {
     **training_runs.TINY,
@@ -106,10 +108,17 @@ def pair_row(i):
 
 ROWS = {"case": tagged_row, "facts": question_row, "next": choice_row, "president": pair_row}
 OWN = {
-    "case": {"max_length": 12, "overlap": 4},
-    "facts": {"max_length": 20, "stride": 4, "max_question_length": 6, "max_answer_length": 3},
-    "next": {"max_length": 32, "max_choice_length": 16},
-    "president": {"max_length": 16, "head_size": 32, "epochs": 12, "eval_steps": 24, "checkpoint_steps": 24},
+    "case": {"task": "tag_tokens", "max_length": 12, "overlap": 4},
+    "facts": {"task": "answer", "max_length": 20, "stride": 4, "max_question_length": 6, "max_answer_length": 3},
+    "next": {"task": "choose", "max_length": 32, "max_choice_length": 16},
+    "president": {
+        "task": "match",
+        "max_length": 16,
+        "head_size": 32,
+        "epochs": 12,
+        "eval_steps": 24,
+        "checkpoint_steps": 24,
+    },
 }
 REACHED = {
     "case": ("f1", 1.0),
@@ -135,7 +144,7 @@ def finished(tmp_path_factory, corpora):
             folder = tmp_path_factory.mktemp(task)
             config = write_config(folder, TINY | OWN[task], corpora[task])
             with redirect_stdout(io.StringIO()) as printed:
-                SCRIPTS[task].main(["--config", str(config)])
+                train.main(["--config", str(config)])
             reset_accelerate()
             done[task] = folder / "out", printed.getvalue()
         return done[task]
@@ -143,7 +152,7 @@ def finished(tmp_path_factory, corpora):
     return run_once
 
 
-each_task = pytest.mark.parametrize("task", SCRIPTS)
+each_task = pytest.mark.parametrize("task", TASKS)
 
 
 @each_task
@@ -156,8 +165,8 @@ def test_a_run_learns_and_leaves_a_folder_for_the_hub(finished, task):
     assert found["test"]["n"] >= 9
     card = ModelCard.load(folder / "README.md")
     assert {result.metric_value for result in card.data.eval_results} >= {found["test"][name]}
-    assert f"training/{SCRIPTS[task].TASK.script} --config {folder.parent / 'tiny.yaml'}" in card.text
-    code = loading_code(str(folder), SCRIPTS[task].TASK.auto_class.__name__, found["model"]["max_length"])
+    assert f"training/train.py --config {folder.parent / 'tiny.yaml'}" in card.text
+    code = loading_code(str(folder), TASKS[task].auto_class.__name__, found["model"]["max_length"])
     assert code in printed
     with redirect_stdout(io.StringIO()) as shown:
         exec(code, {})
@@ -167,7 +176,7 @@ def test_a_run_learns_and_leaves_a_folder_for_the_hub(finished, task):
 @each_task
 def test_a_finished_run_is_evaluated(finished, task):
     folder, _ = finished(task)
-    assert SCRIPTS[task].evaluate_folder(folder, ["eval_batch_size=5"]) == pytest.approx(
+    assert TASKS[task].evaluate_folder(folder, ["--eval_batch_size=5"]) == pytest.approx(
         read_metrics(folder)["test"], rel=1e-5
     )
 
@@ -175,7 +184,7 @@ def test_a_finished_run_is_evaluated(finished, task):
 @each_task
 def test_sigterm_saves_and_the_run_ends_as_one_never_stopped(monkeypatch, finished, corpora, tmp_path, task):
     folder, _ = finished(task)
-    stop_and_continue(monkeypatch, SCRIPTS[task].main, write_config(tmp_path, TINY | OWN[task], corpora[task]), 10)
+    stop_and_continue(monkeypatch, write_config(tmp_path, TINY | OWN[task], corpora[task]), 10)
     last = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))[-1]
     files = ("model.safetensors", "matching_head.safetensors")
     if task == "president":  # its head is in a file of its own
@@ -191,23 +200,22 @@ def test_sigterm_saves_and_the_run_ends_as_one_never_stopped(monkeypatch, finish
 @each_task
 def test_two_processes_score_every_window_once(corpora, tmp_path, task):
     config = write_config(tmp_path, TINY | OWN[task] | {"max_steps": 4, "eval_batch_size": 4}, corpora[task])
-    launch_two(SCRIPTS[task].TASK.script, "--config", str(config))
+    launch_two("--config", str(config))
     found = read_metrics(tmp_path / "out")
     assert found["training"]["processes"] == 2
-    assert SCRIPTS[task].evaluate_folder(tmp_path / "out", []) == pytest.approx(found["test"], rel=1e-4)
+    assert TASKS[task].evaluate_folder(tmp_path / "out", []) == pytest.approx(found["test"], rel=1e-4)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_config_builds_a_tiny_model_and_its_data(monkeypatch, path, tmp_path):
+@each_variant_of(*TASKS)
+def test_every_config_builds_a_tiny_model_and_its_data(monkeypatch, task, variant, tmp_path):
     """A few documents of each split stand in for all."""
-    task = SCRIPTS[path.parent.name].TASK
     few = {split: datasets.load_dataset("parquet", data_files=str(ROOT / f"data/sotu/{split}.parquet"),
                                         cache_dir=str(tmp_path / "cache"))["train"].to_list()[:7]
            for split in ("train", "validation", "test")}  # fmt: skip
     for split, rows in few.items():
         write_rows(tmp_path / f"{split}.jsonl", [{**row, "text": row["text"][:9000], "name": "ab"[i % 2]}
                                                  for i, row in enumerate(rows)])  # fmt: skip
-    chosen = task.settings_class.from_yaml(path, [f"data={tmp_path}"])
+    task, chosen = composed(task, variant, f"--data={tmp_path}")
     chosen.model |= {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
     ready = task.ready(chosen)
     assert {key: getattr(ready.model.config, key) for key in chosen.model} == chosen.model
@@ -221,7 +229,7 @@ def test_every_config_builds_a_tiny_model_and_its_data(monkeypatch, path, tmp_pa
 def test_a_metric_that_is_none_is_refused_before_training(corpora, tmp_path, task):
     config = write_config(tmp_path, TINY | OWN[task], corpora[task], best_metric="acuracy")
     with pytest.raises(SystemExit, match=r"best_metric \('acuracy'\) must be one of loss, "):
-        SCRIPTS[task].main(["--config", str(config)])
+        train.main(["--config", str(config)])
 
 
 # --- sentences and windows
@@ -503,7 +511,7 @@ BAD_QUESTIONS = {
     "place": ({"text": ["war"], "answer_start": [1]}, r"'war' of line 1 of a.jsonl does not stand .* at character 1"),
     "form": (["war"], r"'answers' must be \{'text': \[...\], 'answer_start': \[...\]\}.*has \['war'\]"),
     "lengths": ({"text": ["war"], "answer_start": []}, "as many of one as of the other"),
-    "none": ({"text": [], "answer_start": []}, "Line 1 of a.jsonl has no answer: set null_answers=true"),
+    "none": ({"text": [], "answer_start": []}, "Line 1 of a.jsonl has no answer: set null_answers to true"),
 }
 
 
@@ -629,14 +637,14 @@ def test_a_matcher_goes_on_with_its_head(finished, corpora, tmp_path):
     folder, _ = finished("president")
     values = {"model": {"checkpoint": str(folder)}, "max_steps": 1, "eval_first": True, "gradient_accumulation": 1}
     config = write_config(tmp_path, TINY | OWN["president"] | values, corpora["president"])
-    match.main(["--config", str(config)])
+    train.main(["--config", str(config)])
     best = read_metrics(folder)["validation"]
     assert read_metrics(tmp_path / "out")["before"] == pytest.approx(
         {name: best[name] for name in ("loss", "accuracy")}
     )
     # another head begins anew
     reset_accelerate()
-    other = match.run(MatchSettings.from_yaml(config, ["head_size=8", f"out={tmp_path / 'other'}"]))
+    other = match.run(MatchSettings.from_yaml(config, ["--head_size=8", f"--out={tmp_path / 'other'}"]))
     assert other["before"]["loss"] != pytest.approx(best["loss"], rel=1e-3)
     assert json.loads((tmp_path / "other/matching_head.json").read_text())["head_size"] == 8
 

@@ -16,6 +16,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from efficient_transformers.training.engine import loop, task
+from efficient_transformers.training.runs import train
+from efficient_transformers.training.runs.train_all import variants_of
+from efficient_transformers.training.tasks import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,6 +38,7 @@ MODEL = {
     "hidden_dropout_prob": 0.2,
 }
 TINY = {
+    "task": "classify",
     "tokenizer": "data/tokenizer",
     "model": MODEL,
     "max_length": 24,
@@ -110,6 +114,21 @@ def write_config(folder, tiny, corpus, **values):
     return path
 
 
+def config_of(task):
+    return ROOT / "configs" / f"{task}.yaml"
+
+
+def each_variant_of(*tasks):
+    """Parametrizes a test by `task` and `variant`, over all variants of files in configs."""
+    pairs = [(task, variant) for task in tasks for variant in variants_of(config_of(task))]
+    return pytest.mark.parametrize(("task", "variant"), pairs, ids=["-".join(pair) for pair in pairs])
+
+
+def composed(task, variant, *options):
+    """The task of a file in configs, and the settings of a variant."""
+    return read_settings(config_of(task), variant, options)
+
+
 def read_metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
@@ -158,12 +177,12 @@ def kill_and_continue(monkeypatch, run, folder, step, total):
     monkeypatch.undo()
     reset_accelerate()
     torch.manual_seed(1)  # what the process would draw by itself
-    run("resume=true")
+    run("--resume=true")
     return left[-1] if left else None
 
 
-def stop_and_continue(monkeypatch, main, config, step):
-    """Sends SIGTERM in step `step` to a run by `main`, which ends the process and saves, and continues the run."""
+def stop_and_continue(monkeypatch, config, step):
+    """Sends SIGTERM in step `step` to a run, which ends the process and saves, and continues the run."""
     original = loop.record_step
 
     def record_step(accelerator, progress, *rest):
@@ -173,20 +192,20 @@ def stop_and_continue(monkeypatch, main, config, step):
 
     monkeypatch.setattr(loop, "record_step", record_step)
     with pytest.raises(SystemExit) as stopped:
-        main(["--config", str(config)])
+        train.main(["--config", str(config)])
     assert stopped.value.code == 128 + signal.SIGTERM
     monkeypatch.setattr(loop, "record_step", original)
     reset_accelerate()
     torch.manual_seed(1)
-    main(["--config", str(config), "--resume"])
+    train.main(["--config", str(config), "--resume"])
 
 
 # --- several processes
 
 
-def launch_two(script, *arguments):
-    """Runs a training script in two processes; `accelerate launch --cpu --num_processes 2` starts one only."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", f"training/{script}"]
+def launch_two(*arguments):
+    """Runs training/train.py in two processes; `accelerate launch --cpu --num_processes 2` starts one only."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "training/train.py"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,9 +1,12 @@
-"""Settings of a run: a dataclass filled from YAML and from `key=value` overrides, every value checked.
+"""Settings of a run: a dataclass filled from composed YAML files and from options such as `--learning_rate 1e-3`.
 
-`configs/<task>/base.yaml` beside a YAML is its base, so that a variant's file holds only what differs.
+jsonargparse reads the values and checks their types; what goes beyond a type is in `Settings.check`.
 """
 
+import copy
 import dataclasses
+import functools
+import re
 import types
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -11,8 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
 REPOSITORY = Path(__file__).resolve().parents[3]  # of a checkout
+CONFIGS = REPOSITORY / "configs"
+VARIANTS, VARIANT = "variants", "{variant}"  # the section and the folder of variants; stands for a variant's name
 SettingsType = TypeVar("SettingsType", bound="Settings")
 
 
@@ -22,7 +28,7 @@ class InputError(ValueError):
 
 @dataclasses.dataclass
 class Settings:
-    """What every training script has in common. A script adds its own by subclassing."""
+    """The settings that all tasks have in common. A task adds its own by subclassing."""
 
     # data
     data: str  # a bundled corpus, a .jsonl/.csv/.parquet file, a folder of train/validation/test files, or a Hub name
@@ -63,8 +69,9 @@ class Settings:
     log_steps: int = 10
     tracker: Literal["tensorboard", "none"] = "tensorboard"
     # output
-    config: str | None = None  # <folder>/<name> of the YAML, which sets it by itself
-    out: str | None = None  # default: runs/<folder of the YAML>-<name of the YAML>
+    task: str | None = None  # name of the task in `tasks.TASKS`
+    config: str | None = None  # <name of the YAML>/<variant>, which is set automatically
+    out: str | None = None  # default: runs/<name of the YAML>-<variant>
     overwrite: bool = False
     resume: bool = False
     checkpoint_steps: int | None = None  # default: after every evaluation
@@ -75,33 +82,70 @@ class Settings:
     card_notes: str | None = None  # Markdown: what was measured beyond this run
 
     @classmethod
-    def from_yaml(cls: type[SettingsType], path: str | Path, overrides: Iterable[str] = ()) -> SettingsType:
-        """Base, then the file, then `key=value` overrides; `model.<field>=value` sets one field of the model."""
-        path = Path(path)
-        base = path.with_name("base.yaml")
-        values = read_yaml(base) if base.exists() and base != path else {}
-        values = merge(values, read_yaml(path))
-        for override in overrides:
-            values = merge(values, parse_override(override))
-        if values.get("config") is None:
-            values["config"] = f"{path.resolve().parent.name}/{path.stem}"
-        if values.get("out") is None:
-            values["out"] = str(Path("runs", f"{path.parent.name}-{path.stem}"))
-        return cls.from_dict(values)
+    def from_yaml(
+        cls: type[SettingsType], path: str | Path, options: Iterable[str] = (), variant: str | None = None
+    ) -> SettingsType:
+        """Compose a YAML file and a variant (`compose`), and apply `options`, e.g. `["--model.hidden_size", "64"]`."""
+        return cls.from_options(compose(Path(path), variant), options)
+
+    @classmethod
+    def from_options(cls: type[SettingsType], values: Mapping[str, Any], options: Iterable[str]) -> SettingsType:
+        """Settings of `values` and, over these, of options of a command line."""
+        options = list(options)
+        for option in options:
+            if option.startswith("--") and (name := re.split("[=.+]", option[2:])[0]) != "help":
+                cls._check_name(name)
+        try:
+            given = cls.parser().parse_args(options, defaults=False).as_dict()
+        except ArgumentError as error:
+            raise InputError(cls._explain(error)) from error
+        return cls.from_dict(merge(values, given))
 
     @classmethod
     def from_dict(cls: type[SettingsType], values: Mapping[str, Any]) -> SettingsType:
-        hints = get_type_hints(cls)
         for key in values:
-            if key not in hints:
-                raise InputError(f"There is no setting {key!r}{did_you_mean(key, hints)}")
+            cls._check_name(key)
         for field in dataclasses.fields(cls):
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            if required and field.name not in values:
-                raise InputError(f"The setting {field.name!r} is missing: give it in the YAML or as {field.name}=….")
-        settings = cls(**{key: checked(key, value, hints[key]) for key, value in values.items()})
+            if required and values.get(field.name) is None:
+                raise InputError(f"The setting {field.name!r} is missing: give it in the YAML or as --{field.name}.")
+        given = copy.deepcopy(dict(values))  # the parser writes into it
+        if given.get("mixed_precision") is False:
+            given["mixed_precision"] = "no"  # YAML 1.1 reads the bare word as a truth value
+        try:
+            settings = cls(**cls.parser().parse_object(given, defaults=False).as_dict())
+        except ArgumentError as error:
+            raise InputError(cls._explain(error, values)) from error
         settings.check()
         return settings
+
+    @classmethod
+    @functools.cache
+    def parser(cls) -> ArgumentParser:
+        """An option for every setting; truth values need none: `--resume` stands for `--resume true`."""
+        parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, usage="%(prog)s [options]")
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            flag = {"nargs": "?", "const": True} if hints[field.name] is bool else {}
+            default = None if field.default is dataclasses.MISSING else field.default
+            parser.add_argument(f"--{field.name}", type=hints[field.name], default=default, **flag)
+        return parser
+
+    @classmethod
+    def _check_name(cls, name: str) -> None:
+        if name not in (known := get_type_hints(cls)):
+            raise InputError(f"There is no setting {name!r}{did_you_mean(name, known)}")
+
+    @classmethod
+    def _explain(cls, error: ArgumentError, values: Mapping[str, Any] | None = None) -> str:
+        """What the parser says in several lines, in one: the setting, its value and what it must be."""
+        said = " ".join(str(error).split())
+        if found := re.search(r'Parser key "(\w+)[^"]*": .*(?:Got|Given) value: (.*)', said):
+            key, text = found.groups()
+            return f"{key} ({text if values is None else values[key]!r}) must be {wanted(get_type_hints(cls)[key])}."
+        if said.startswith("unrecognized"):
+            return f"{said}: settings are given as --name value, e.g. --model.hidden_size 64."
+        return said
 
     def check(self) -> None:
         """Values that have the right type and cannot work all the same."""
@@ -130,7 +174,10 @@ class Settings:
             if value is not None and not value > 0:
                 raise InputError(f"{name} ({value}) must be positive.")
         if bool(self.model.get("model_type")) == bool(self.model.get("checkpoint")):
-            raise InputError("model must name either model_type (a new model) or checkpoint (one to go on from).")
+            raise InputError(
+                "model must name either model_type (a new model) or checkpoint (one to start from): give --variant, "
+                "--model.model_type or --model.checkpoint."
+            )
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite contradict each other: give one of them.")
 
@@ -153,7 +200,7 @@ def did_you_mean(key: str, known: Iterable[str]) -> str:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = get_loader("yaml")(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         beside = sorted(p.name for p in path.parent.glob("*.yaml"))
         hint = f"; beside it are {', '.join(beside)}" if beside else ""
@@ -167,71 +214,62 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def parse_override(override: str) -> dict[str, Any]:
-    """`model.window_size=64` → {"model": {"window_size": 64}}."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise InputError(f"The override {override!r} must have the form key=value, e.g. model.hidden_size=64.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"The value of the override {override!r} cannot be read as YAML: {error}") from error
-    section, dot, field = key.partition(".")
-    return {section: {field: number(value)}} if dot else {key: value}
+def compose(path: Path, variant: str | None = None) -> dict[str, Any]:
+    """The settings of a YAML file, over them those of a variant, and over these the file's section for the variant.
+
+    `variants/<variant>.yaml`, beside the file or in this repository's configs, says how to make a new model; it is left
+    out where the file starts from a checkpoint, whose name may contain `{variant}`. A section of `variants:` need not
+    be that of a variant file. Raises InputError if there is neither.
+    """
+    values = read_yaml(path)
+    sections = values.pop(VARIANTS, None) or {}
+    if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
+        raise InputError(f"{VARIANTS} in {path} must hold a section of settings for each variant it names.")
+    model = values.get("model")
+    checkpoint = str(model.get("checkpoint", "")) if isinstance(model, dict) else ""
+    name = path.stem if variant is None else f"{path.stem}/{variant}"
+    if variant is not None:
+        files = {file.stem: file for folder in (CONFIGS, path.parent) for file in (folder / VARIANTS).glob("*.yaml")}
+        if variant not in (known := [*files, *sections]):
+            raise InputError(f"{path} has no variant {variant!r}{did_you_mean(variant, known)}")
+        if checkpoint:
+            values = merge(values, {"model": {"checkpoint": checkpoint.replace(VARIANT, variant)}})
+        elif variant in files:
+            values = merge(values, read_yaml(files[variant]))
+        values = merge(values, sections.get(variant, {}))
+    elif VARIANT in checkpoint:
+        raise InputError(f"{path} starts from the checkpoint {checkpoint} of a variant: give --variant.")
+    own = {"config": name, "out": f"runs/{name.replace('/', '-')}"}
+    return own | {key: value for key, value in values.items() if value is not None or key not in own}
 
 
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`above` wins; the fields of `model` are merged one by one."""
     merged = {**below, **above}
     lower, upper = below.get("model"), above.get("model")
     if isinstance(lower, dict) and isinstance(upper, dict):
-        # the fields of a model to be made say nothing of a checkpoint, which brings its own
-        made_anew = "checkpoint" in upper and "checkpoint" not in lower
-        merged["model"] = upper if made_anew else {**lower, **upper}
+        # a checkpoint has a config of its own, to which the fields of a new model do not apply
+        replaced = "checkpoint" in upper and "checkpoint" not in lower
+        merged["model"] = upper if replaced else {**lower, **upper}
     return merged
 
 
-def number(value: Any) -> Any:
-    """YAML 1.1 reads `3e-4`, which has no point, as text; whoever writes it means a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def checked(name: str, value: Any, annotation: Any) -> Any:
-    """`value`, converted where nothing is lost, or an InputError that names the type wanted."""
-    origin = get_origin(annotation)
-    if origin in (Union, types.UnionType):
-        options = get_args(annotation)
-        if value is None and type(None) in options:
-            return None
-        (annotation,) = (option for option in options if option is not type(None))
-        return checked(name, value, annotation)
-    if origin is Literal:
-        if value is False and "no" in get_args(annotation):
-            value = "no"  # YAML 1.1 reads the bare word as a truth value
-        if value not in get_args(annotation):
-            allowed = ", ".join(map(str, get_args(annotation)))
-            raise InputError(f"{name} ({value!r}) must be one of {allowed}.")
-        return value
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise InputError(f"{name} ({value!r}) must be a section of `field: value` lines.")
-        return {key: number(item) for key, item in value.items()}
-    if origin is list:
-        if not isinstance(value, list):
-            raise InputError(f"{name} ({value!r}) must be a list, e.g. [a, b].")
-        return [checked(f"{name}[{i}]", item, *get_args(annotation)) for i, item in enumerate(value)]
-    if annotation is float:
-        value = number(value)
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-    if not isinstance(value, annotation) or (annotation is not bool and isinstance(value, bool)):
-        raise InputError(f"{name} ({value!r}) must be {annotation.__name__}, not {type(value).__name__}.")
-    return value
+def wanted(annotation: Any) -> str:
+    """A type in the words of an error message."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(wanted(option) for option in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return f"one of {', '.join(map(str, get_args(annotation)))}"
+    names = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        list: "a list, e.g. [a, b]",
+        dict: "a section of `field: value` lines",
+        types.NoneType: "null",
+    }
+    return names[get_origin(annotation) or annotation]
 
 
 def find_path(name: str) -> Path | None:

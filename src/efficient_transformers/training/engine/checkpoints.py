@@ -97,7 +97,7 @@ class Checkpoints:
         if progress.processes != self.accelerator.num_processes:
             raise InputError(
                 f"The checkpoint {path.name} was saved by {progress.processes} processes and cannot be continued "
-                f"by {self.accelerator.num_processes}: start as many, or begin anew with overwrite=true."
+                f"by {self.accelerator.num_processes}: start as many, or start again with --overwrite."
             )
         self.accelerator.load_state(str(path))
         # those that are newer would stand in the way of what is saved in their place
@@ -120,7 +120,7 @@ class Checkpoints:
             return None, None
         return None, (
             f"None of the checkpoints in {self.folder} can be read ({'; '.join(faults)}): begin anew with "
-            "overwrite=true, or set out to another folder."
+            "--overwrite, or set --out to another folder."
         )
 
     def save_best(self, model: torch.nn.Module) -> None:
@@ -140,7 +140,7 @@ class Checkpoints:
             load_whole(self.accelerator, model, self.best_weights)
         except (OSError, SafetensorError) as error:
             raise InputError(
-                f"The best weights {self.best_weights} cannot be read ({error}): begin anew with overwrite=true."
+                f"The best weights {self.best_weights} cannot be read ({error}): start again with --overwrite."
             ) from error
 
 
@@ -213,5 +213,5 @@ def writing(what: str, folder: Path, partial: Path | None = None) -> Iterator[No
             remove(partial)
         raise InputError(
             f"{what} could not be written to {folder}: {reason}. {shutil.disk_usage(folder).free / 1e6:,.1f} MB are "
-            "free there. What was saved before is kept: make room, and go on with resume=true."
+            "free there. What was saved before is kept: make room, and continue with --resume."
         ) from error

@@ -25,7 +25,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from ...exporting import code_version
 from ...folders import fit_tokenizer
-from ..settings import InputError, Settings
+from ..settings import InputError, Settings, SettingsType, compose, merge
 from .checkpoints import Progress, flush, writing
 from .sharding import whole_state
 
@@ -33,7 +33,7 @@ SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpo
 # settings that change neither the data nor the weights, and so may differ when a run is continued
 FREE_TO_CHANGE = {
     "out", "overwrite", "resume", "checkpoint_steps", "keep_checkpoints", "keep_checkpoints_at_end", "log_steps",
-    "tracker", "eval_batch_size", "license", "language", "card_notes", "config",
+    "tracker", "eval_batch_size", "license", "language", "card_notes", "config", "task",
     "cache_tokens", "num_workers", "dataloader_num_workers",
 }  # fmt: skip
 
@@ -72,12 +72,12 @@ def _check_folder(settings: Settings) -> None:
     if settings.resume and (different := differences(folder, settings)):
         raise InputError(
             f"The run in {folder} was started with other settings ({'; '.join(different)}) and cannot be continued "
-            "with these: give the same ones, another out, or overwrite=true."
+            "with these: give the same ones, another --out, or --overwrite."
         )
     if not settings.resume and not settings.overwrite:
         raise InputError(
-            f"The output folder {folder} is not empty, it holds a run: resume=true continues it, overwrite=true "
-            "deletes it, another out keeps both."
+            f"The output folder {folder} is not empty, it holds a run: --resume continues it, --overwrite deletes "
+            "it, another --out keeps both."
         )
 
 
@@ -109,6 +109,20 @@ def write_whole(path: Path, text: str) -> None:
     flush(partial)
     os.replace(partial, path)
     flush(path.parent)
+
+
+def recorded_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a finished run, with the model that it saved. Raises InputError if the run is not finished."""
+    if not (folder / METRICS).exists():
+        raise InputError(f"{folder} holds no finished run: it has no {METRICS}.")
+    return merge(compose(folder / SETTINGS), {"model": {"checkpoint": str(folder)}})
+
+
+def finished_settings(settings_class: type[SettingsType], folder: Path, options: list[str]) -> SettingsType:
+    """Settings to evaluate a finished run with; `options` are those of a command line, e.g. `["--max_length", "5"]`."""
+    settings = settings_class.from_options(recorded_settings(folder), options)
+    settings.tokenizer, settings.tracker = str(folder), "none"
+    return settings
 
 
 def versions() -> dict[str, str]:

@@ -17,9 +17,8 @@ from ..data.texts import SPLITS, TextSettings
 from ..settings import InputError, Settings
 from .building import build_config, build_model, load_tokenizer, make_accelerator, model_facts, visible_length
 from .card import make_card, report
-from .command_line import finished_settings
 from .loop import train
-from .outputs import begin_folder, finish_folder, finished_metrics, hardware, metrics_of
+from .outputs import begin_folder, finish_folder, finished_metrics, finished_settings, hardware, metrics_of
 from .scoring import Evaluator, Scorer
 from .streaming import Stream
 
@@ -71,7 +70,7 @@ S = TypeVar("S", bound=Settings)
 class Task(Generic[S]):
     """One kind of training: a subclass says what is its own, `run` and `evaluate_folder` are the same for all."""
 
-    script: str
+    name: str  # in `tasks.TASKS`
     settings_class: type[S]
     auto_class: Any
     task_type: str  # the Hub's name
@@ -181,9 +180,9 @@ class Task(Generic[S]):
         report(accelerator, settings, metrics, self.auto_class.__name__, self.shown(metrics))
         return metrics
 
-    def evaluate_folder(self, folder: Path, overrides: list[str]) -> dict[str, float]:
-        """Test scores of a finished run, on its own data unless `overrides` say otherwise, e.g. `max_length=512`."""
-        settings = finished_settings(self.settings_class, folder, overrides)
+    def evaluate_folder(self, folder: Path, options: list[str]) -> dict[str, float]:
+        """Test scores of a finished run, on its own data unless `options` say otherwise, e.g. `--max_length 512`."""
+        settings = finished_settings(self.settings_class, folder, options)
         accelerator = make_accelerator(settings)
         ready = self.ready(settings, folder)
         scorer = self.scorer(ready.encode("test"), settings)
@@ -213,7 +212,7 @@ class Task(Generic[S]):
         return make_card(
             settings,
             metrics,
-            command or f"accelerate launch training/{self.script} --config settings.yaml",
+            command or "accelerate launch training/train.py --config settings.yaml",
             task_type=self.task_type,
             auto_class=self.auto_class.__name__,
             description=f"{description}\n\n{described.pop('purpose')}",

@@ -1,8 +1,8 @@
 """What a bag of words knows: a linear SVM of TF-IDF, trained and tested on the windows of a classifier's config.
 
-    python training/bag_of_words.py --config configs/era/local.yaml [key=value …]
+    python training/bag_of_words.py --config configs/era.yaml [--max_length 512 …]
 
-It reads what the model would: with `max_length=512` the first 512 tokens of each window.
+It is given what the model would be: with `--max_length 512` the first 512 tokens of each window.
 """
 
 import argparse
@@ -42,11 +42,13 @@ def scores_of(settings: ClassifySettings) -> dict[str, dict[str, float]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    given = parser.parse_intermixed_args(arguments)
+    parser.add_argument("--variant", default="full", help="where a variant has settings of its own")
+    given, options = parser.parse_known_args(arguments)
     try:
-        print(json.dumps(scores_of(ClassifySettings.from_yaml(given.config, given.overrides))))
+        print(json.dumps(scores_of(ClassifySettings.from_yaml(given.config, options, given.variant))))
     except InputError as error:
         sys.exit(f"error: {error}")

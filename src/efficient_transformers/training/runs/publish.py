@@ -35,8 +35,7 @@ from ..engine.checkpoints import write_json
 from ..engine.outputs import METRICS, SETTINGS
 from ..engine.task import Task
 from ..settings import InputError
-from ..tasks import classify, pretrain_clm, pretrain_mlm
-from ..tasks.scripts import SCRIPTS
+from ..tasks import classify, pretrain_clm, pretrain_mlm, task_of
 from . import check_published
 
 MOST_BYTES = 3_000_000
@@ -44,19 +43,17 @@ DRAWN_TOKENS = 512
 PALETTE = 128  # colours
 
 
-TASKS: dict[str, Task[Any]] = {
-    task.script: task for task in (classify.TASK, pretrain_mlm.TASK, pretrain_clm.TASK)
-}  # whose runs can be published
+PUBLISHED: tuple[Task[Any], ...] = (classify.TASK, pretrain_mlm.TASK, pretrain_clm.TASK)
 
 
 def publish(run: Path, out: Path) -> dict[str, Any]:
     """Write the folder `out` and return its metrics.
 
-    Raises InputError if the run is not finished, `out` is the run itself, the run's script is not in TASKS, or a file
+    Raises InputError if the run is not finished, `out` is the run itself, the run's task is not in PUBLISHED, or a file
     gets too large.
     """
     metrics = read_metrics(run)
-    task = task_of(run, metrics)
+    task = published_task(run, metrics)
     if out.resolve() == run.resolve():
         raise InputError(f"{out} is the run itself, whose weights would be overwritten: name another folder.")
     settings = task.settings_class.from_yaml(run / SETTINGS)
@@ -76,7 +73,7 @@ def publish(run: Path, out: Path) -> dict[str, Any]:
     metrics["name"] = f"et-{out.name}"
     write_json(out / METRICS, metrics)  # only a folder that has it is that of a finished run
 
-    scores = task.evaluate_folder(out, ["matmul_precision=highest"])
+    scores = task.evaluate_folder(out, ["--matmul_precision", "highest"])
     metrics["test_before_rounding"], metrics["test"] = metrics["test"], {**metrics["test"], **scores}
     write_json(out / METRICS, metrics)
     write_card(out)
@@ -88,7 +85,7 @@ def publish(run: Path, out: Path) -> dict[str, Any]:
 def write_card(folder: Path) -> None:
     """Write picture and card of a folder of the zoo, from its weights, settings and metrics."""
     metrics = read_metrics(folder)
-    task = task_of(folder, metrics)
+    task = published_task(folder, metrics)
     settings = task.settings_class.from_yaml(folder / SETTINGS)
     model = task.auto_class.from_pretrained(folder)
     draw_pattern(folder, metrics["model"]["model_type"])
@@ -101,10 +98,10 @@ def write_card(folder: Path) -> None:
     (folder / README).write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
 
 
-def task_of(folder: Path, metrics: dict[str, Any]) -> Task[Any]:
-    script = script_of(metrics)
-    if (task := TASKS.get(script)) is None:
-        raise InputError(f"{folder} was trained by {script}; what can be published is trained by {', '.join(TASKS)}.")
+def published_task(folder: Path, metrics: dict[str, Any]) -> Task[Any]:
+    if (task := task_of(metrics["settings"])) not in PUBLISHED:
+        known = ", ".join(each.name for each in PUBLISHED)
+        raise InputError(f"{folder} is of the task {task.name}; what can be published is of {known}.")
     return task
 
 
@@ -112,10 +109,6 @@ def read_metrics(run: Path) -> dict[str, Any]:
     if not (run / METRICS).exists():
         raise InputError(f"{run} holds no finished run: it has no {METRICS}.")
     return json.loads((run / METRICS).read_text(encoding="utf-8"))
-
-
-def script_of(metrics: dict[str, Any]) -> str:
-    return SCRIPTS.get(str(metrics["settings"]["config"]).partition("/")[0], "a script that is not known")
 
 
 def draw_pattern(folder: Path, model_type: str) -> None:
@@ -150,7 +143,7 @@ def check(folders: list[Path]) -> int:
         for folder in folders:
             exported.append(Path(temporary, str(len(exported)), folder.name))
             export(folder, exported[-1])
-            if task_of(folder, read_metrics(folder)).auto_class.__name__ == check_published.CLASSIFIER:
+            if published_task(folder, read_metrics(folder)).auto_class.__name__ == check_published.CLASSIFIER:
                 with contextlib.suppress(OSError, ValueError):  # a broken tokenizer: the check reports it
                     write_json(exported[-1].with_name(check_published.WINDOWS), test_windows(folder))
         return subprocess.run([sys.executable, check_published.__file__, *exported]).returncode

@@ -3,7 +3,7 @@
 python training/report.py [FOLDER …] [--out docs/results.md] [--only GROUP …] [--picture GROUP=docs/GROUP.png …]
     [--beside SETTING]
 
-Every `metrics.json` below the folders (default: runs) is read. Runs of one folder of configs make a table, runs that
+Every `metrics.json` below the folders (default: runs) is read. Runs of one YAML of configs make a table, runs that
 differ in their seed alone a row. A table stands between `<!-- begin:GROUP -->` and `<!-- end:GROUP -->`, where the next
 call replaces it; a group without marks is put at the end. All other text stays as it is. With `--beside max_length`
 runs that differ in that setting stand side by side in one line, in groups that have such runs.
@@ -26,7 +26,7 @@ from typing import Any
 
 from ..engine.outputs import CHECKPOINTS, FREE_TO_CHANGE, METRICS, write_whole
 from ..settings import InputError, Settings
-from ..tasks.scripts import SETTINGS
+from ..tasks import TASKS
 
 RUNS = Path("runs")
 LOWER_IS_BETTER = {"loss", "perplexity", "nats_per_byte", "bits_per_byte"}
@@ -115,7 +115,7 @@ def kept_of(run: dict[str, Any]) -> dict[str, Any]:
     """A run as it is kept and put into tables: without what no table needs, and without the machine's paths."""
     kept = {key: without_machine(run[key]) for key in KEPT if key in run}
     kept["model"].pop("costs", None)
-    settings = {key: value for key, value in kept["settings"].items() if key not in FREE_TO_CHANGE - {"config"}}
+    settings = {key: value for key, value in kept["settings"].items() if key not in FREE_TO_CHANGE - {"config", "task"}}
     if config := run["settings"].get("config"):
         settings["config"] = "/".join(config.removesuffix(".yaml").split("/")[-2:])
     return kept | {"settings": settings}
@@ -148,9 +148,11 @@ def seed_of(run: dict[str, Any]) -> int:
 def settings_of(run: dict[str, Any]) -> dict[str, Any]:
     """Those that make a row; a setting that is newer than the run had its default then."""
 
-    script = re.search(r"training/(\w+\.py)", run.get("command", ""))
+    # older runs do not name their task, but the script of it
+    script = re.search(r"training/(\w+)\.py", run.get("command", ""))
+    task = TASKS.get(run["settings"].get("task") or (script[1] if script else ""))
     defaults: dict[str, Any] = {}
-    for setting in fields(SETTINGS.get(script[1], Settings) if script else Settings):
+    for setting in fields(task.settings_class if task else Settings):
         if setting.default_factory is not MISSING:
             defaults[setting.name] = setting.default_factory()
         elif setting.default is not MISSING:
@@ -159,9 +161,9 @@ def settings_of(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def group_of(run: dict[str, Any]) -> tuple[str, str]:
-    """Folder and name of the run's YAML; of a run that does not tell them, its data and the model."""
-    folder, _, name = (run["settings"].get("config") or "").rpartition("/")
-    return folder or Path(run["settings"]["data"]).stem, name or run["model"]["model_type"].removeprefix("et_")
+    """The run's YAML and variant; of a run that does not tell them, its data and the model."""
+    group, _, name = (run["settings"].get("config") or "").partition("/")
+    return group or Path(run["settings"]["data"]).stem, name or run["model"]["model_type"].removeprefix("et_")
 
 
 def rows_of(runs: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from ..engine.outputs import METRICS, differences
 from ..settings import REPOSITORY, InputError
-from ..tasks.scripts import SETTINGS
+from ..tasks import read_settings
 
-FOLDER = REPOSITORY / "training"  # of the scripts
+TRAIN = REPOSITORY / "training/train.py"
 
 
 class RunFailed(Exception):
@@ -20,17 +20,13 @@ class RunFailed(Exception):
         self.code = code
 
 
-def train_or_find(
-    config: Path,
-    overrides: list[str],
-    launcher: list[str],
-    script: str,
-) -> dict[str, Any]:
+def train_or_find(config: Path, variant: str | None, options: list[str], launcher: list[str]) -> dict[str, Any]:
     """The metrics of one run, which is trained unless it is there."""
-    settings = SETTINGS[script].from_yaml(config, overrides)
+    _, settings = read_settings(config, variant, options)
     finished = settings.folder / METRICS
     if not finished.exists():
-        command = [*launcher, str(FOLDER / script), "--config", str(config), *overrides, "resume=true"]
+        of_variant = [] if variant is None else ["--variant", variant]
+        command = [*launcher, str(TRAIN), "--config", str(config), *of_variant, *options, "--resume"]
         if code := launch(command):
             raise RunFailed(settings.folder, code)
     elif different := differences(settings.folder, settings):

@@ -1,9 +1,9 @@
 """One config over several seeds and lengths, and a table of the means: does the length pay?
 
-    python training/seeds.py --config configs/era/local.yaml --max-lengths 4096 512 --seeds 0 1 2 [key=value …]
+    python training/seeds.py --config configs/era.yaml --variant local --max-lengths 4096 512 --seeds 0 1 2
 
 Finished runs are not repeated and interrupted ones are continued, so the same command can be given again.
-Each length is trained for itself; `classify.py --evaluate FOLDER max_length=512` cuts the input of a trained model.
+Each length is trained for itself; `evaluate.py FOLDER --max_length 512` cuts the input of a trained model.
 """
 
 import argparse
@@ -16,8 +16,6 @@ from ..engine.outputs import write_whole
 from ..settings import InputError
 from .report import spread
 from .running import RunFailed, train_or_find
-
-CLASSIFY = "classify.py"
 
 
 def table(runs: dict[int, dict[int, dict[str, Any]]]) -> str:
@@ -40,13 +38,13 @@ def table(runs: dict[int, dict[int, dict[str, Any]]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--variant")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max-lengths", type=int, nargs="+", default=[4096, 512])
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/<config>-seeds)")
     parser.add_argument("--accelerate-config", type=Path, help="passed to `accelerate launch` as --config_file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    given = parser.parse_intermixed_args(arguments)
-    out = given.out or Path("runs", f"{given.config.parent.name}-{given.config.stem}-seeds")
+    given, options = parser.parse_known_args(arguments)
+    out = given.out or Path("runs", f"{given.config.stem}-{given.variant}-seeds")
     launcher = [sys.executable]
     if given.accelerate_config:
         launcher += ["-m", "accelerate.commands.launch", "--config_file", str(given.accelerate_config)]
@@ -57,8 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
         for seed in given.seeds:
             for length in given.max_lengths:
                 folder = out / f"length-{length}-seed-{seed}"
-                overrides = [*given.overrides, f"seed={seed}", f"max_length={length}", f"out={folder}"]
-                runs[length][seed] = train_or_find(given.config, overrides, launcher, CLASSIFY)
+                more = [*options, f"--seed={seed}", f"--max_length={length}", f"--out={folder}"]
+                runs[length][seed] = train_or_find(given.config, given.variant, more, launcher)
     except InputError as error:
         sys.exit(f"error: {error}")
     except RunFailed as failed:

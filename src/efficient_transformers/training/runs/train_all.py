@@ -1,58 +1,67 @@
-"""Several configs, one after another: the runs of a table.
+"""Train the variants of a task, one after another: the runs of a table.
 
-    python training/train_all.py --configs configs/mqar/*.yaml [--seeds 0 1 2] [--out FOLDER] [key=value …]
+    python training/train_all.py --config configs/mqar.yaml [--variants full local …] [--seeds 0 1 2] [--out FOLDER]
+        [--learning_rate 1e-3 …]
 
-Finished runs are not repeated and interrupted ones are continued, so the same command can be given again. A run that
-fails does not keep the others from theirs: it is named at the end, with exit code 1.
+Settings are options, as of train.py. Finished runs are not repeated and interrupted ones are continued, so the same
+command can be given again. A run that fails does not keep the others from theirs: it is named at the end, with exit
+code 1.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from ..settings import InputError
-from ..tasks.scripts import SETTINGS, script_of
+from transformers import AutoModelForCausalLM
+
+from ... import VARIANTS
+from ..settings import InputError, compose
+from ..tasks import task_of
 from .running import RunFailed, train_or_find
 
-STOPPED = 143  # how a script ends that has heard SIGTERM
+STOPPED = 143  # exit code of a run that SIGTERM has stopped
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", type=Path, nargs="+", required=True, help="base.yaml among them is left out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML of the task")
+    parser.add_argument("--variants", nargs="+", metavar="VARIANT", help="default: all that can do the task")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--script", choices=list(SETTINGS), help="default: by the folder of each config")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs")
-    parser.add_argument("--accelerate-config", type=Path, help="passed to `accelerate launch` as --config_file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    given = parser.parse_intermixed_args(arguments)
-    # a shell's *.yaml and key=value cannot be told apart by argparse
-    configs = [path for path in given.configs if "=" not in str(path) and path.stem != "base"]
-    overrides = [*(str(path) for path in given.configs if "=" in str(path)), *given.overrides]
+    parser.add_argument("--accelerate_config", type=Path, help="passed to `accelerate launch` as --config_file")
+    given, options = parser.parse_known_args(arguments)
     launcher = [sys.executable]
     if given.accelerate_config:
         launcher += ["-m", "accelerate.commands.launch", "--config_file", str(given.accelerate_config)]
+    try:
+        variants = given.variants or variants_of(given.config)
+    except InputError as error:
+        sys.exit(f"error: {error}")
 
     failed = []
-    # all configs of a seed before the next seed: a half-finished table then compares like with like
+    # all variants of a seed before the next seed: a half-finished table then compares like with like
     for seed in given.seeds:
-        for config in configs:
-            folder = given.out / f"{config.resolve().parent.name}-{config.stem}{f'-seed-{seed}' if seed else ''}"
+        for variant in variants:
+            folder = given.out / f"{given.config.stem}-{variant}{f'-seed-{seed}' if seed else ''}"
             try:
-                script = script_of(config, given.script)
                 metrics = train_or_find(
-                    config,
-                    [*overrides, f"seed={seed}", f"out={folder}"],
-                    launcher,
-                    script,
+                    given.config, variant, [*options, "--seed", str(seed), "--out", str(folder)], launcher
                 )
             except (InputError, RunFailed) as error:
                 if isinstance(error, RunFailed) and (error.code == STOPPED or error.code < 0):
                     sys.exit(str(error))  # a request to stop ends all runs
-                failed.append(f"{config}: {error}")
+                failed.append(f"{given.config}, {variant}: {error}")
                 print(f"error: {failed[-1]}", file=sys.stderr, flush=True)
                 continue
             scores = ", ".join(f"{name} {value:.4g}" for name, value in metrics["test"].items())
-            print(f"{config}, seed {seed}: {scores} ({folder})", flush=True)
+            print(f"{given.config}, {variant}, seed {seed}: {scores} ({folder})", flush=True)
     if failed:
         sys.exit("\n".join(["error: these runs have failed:", *failed]))
+
+
+def variants_of(config: Path) -> list[str]:
+    """The variants that can do a task: those with a causal form, if it is causal language modelling."""
+    causal = task_of(compose(config, next(iter(VARIANTS)))).auto_class is AutoModelForCausalLM
+    return [name for name, variant in VARIANTS.items() if variant.causal or not causal]

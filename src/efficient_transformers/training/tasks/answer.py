@@ -1,7 +1,7 @@
 """Trains a model that finds the answer to a question in a long text, evaluates it on the test split and saves it.
 
-accelerate launch training/answer.py --config configs/facts/local.yaml [key=value …] [--resume]
-python training/answer.py --evaluate runs/facts-local [max_length=512]
+accelerate launch training/train.py --config configs/facts.yaml --variant local [--NAME VALUE …] [--resume]
+python training/evaluate.py runs/facts-local [--max_length 512]
 """
 
 import re
@@ -21,7 +21,6 @@ from ..data.excerpts import sentences
 from ..data.features import Features
 from ..data.packing import check_offsets, shortened
 from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
-from ..engine.command_line import command_line
 from ..engine.scoring import Scorer
 from ..engine.task import Source, Task
 from ..settings import InputError
@@ -99,7 +98,7 @@ def _question(row: Row, settings: AnswerSettings) -> Question:
         raise InputError(f"The column {settings.answers_column!r} must be {form}, but {place} has {answers!r}.")
     if not texts and not settings.null_answers:
         raise InputError(
-            f"{place[0].upper()}{place[1:]} has no answer: set null_answers=true if questions may have none."
+            f"{place[0].upper()}{place[1:]} has no answer: set null_answers to true if questions may have none."
         )
     for text, start in zip(texts, starts, strict=True):
         if context[start : start + len(text)] != text:
@@ -318,7 +317,7 @@ def window_loss(starts: np.ndarray, ends: np.ndarray, row: Mapping[str, Any]) ->
 
 
 class AnswerTask(Task[AnswerSettings]):
-    script = "answer.py"
+    name = "answer"
     settings_class = AnswerSettings
     auto_class = AutoModelForQuestionAnswering
     task_type = "question-answering"
@@ -350,7 +349,3 @@ class AnswerTask(Task[AnswerSettings]):
 
 TASK = AnswerTask()
 run, evaluate_folder = TASK.run, TASK.evaluate_folder
-
-
-def main(arguments: list[str] | None = None) -> None:
-    command_line(TASK.script, __doc__, TASK.settings_class, run, evaluate_folder, arguments)

@@ -1,7 +1,7 @@
 """Trains a model that picks one of several choices, evaluates it on the test split and saves it ready for the Hub.
 
-accelerate launch training/choose.py --config configs/next/local.yaml [key=value …] [--resume]
-python training/choose.py --evaluate runs/next-local [max_length=512]
+accelerate launch training/train.py --config configs/next.yaml --variant local [--NAME VALUE …] [--resume]
+python training/evaluate.py runs/next-local [--max_length 512]
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,6 @@ from ..data.excerpts import excerpts
 from ..data.features import Features
 from ..data.packing import check_offsets, shortened
 from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
-from ..engine.command_line import command_line
 from ..engine.scoring import LabelScorer
 from ..engine.task import Source, Task
 from ..settings import InputError
@@ -164,7 +163,7 @@ class ChoiceScorer(LabelScorer):
 
 
 class ChooseTask(Task[ChooseSettings]):
-    script = "choose.py"
+    name = "choose"
     settings_class = ChooseSettings
     auto_class = AutoModelForMultipleChoice
     task_type = "multiple-choice"
@@ -185,7 +184,3 @@ class ChooseTask(Task[ChooseSettings]):
 
 TASK = ChooseTask()
 run, evaluate_folder = TASK.run, TASK.evaluate_folder
-
-
-def main(arguments: list[str] | None = None) -> None:
-    command_line(TASK.script, __doc__, TASK.settings_class, run, evaluate_folder, arguments)

@@ -1,7 +1,7 @@
 """Trains a document classifier, evaluates it on the test split and saves it ready for the Hub.
 
-accelerate launch training/classify.py --config configs/era/local.yaml [key=value …] [--resume]
-python training/classify.py --evaluate runs/era-local [max_length=512]
+accelerate launch training/train.py --config configs/era.yaml --variant local [--NAME VALUE …] [--resume]
+python training/evaluate.py runs/era-local [--max_length 512]
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,6 @@ from transformers import (
 
 from ..data.documents import DocumentSettings, encode_documents, load_documents
 from ..engine.building import load_tokenizer, visible_length
-from ..engine.command_line import command_line
 from ..engine.scoring import LabelScorer
 from ..engine.task import Ready, Source, Task
 from .self_pretraining import SelfPretrainingSettings, card_row, self_pretrain
@@ -42,7 +41,7 @@ def labelled_documents(settings: DocumentSettings, tokenizer: PreTrainedTokenize
 
 
 class ClassifyTask(Task[ClassifySettings]):
-    script = "classify.py"
+    name = "classify"
     settings_class = ClassifySettings
     auto_class = AutoModelForSequenceClassification
     task_type = "text-classification"
@@ -84,7 +83,3 @@ class ClassifyTask(Task[ClassifySettings]):
 
 TASK = ClassifyTask()
 run, evaluate_folder = TASK.run, TASK.evaluate_folder
-
-
-def main(arguments: list[str] | None = None) -> None:
-    command_line(TASK.script, __doc__, TASK.settings_class, run, evaluate_folder, arguments)

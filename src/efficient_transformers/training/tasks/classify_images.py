@@ -1,7 +1,7 @@
 """Trains an image classifier, evaluates it on the test split and saves it ready for the Hub.
 
-accelerate launch training/classify_images.py --config configs/pixels/local.yaml [key=value …] [--resume]
-python training/classify_images.py --evaluate runs/pixels-local
+accelerate launch training/train.py --config configs/pixels.yaml --variant local [--NAME VALUE …] [--resume]
+python training/evaluate.py runs/pixels-local
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +12,6 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig
 from ... import EtImageProcessor
 from ...models.base_configuration import EtConfig
 from ..data.images import PictureCollator, PictureSettings, load_pictures
-from ..engine.command_line import command_line
 from ..engine.scoring import LabelScorer
 from ..engine.task import Ready, Source, Task
 from ..settings import InputError
@@ -26,7 +25,7 @@ class ClassifyImagesSettings(PictureSettings):
 
 
 class ClassifyImagesTask(Task[ClassifyImagesSettings]):
-    script = "classify_images.py"
+    name = "classify_images"
     settings_class = ClassifyImagesSettings
     auto_class = AutoModelForImageClassification
     task_type = "image-classification"
@@ -72,7 +71,3 @@ class ClassifyImagesTask(Task[ClassifyImagesSettings]):
 
 TASK = ClassifyImagesTask()
 run, evaluate_folder = TASK.run, TASK.evaluate_folder
-
-
-def main(arguments: list[str] | None = None) -> None:
-    command_line(TASK.script, __doc__, TASK.settings_class, run, evaluate_folder, arguments)

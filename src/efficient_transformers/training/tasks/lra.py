@@ -1,7 +1,7 @@
 """Trains a classifier on a task of the Long Range Arena, evaluates it and saves it ready for the Hub.
 
-accelerate launch training/lra.py --config configs/listops/full.yaml [key=value …] [--resume]
-python training/lra.py --evaluate runs/listops-full [max_length=512]
+accelerate launch training/train.py --config configs/listops.yaml --variant full [--NAME VALUE …] [--resume]
+python training/evaluate.py runs/listops-full [--max_length 512]
 
 ListOps and Pathfinder are generated, images are Fashion-MNIST's, text is read as bytes (Tay et al. 2020,
 arXiv:2011.04006). Retrieval, which has two documents, is the business of match.py.
@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from ..data.fashion_mnist import CLASSES, FOLDER, PIXELS, load_fashion_mnist
 from ..data.texts import SPLITS
-from ..engine.command_line import command_line
 from ..engine.metrics import OWN_METRICS
 from ..engine.task import Source
 from ..settings import InputError
@@ -64,7 +63,7 @@ class LraSettings(ClassifySettings):
         if self.tokenizer is not None:
             raise InputError(
                 f"tokenizer ({self.tokenizer!r}) has no use: these tasks are read by the word, the pixel or the byte. "
-                "Leave it out, or train with training/classify.py."
+                "Leave it out, or set task to classify."
             )
 
 
@@ -99,7 +98,7 @@ def image_rows(
 
 
 class LraTask(ClassifyTask):
-    script = "lra.py"
+    name = "lra"
     settings_class = LraSettings
     unit = "sequences"
 
@@ -122,7 +121,3 @@ class LraTask(ClassifyTask):
 
 TASK = LraTask()
 run, evaluate_folder = TASK.run, TASK.evaluate_folder
-
-
-def main(arguments: list[str] | None = None) -> None:
-    command_line(TASK.script, __doc__, TASK.settings_class, run, evaluate_folder, arguments)

@@ -1,7 +1,7 @@
 """Trains a model that tells whether two documents match, evaluates it on the test split and saves it.
 
-accelerate launch training/match.py --config configs/president/local.yaml [key=value …] [--resume]
-python training/match.py --evaluate runs/president-local [max_length=512]
+accelerate launch training/train.py --config configs/president.yaml --variant local [--NAME VALUE …] [--resume]
+python training/evaluate.py runs/president-local [--max_length 512]
 
 Each document is encoded by itself, so that vectors of many can be kept: the head of LRA's retrieval task. In the output
 folder the encoder is an ordinary checkpoint; `DocumentMatcher.from_pretrained` opens it with its head.
@@ -32,7 +32,6 @@ from ..data.excerpts import excerpts
 from ..data.features import Features
 from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
 from ..engine.building import build_model
-from ..engine.command_line import command_line
 from ..engine.task import Source, Task
 from ..settings import InputError, find_path
 from .choose import ChoiceScorer
@@ -223,7 +222,7 @@ def build_matcher(settings: MatchSettings, config: PreTrainedConfig, auto_class:
 
 
 class MatchTask(Task[MatchSettings]):
-    script = "match.py"
+    name = "match"
     settings_class = MatchSettings
     auto_class = AutoModel
     task_type = "text-classification"
@@ -252,7 +251,3 @@ class MatchTask(Task[MatchSettings]):
 
 TASK = MatchTask()
 run, evaluate_folder = TASK.run, TASK.evaluate_folder
-
-
-def main(arguments: list[str] | None = None) -> None:
-    command_line(TASK.script, __doc__, TASK.settings_class, run, evaluate_folder, arguments)

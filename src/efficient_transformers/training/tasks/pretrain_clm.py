@@ -1,7 +1,7 @@
 """Trains a causal language model, new or from a checkpoint, evaluates it on the test split and saves it for the Hub.
 
-accelerate launch training/pretrain_clm.py --config configs/clm/local.yaml [key=value …] [--resume]
-python training/pretrain_clm.py --evaluate runs/clm-local [max_length=512]
+accelerate launch training/train.py --config configs/clm.yaml --variant local [--NAME VALUE …] [--resume]
+python training/evaluate.py runs/clm-local [--max_length 512]
 """
 
 import math
@@ -23,7 +23,6 @@ from ... import VARIANTS
 from ..data.causal import CausalPacker, CausalWindow, CausalWindows
 from ..data.packing import Windows, packed, special_frame
 from ..engine.building import load_tokenizer
-from ..engine.command_line import command_line
 from ..engine.scoring import NextTokenScorer
 from ..settings import InputError
 from .language_models import LanguageModelSettings, LanguageModelTask, PerplexityScorer, cut
@@ -95,7 +94,7 @@ def reads_ahead(model: PreTrainedModel, length: int = 32) -> bool:
 
 
 class ClmTask(LanguageModelTask[ClmSettings]):
-    script = "pretrain_clm.py"
+    name = "pretrain_clm"
     settings_class = ClmSettings
     auto_class = AutoModelForCausalLM
     task_type = "text-generation"
@@ -112,13 +111,13 @@ class ClmTask(LanguageModelTask[ClmSettings]):
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and AutoModelForCausalLM.__name__ not in on_hub:
             raise InputError(
                 f"A {config.model_type} model has no head that predicts the next token: set model.model_type to "
-                f"another ({causal}) or model.checkpoint to one of these, or train it with training/pretrain_mlm.py."
+                f"another ({causal}) or model.checkpoint to one of these, or task to pretrain_mlm."
             )
         is_encoder = getattr(config, "is_decoder", None) is False
         if is_encoder and "checkpoint" in settings.model:
             raise InputError(
                 f"The checkpoint {settings.model['checkpoint']!r} is an encoder, trained to read both sides: set "
-                "model.is_decoder=true to make a causal model of its weights, or model.checkpoint to a causal one."
+                "--model.is_decoder true to make a causal model of its weights, or model.checkpoint to a causal one."
             )
         if config.eos_token_id is None:
             config.eos_token_id = tokenizer.eos_token_id  # `generate` stops there
@@ -127,10 +126,10 @@ class ClmTask(LanguageModelTask[ClmSettings]):
             config.pad_token_id = None
         model = super().build_model(settings, config, tokenizer)
         if reads_ahead(model):
-            remedy = "is_decoder=true" if is_encoder else f"model_type to a causal one, e.g. {causal}"
+            remedy = "is_decoder true" if is_encoder else f"model_type to a causal one, e.g. {causal}"
             raise InputError(
-                f"A {config.model_type} model reads the tokens that it is to predict: set model.{remedy}, or train it "
-                "with training/pretrain_mlm.py."
+                f"A {config.model_type} model reads the tokens that it is to predict: set --model.{remedy}, or set "
+                "task to pretrain_mlm."
             )
         return model
 
@@ -161,7 +160,3 @@ class ClmTask(LanguageModelTask[ClmSettings]):
 
 TASK = ClmTask()
 run, evaluate_folder = TASK.run, TASK.evaluate_folder
-
-
-def main(arguments: list[str] | None = None) -> None:
-    command_line(TASK.script, __doc__, TASK.settings_class, run, evaluate_folder, arguments)

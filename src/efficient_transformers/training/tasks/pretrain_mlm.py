@@ -1,7 +1,7 @@
 """Trains a masked language model, new or from a checkpoint, evaluates it on the test split and saves it for the Hub.
 
-accelerate launch training/pretrain_mlm.py --config configs/mlm/local.yaml [key=value …] [--resume]
-python training/pretrain_mlm.py --evaluate runs/mlm-local [max_length=512]
+accelerate launch training/train.py --config configs/mlm.yaml --variant local [--NAME VALUE …] [--resume]
+python training/evaluate.py runs/mlm-local [--max_length 512]
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from ..data.masking import MaskedWindows, Masker, RemaskedWindows
 from ..data.packing import IGNORED, Packer, Window, Windows, packed
 from ..engine.building import load_tokenizer
-from ..engine.command_line import command_line
 from ..settings import InputError
 from .language_models import LanguageModelSettings, LanguageModelTask, cut
 
@@ -37,7 +36,7 @@ class MlmSettings(LanguageModelSettings):
 
 
 class MlmTask(LanguageModelTask[MlmSettings]):
-    script = "pretrain_mlm.py"
+    name = "pretrain_mlm"
     settings_class = MlmSettings
     auto_class = AutoModelForMaskedLM
     task_type = "fill-mask"
@@ -118,7 +117,3 @@ def start_at_frequencies(model: PreTrainedModel, windows: Windows) -> None:
 
 TASK = MlmTask()
 run, evaluate_folder = TASK.run, TASK.evaluate_folder
-
-
-def main(arguments: list[str] | None = None) -> None:
-    command_line(TASK.script, __doc__, TASK.settings_class, run, evaluate_folder, arguments)

@@ -1,7 +1,7 @@
 """Trains a model to recall, on generated sequences, measures it on others and saves it ready for the Hub.
 
-accelerate launch training/recall.py --config configs/mqar/full.yaml [key=value …] [--resume]
-python training/recall.py --evaluate runs/mqar-full [max_length=128]
+accelerate launch training/train.py --config configs/mqar.yaml --variant full [--NAME VALUE …] [--resume]
+python training/evaluate.py runs/mqar-full [--max_length 128]
 
 The tasks are MQAR, copying, induction heads and a needle in real documents: see synthetic/recall.py.
 """
@@ -19,7 +19,6 @@ from transformers import (
 
 from ..data.texts import TextSettings, load_texts
 from ..engine.building import load_tokenizer
-from ..engine.command_line import command_line
 from ..engine.scoring import TokenScorer
 from ..engine.task import Ready, Source, Task
 from ..settings import InputError, did_you_mean
@@ -127,7 +126,7 @@ def load_task(settings: RecallSettings) -> Source:
 
 
 class RecallTask(Task[RecallSettings]):
-    script = "recall.py"
+    name = "recall"
     settings_class = RecallSettings
     auto_class = AutoModelForTokenClassification
     task_type = "token-classification"
@@ -161,7 +160,3 @@ class RecallTask(Task[RecallSettings]):
 
 TASK = RecallTask()
 run, evaluate_folder = TASK.run, TASK.evaluate_folder
-
-
-def main(arguments: list[str] | None = None) -> None:
-    command_line(TASK.script, __doc__, TASK.settings_class, run, evaluate_folder, arguments)

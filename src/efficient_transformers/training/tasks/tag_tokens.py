@@ -1,7 +1,7 @@
 """Trains a tagger of words, evaluates it on the test split and saves it ready for the Hub.
 
-accelerate launch training/tag_tokens.py --config configs/case/local.yaml [key=value …] [--resume]
-python training/tag_tokens.py --evaluate runs/case-local [max_length=512]
+accelerate launch training/train.py --config configs/case.yaml --variant local [--NAME VALUE …] [--resume]
+python training/evaluate.py runs/case-local [--max_length 512]
 """
 
 import re
@@ -23,7 +23,6 @@ from ..data.excerpts import ends_sentence
 from ..data.features import Features
 from ..data.packing import IGNORED, check_offsets, encoded, overlapping_slices, special_frame
 from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
-from ..engine.command_line import command_line
 from ..engine.metrics import EntityF1
 from ..engine.scoring import Scorer
 from ..engine.task import Source, Task
@@ -196,7 +195,7 @@ class TagScorer(Scorer):
 
 
 class TagTask(Task[TagSettings]):
-    script = "tag_tokens.py"
+    name = "tag_tokens"
     settings_class = TagSettings
     auto_class = AutoModelForTokenClassification
     task_type = "token-classification"
@@ -220,7 +219,3 @@ class TagTask(Task[TagSettings]):
 
 TASK = TagTask()
 run, evaluate_folder = TASK.run, TASK.evaluate_folder
-
-
-def main(arguments: list[str] | None = None) -> None:
-    command_line(TASK.script, __doc__, TASK.settings_class, run, evaluate_folder, arguments)
