@@ -42,7 +42,7 @@ from transformers.models.nystromformer.modeling_nystromformer import Nystromform
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models.base_attention import OwnValues, SequenceInfo
+from efficient_transformers.models.base_mixer import OwnValues, SequenceInfo
 
 HIDDEN, HEADS = 256, 4
 YARDSTICK = "full"
@@ -113,7 +113,7 @@ class Ours(nn.Module):
         self.layer = VARIANTS[slug].model_class().mixer_class(config, 0)  # type: ignore[attr-defined]
         for module in self.layer.modules():
             if isinstance(module, OwnValues):
-                module.init_own()
+                module.reset_parameters()
 
     def forward(self, hidden: Tensor) -> Tensor:
         sequence = SequenceInfo(torch.arange(hidden.shape[1], device=hidden.device)[None])

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch.nn import functional as F
 
-from efficient_transformers.models.ops_buckets import sort_into_slots
+from efficient_transformers.models.ops_buckets import sorted_chunks
 from efficient_transformers.models.ops_lsh import assign_buckets, random_rotations
 
 FAMILIES, MEMBERS, DIM, HEADS, BUCKETS, CHUNK = 512, 8, 64, 4, 128, 64
@@ -44,7 +44,7 @@ def recall(noise: float) -> tuple[float, list[float], list[float]]:
     found, read = [], []
     for rounds in ROUNDS:
         reads = [
-            sort_into_slots(buckets[:, head, None, :rounds], None, CHUNK, causal=False).counts(len(family))[0, 0] > 0
+            sorted_chunks(buckets[:, head, None, :rounds], None, CHUNK, causal=False).counts(len(family))[0, 0] > 0
             for head in range(HEADS)
         ]
         found.append(sum(some[kin].float().mean().item() for some in reads) / HEADS)

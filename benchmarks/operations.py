@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from efficient_transformers import VARIANTS, costs
-from efficient_transformers.models.base_attention import SequenceInfo
+from efficient_transformers.models.base_mixer import SequenceInfo
 
 DIM, HEADS = 64, 4
 ROWS = {

@@ -12,7 +12,7 @@ os.environ["EFFICIENT_TRANSFORMERS_CACHE"] = tempfile.mkdtemp()
 import pytest
 import torch
 
-from efficient_transformers.models import base_attention
+from efficient_transformers.models import base_mixer
 
 torch.set_num_threads(1)
 
@@ -42,7 +42,7 @@ def same_choices(monkeypatch):
                 choices[layer] = choose()
         return self.decisions.setdefault(layer, choices[layer])
 
-    monkeypatch.setattr(base_attention.SequenceInfo, "decide", decide)
+    monkeypatch.setattr(base_mixer.SequenceInfo, "cached_choice", decide)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects what is slow

@@ -7,7 +7,8 @@ from efficient_transformers import parse_pattern
 from efficient_transformers.models import attn_pattern_tiled as engine
 from efficient_transformers.models.attn_dense import softmax_attention
 from efficient_transformers.models.attn_pattern_blocked import blocked_attention
-from efficient_transformers.models.attn_pattern_flex import BLOCK, block_mask, flex_sparse_attention
+from efficient_transformers.models.attn_pattern_flex import BLOCK, block_mask, flex_pattern_attention
+from efficient_transformers.models.ops_engine import BatchRows
 from efficient_transformers.models.ops_patterns import rounded_length
 from efficient_transformers.models.ops_tiles import OwnRead, tiles
 
@@ -37,7 +38,7 @@ def oracle(q, k, v, pattern, lengths, marked):
 
 def tiled(q, k, v, pattern, lengths, marked):
     tokens = [marked] * len(q) if marked else None
-    return engine.sparse_attention(q, k, v, pattern, lengths, tokens)
+    return engine.tiled_attention(q, k, v, pattern, BatchRows(lengths=lengths, global_tokens=tokens))
 
 
 def blocked(q, k, v, pattern, lengths, marked):
@@ -47,7 +48,7 @@ def blocked(q, k, v, pattern, lengths, marked):
     if marked:
         mask = torch.isin(position, torch.tensor(marked)).expand(len(q), -1)
         mask = mask if keep is None else mask & keep
-    return blocked_attention(q, k, v, pattern, keep, mask)
+    return blocked_attention(q, k, v, pattern, BatchRows(keep=keep, global_mask=mask))
 
 
 @every_pattern
@@ -75,7 +76,7 @@ def test_global_tokens_read_everything_in_every_row(text):
     pattern = parse_pattern(text)
     q, k, v = (torch.randn(2, 67, 3, 5, dtype=torch.float64).transpose(1, 2) for _ in range(3))
     expected = oracle(q, k, v, pattern, None, ())
-    torch.testing.assert_close(blocked_attention(q, k, v, pattern), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(blocked_attention(q, k, v, pattern, BatchRows()), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_block_of_the_whole_length_is_one_dense_product():
@@ -93,7 +94,7 @@ def test_a_short_sequence_equals_the_dense_formula(text, causal):
         assert length > 8 or engine.is_short(pattern, length, 3)
         q, k, v = (torch.randn(2, length, 3, 5, dtype=torch.float64).transpose(1, 2) for _ in range(3))
         for lengths in (None, (length,) * 2, (max(1, length - 2),) * 2):
-            actual = engine.sparse_attention(q, k, v, pattern, lengths)
+            actual = engine.tiled_attention(q, k, v, pattern, BatchRows(lengths=lengths))
             torch.testing.assert_close(actual, oracle(q, k, v, pattern, lengths, ()), rtol=1e-12, atol=1e-12)
 
 
@@ -156,8 +157,8 @@ def test_half_precision_stays_within_its_rounding_budget(text, dtype):
     """At 8,192 tokens: finite, and within 8 roundings of the largest value."""
     pattern = parse_pattern(text)
     q, k, v = (torch.randn(1, 2, 8192, 16).to(dtype).requires_grad_() for _ in range(3))
-    actual = engine.sparse_attention(q, k, v, pattern)
-    wide = engine.sparse_attention(*(x.detach().double() for x in (q, k, v)), pattern)
+    actual = engine.tiled_attention(q, k, v, pattern, BatchRows())
+    wide = engine.tiled_attention(*(x.detach().double() for x in (q, k, v)), pattern, BatchRows())
     error = (actual.double() - wide).abs().max().item()
     budget = 8 * torch.finfo(dtype).eps * wide.abs().max().item()
     assert error <= budget, f"error {error:.2e} over budget {budget:.2e}"
@@ -173,14 +174,15 @@ def test_flex_attention_equals_the_tiles(text, causal):
     q, k, v = (torch.randn(2, 2, 130, 16) for _ in range(3))
     lengths = (130, 77)
     keep = torch.arange(130) < torch.tensor(lengths)[:, None]
-    actual = flex_sparse_attention(q, k, v, pattern, keep)
-    torch.testing.assert_close(actual, engine.sparse_attention(q, k, v, pattern, lengths), rtol=1e-4, atol=1e-5)
+    actual = flex_pattern_attention(q, k, v, pattern, BatchRows.of(keep))
+    expected = engine.tiled_attention(q, k, v, pattern, BatchRows(lengths=lengths))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_flex_attention_says_that_it_cannot_train_on_a_cpu():
     q = torch.randn(1, 1, 8, 16, requires_grad=True)
     with pytest.raises(ValueError, match="no backward: use attn_implementation='sdpa'"):
-        flex_sparse_attention(q, q, q, parse_pattern("local:2"))
+        flex_pattern_attention(q, q, q, parse_pattern("local:2"), BatchRows())
 
 
 LONG = [

@@ -5,8 +5,8 @@ import torch
 from zoo import ConfigRefused, build, config, inputs
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models.base_attention import SequenceInfo
 from efficient_transformers.models.base_cache import PatternCacheLayer
+from efficient_transformers.models.base_mixer import SequenceInfo
 from efficient_transformers.models.modeling_compressed import CompressedCacheLayer
 
 COMPRESSED = VARIANTS["compressed"]
@@ -64,7 +64,7 @@ def test_the_mixer_equals_loops(decoder, factor, kernel, implementation):
     lengths, hidden = (23, 1, 14, 8), torch.randn(4, 23, 32, dtype=torch.float64)
     keep = torch.arange(23) < torch.tensor(lengths)[:, None]
     positions = (keep.cumsum(1) - 1).masked_fill(~keep, -1)
-    out, weights = mixer(hidden, SequenceInfo(positions, keep, lengths))
+    out, weights = mixer(hidden, SequenceInfo(positions, keep=keep, lengths=lengths))
     for row, length in enumerate(lengths):
         torch.testing.assert_close(out[row, :length], by_loops(mixer, hidden[row, :length]), rtol=1e-10, atol=1e-10)
     assert (weights is None) == (implementation == "sdpa")

@@ -19,8 +19,9 @@ from zoo import (
 from efficient_transformers import VARIANTS
 from efficient_transformers.models import attn_linear as engine
 from efficient_transformers.models.attn_linear import causal_linear_attention
-from efficient_transformers.models.attn_pattern_flex import flex_sparse_attention
-from efficient_transformers.models.attn_pattern_tiled import sparse_attention
+from efficient_transformers.models.attn_pattern_flex import flex_pattern_attention
+from efficient_transformers.models.attn_pattern_tiled import tiled_attention
+from efficient_transformers.models.ops_engine import BatchRows
 from efficient_transformers.models.ops_feature_maps import FEATURE_MAPS
 from efficient_transformers.models.ops_patterns import parse_pattern
 
@@ -127,8 +128,8 @@ def test_flex_attention_takes_any_number_of_lengths(causal):
         q, k, v = (torch.randn(2, 2, length, 16, device=DEVICE, requires_grad=True) for _ in range(3))
         lengths = (length, -(-length // 2))
         keep = torch.arange(length, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
-        out = flex_sparse_attention(q, k, v, pattern, keep)
-        expected = sparse_attention(*(x.cpu() for x in (q, k, v)), pattern, lengths)
+        out = flex_pattern_attention(q, k, v, pattern, BatchRows(keep=keep))
+        expected = tiled_attention(*(x.cpu() for x in (q, k, v)), pattern, BatchRows(lengths=lengths))
         torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-3)
         out.square().sum().backward()
         assert all(x.grad.isfinite().all() for x in (q, k, v))

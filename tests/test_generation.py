@@ -7,13 +7,13 @@ from transformers import DynamicCache
 from zoo import CAUSAL, SETTINGS, build, inputs
 
 from efficient_transformers import VARIANTS
+from efficient_transformers.models import attn_pattern
 from efficient_transformers.models import attn_pattern_tiled as engine
-from efficient_transformers.models import base_attention
 
 
 @pytest.fixture(autouse=True)
 def never_short(monkeypatch):
-    for module in (engine, base_attention):
+    for module in (engine, attn_pattern):
         monkeypatch.setattr(module, "is_short", lambda pattern, *sizes: pattern.is_full)
 
 

@@ -10,7 +10,7 @@ from zoo import ConfigRefused, build, config, inputs
 from efficient_transformers import VARIANTS, costs
 from efficient_transformers.conversion import convert
 from efficient_transformers.models import ops_tril_matmul
-from efficient_transformers.models.base_attention import SequenceInfo
+from efficient_transformers.models.base_mixer import SequenceInfo
 from efficient_transformers.models.ops_tril_matmul import triangular_product
 
 GMLP, MIXER = VARIANTS["gmlp"], VARIANTS["mlp_mixer"]
@@ -74,7 +74,7 @@ def mixer_of(variant, length=12, **fields):
 
 
 def sequence_of(keep):
-    return SequenceInfo(torch.where(keep, keep.cumsum(1) - 1, -1), keep, tuple(keep.sum(1).tolist()))
+    return SequenceInfo(torch.where(keep, keep.cumsum(1) - 1, -1), keep=keep, lengths=tuple(keep.sum(1).tolist()))
 
 
 @pytest.mark.parametrize("size", [None, 7], ids=["gMLP", "aMLP"])

@@ -11,8 +11,8 @@ from zoo import CASES, IDS, MODES, SETTINGS, build, inputs, one_layer, readable
 from efficient_transformers import VARIANTS, cli, plots
 from efficient_transformers.matrices import KINDS, Matrix, read_matrices
 from efficient_transformers.mixer_matrices import default_matrices, influence_matrices
-from efficient_transformers.models.base_attention import SequenceInfo
 from efficient_transformers.models.base_configuration import PatternConfig
+from efficient_transformers.models.base_mixer import SequenceInfo
 
 PATTERNS = [mode for mode in MODES if issubclass(mode.values[0].config_class, PatternConfig)]
 

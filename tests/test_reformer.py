@@ -8,9 +8,9 @@ from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 from zoo import build, inputs
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models.attn_bucketed import slot_attention
-from efficient_transformers.models.base_attention import SequenceInfo
-from efficient_transformers.models.ops_buckets import chain_into_slots, sort_into_slots
+from efficient_transformers.models.attn_bucketed import bucketed_attention
+from efficient_transformers.models.base_mixer import SequenceInfo
+from efficient_transformers.models.ops_buckets import chained_chunks, sorted_chunks
 from efficient_transformers.models.ops_lsh import assign_buckets, bucket_factors, narrowed, random_rotations
 
 REFORMER = VARIANTS["reformer"]
@@ -88,8 +88,8 @@ def test_lsh_attention_equals_that_of_transformers(length, chunk, num_buckets, n
     k = q * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     buckets = assign_buckets(q, rotations, factors)
     # their ring holds the chunks of padding, too
-    slots = chain_into_slots(buckets, keep, chunk, causal, chunks=torch.full((2,), length // chunk))
-    out = slot_attention(q, k, v, slots).transpose(1, 2).flatten(2)
+    layout = chained_chunks(buckets, keep, chunk, causal, chunks=torch.full((2,), length // chunk))
+    out = bucketed_attention(q, k, v, layout).transpose(1, 2).flatten(2)
     torch.testing.assert_close(out[keep], expected[keep], rtol=1e-10, atol=1e-10)
 
 
@@ -144,7 +144,7 @@ def test_more_rounds_find_more_of_the_true_top_keys(causal):
     recall = []
     for rounds in (1, 2, 4, 8, 16):
         buckets = assign_buckets(x, rotations[:, :, :rounds], [64])
-        counts = sort_into_slots(buckets, None, 64, causal).counts(2048)
+        counts = sorted_chunks(buckets, None, 64, causal).counts(2048)
         recall.append((counts.gather(-1, nearest)[near] > 0).double().mean().item())
     assert recall == sorted(set(recall))
     assert recall[0] < 0.5

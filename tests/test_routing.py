@@ -12,16 +12,16 @@ from zoo import SETTINGS, ConfigRefused, build, config, inputs, probed
 
 from efficient_transformers import VARIANTS
 from efficient_transformers.models import ops_kmeans
-from efficient_transformers.models.base_attention import SequenceInfo
+from efficient_transformers.models.base_mixer import SequenceInfo
 from efficient_transformers.models.modeling_routing import EtRoutingAttention
 from efficient_transformers.models.ops_kmeans import (
     ClusterStatistics,
     cluster_statistics,
+    merge_statistics,
     moved_centroids,
     nearest_centroid,
     nearest_tokens,
     random_directions,
-    together,
 )
 
 ROUTING = VARIANTS["routing"]
@@ -109,7 +109,7 @@ def test_statistics_of_parts_are_those_of_the_whole():
     x, centroids = directions(6, HEADS, 9, DIM), directions(HEADS, CLUSTERS, DIM)
     parts = [cluster_statistics(part, centroids, None) for part in x.split([1, 3, 2])]
     parts = [ClusterStatistics.unpacked(part.packed()) for part in parts]
-    for a, b in zip(together(parts), cluster_statistics(x, centroids, None), strict=True):
+    for a, b in zip(merge_statistics(parts), cluster_statistics(x, centroids, None), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -209,11 +209,11 @@ def test_the_layer_is_what_the_formula_says(fields, causal):
     lengths = (19, 11, 1)
     hidden, positions = torch.randn(3, 19, 20, dtype=torch.float64), torch.arange(19).expand(3, -1)
     keep = positions < torch.tensor(lengths)[:, None]
-    info = SequenceInfo(torch.where(keep, positions, -1), keep, lengths)
+    info = SequenceInfo(torch.where(keep, positions, -1), keep=keep, lengths=lengths)
     output, weights = mixer(hidden, info)
     assert weights is None
     cfg._attn_implementation = "eager"
-    dense, weights = mixer(hidden, SequenceInfo(torch.where(keep, positions, -1), keep, lengths))
+    dense, weights = mixer(hidden, SequenceInfo(torch.where(keep, positions, -1), keep=keep, lengths=lengths))
     torch.testing.assert_close(weights.sum(-1), keep[:, None].expand(-1, 4, -1).double())
     for row, length in enumerate(lengths):
         expected = written_out(mixer, hidden[row, :length])

@@ -6,7 +6,7 @@ from zoo import ConfigRefused, build, config, inputs, probed, used_parameters
 
 from efficient_transformers import VARIANTS, convert
 from efficient_transformers.models import attn_synthesizer as engine
-from efficient_transformers.models.base_attention import SequenceInfo
+from efficient_transformers.models.base_mixer import SequenceInfo
 from efficient_transformers.models.modeling_synthesizer import KINDS
 
 SYNTHESIZER = VARIANTS["synthesizer"]
@@ -49,7 +49,7 @@ def test_the_mixer_equals_the_paper_token_by_token(kind, decoder, implementation
         mixer.mixture.normal_()
     lengths, hidden = (11, 1, 8, 11), torch.randn(4, 11, 32, dtype=torch.float64)
     keep = torch.arange(11) < torch.tensor(lengths)[:, None]
-    out, _ = mixer(hidden, SequenceInfo((keep.cumsum(1) - 1).masked_fill(~keep, -1), keep, lengths))
+    out, _ = mixer(hidden, SequenceInfo((keep.cumsum(1) - 1).masked_fill(~keep, -1), keep=keep, lengths=lengths))
     shares = mixer.mixture.softmax(0) if "+" in kind else [1.0]
     for row, length in enumerate(lengths):
         x = hidden[row, :length]

@@ -34,9 +34,9 @@ from zoo import (
 
 import efficient_transformers
 from efficient_transformers import VARIANTS, AttentionPattern, costs
+from efficient_transformers.models import attn_pattern
 from efficient_transformers.models import attn_pattern_tiled as engine
-from efficient_transformers.models import base_attention
-from efficient_transformers.models.base_attention import group_heads
+from efficient_transformers.models.attn_pattern import group_heads
 from efficient_transformers.models.base_configuration import PatternConfig
 from efficient_transformers.models.base_kernel_attention import KernelConfig
 from efficient_transformers.models.modeling_compressed import EtCompressedConfig
@@ -54,7 +54,7 @@ every_head = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def never_short(monkeypatch):
     """Let short test sequences take the path of long ones."""
-    for module in (engine, base_attention):
+    for module in (engine, attn_pattern):
         monkeypatch.setattr(module, "is_short", lambda pattern, *sizes: pattern.is_full)
 
 
@@ -94,9 +94,9 @@ def test_short_mixed_heads_take_one_dense_product(monkeypatch):
     model = build(VARIANTS["mixed"], SETTINGS["mixed"][0])
     ids = inputs(2, 40)
     expected = model(ids).last_hidden_state
-    for module in (engine, base_attention):
+    for module in (engine, attn_pattern):
         monkeypatch.setattr(module, "is_short", lambda *sizes: True)
-    monkeypatch.setattr(base_attention, "sparse_attention", None)
+    monkeypatch.setattr(attn_pattern, "tiled_attention", None)
     torch.testing.assert_close(model(ids).last_hidden_state, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -105,7 +105,7 @@ def test_short_mixed_heads_take_one_dense_product(monkeypatch):
 def test_training_follows_inference(variant, settings, short, monkeypatch):
     """Masks are kept between calls; those made in inference mode must not spoil a backward."""
     if short:
-        for module in (engine, base_attention):
+        for module in (engine, attn_pattern):
             monkeypatch.setattr(module, "is_short", lambda *sizes: True)
     model = build(variant, settings)
     length = 71 if short else 73  # lengths that no other test has made masks for

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .mixer_matrices import KINDS, Matrix
-from .models.base_attention import SequenceInfo
 from .models.base_configuration import EtConfig, PatternConfig
+from .models.base_mixer import SequenceInfo
 from .registry import variant_of
 
 __all__ = ["KINDS", "Matrix", "read_matrices"]

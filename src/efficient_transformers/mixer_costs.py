@@ -18,8 +18,8 @@ import torch
 
 from .models import attn_pattern_tiled as engine
 from .models.attn_linear import CHUNK, segment_tokens
+from .models.attn_pattern import group_heads
 from .models.attn_synthesizer import query_runs
-from .models.base_attention import group_heads
 from .models.base_cache import cache_layer
 from .models.base_configuration import EtConfig
 from .models.modeling_compressed import EtCompressedConfig

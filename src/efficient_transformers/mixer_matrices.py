@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .models.base_attention import SequenceInfo, group_heads
+from .models.attn_pattern import group_heads
 from .models.base_configuration import EtConfig
+from .models.base_mixer import SequenceInfo
 from .models.modeling_full import EtFullConfig, EtFullModel
 from .models.ops_patterns import AttentionPattern
 

@@ -16,7 +16,7 @@ every_position = pytest.mark.parametrize("position", ["learned", "sinusoidal", "
 def engine(request, monkeypatch):
     """The engine computes short rows with a dense mask and long ones by tiles: see both."""
     if request.param == "tiled":
-        for module in ("attn_pattern_tiled", "base_attention"):
+        for module in ("attn_pattern_tiled", "attn_pattern"):
             name = f"efficient_transformers.models.{module}.is_short"
             monkeypatch.setattr(name, lambda pattern, *sizes: pattern.is_full)
 

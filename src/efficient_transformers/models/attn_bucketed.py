@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attn_pattern_tiled import DropoutMasks
-from .ops_buckets import Slots
+from .ops_buckets import BucketLayout
+from .ops_engine import choose_engine
 from .ops_tiles import RUN_ENTRIES, SCRATCH
-from .ops_tracing import is_traced
 
 # Slots of the heads that share a turn of the loop, by measurement. A training step of two layers over 32 padded rows of
 # 64 tokens, 4 heads, 4 rounds of chunks of 8, takes 1,200 ms head by head, as each operation is called for a few
@@ -22,32 +22,32 @@ from .ops_tracing import is_traced
 BUNDLE_SLOTS = 2**14
 
 
-def slot_attention(q: Tensor, k: Tensor, v: Tensor, slots: Slots, dropout: float = 0.0) -> Tensor:
+def bucketed_attention(q: Tensor, k: Tensor, v: Tensor, layout: BucketLayout, dropout: float = 0.0) -> Tensor:
     r"""Softmax over the keys of all groups that a query stands in, O(g·c·m·d).
 
     .. math:: o_i = \sum_j \frac{c_{ij} \exp(q_i^\top k_j / \sqrt d)}{\sum_l c_{il} \exp(q_i^\top k_l / \sqrt d)} v_j
 
-    with the counts of `Slots`: what the groups say is combined by their logsumexp (Kitaev et al. 2020,
+    with the counts of `BucketLayout`: what the groups say is combined by their logsumexp (Kitaev et al. 2020,
     arXiv:2001.04451, appendix A). `q`, `k`, `v` (b, h, n, d). A token that has nothing to read reads itself.
     Returns (b, h, n, d) in `v.dtype`, zeros at padding. Products run in the input's dtype, softmax and logsumexp in
     float32 or wider.
     """
-    if is_traced() or q.device.type != "cpu":
-        out = batched_slots(q, k, v, slots, dropout)
-    else:
+    if choose_engine(q.device) == "tiled":
         seed = int(torch.randint(2**62, ())) if dropout else 0
-        out = SlotAttention.apply(q, k, v, slots, dropout, seed)
-    return out if slots.missed is None else out + v * slots.missed[..., None]  # type: ignore[return-value]
+        out = BucketedAttention.apply(q, k, v, layout, dropout, seed)
+    else:
+        out = batched_attention(q, k, v, layout, dropout)
+    return out if layout.missed is None else out + v * layout.missed[..., None]  # type: ignore[return-value]
 
 
-def batched_slots(q: Tensor, k: Tensor, v: Tensor, slots: Slots, dropout: float) -> Tensor:
-    """`slot_attention` for all groups at once, in plain operations."""
+def batched_attention(q: Tensor, k: Tensor, v: Tensor, layout: BucketLayout, dropout: float) -> Tensor:
+    """`bucketed_attention` for all groups at once, in plain operations."""
     length, wide = q.shape[2], torch.promote_types(q.dtype, torch.float32)
-    queries, keys, allowed = slots.queries, slots.key_tokens(), slots.allowed()
+    queries, keys, allowed = layout.queries, layout.key_tokens(), layout.allowed()
     scores = (rows(q, queries) * q.shape[-1] ** -0.5) @ rows(k, keys).transpose(-1, -2)
     scores = scores.to(wide).masked_fill(~allowed, torch.finfo(wide).min)
-    if not slots.own:
-        oneself = slots.itself()
+    if not layout.own:
+        oneself = layout.itself()
         scores, allowed = scores.masked_fill(oneself, torch.finfo(wide).min / 2), allowed | oneself
     weights = (scores.softmax(-1) * allowed).to(v.dtype)
     mixed = (F.dropout(weights, dropout) @ rows(v, keys)).flatten(2, 3)  # (b, h, g·c, d)
@@ -77,7 +77,7 @@ class Bundle(NamedTuple):
     Groups without a token are left out. Equal labels stand side by side, so nobody reads across the gap.
     """
 
-    slots: Slots  # of the batch
+    layout: BucketLayout  # of the batch
     part: tuple[slice, slice]  # its rows, their heads
     queries: Tensor  # (g, c)
     keys: Tensor | None  # (g, m)
@@ -92,20 +92,20 @@ class Bundle(NamedTuple):
         here.copy_(rows.view(here.shape))
 
 
-def bundles(slots: Slots, length: int) -> Iterator[Bundle]:
+def bundles(layout: BucketLayout, length: int) -> Iterator[Bundle]:
     """All heads of a batch of `length` tokens, as many together as have BUNDLE_SLOTS."""
-    batch, num_heads, groups, size = slots.queries.shape
+    batch, num_heads, groups, size = layout.queries.shape
     together = max(1, BUNDLE_SLOTS // (groups * size))
     rows, heads = max(1, together // num_heads), min(together, num_heads)
     for row in range(0, batch, rows):
         for head in range(0, num_heads, heads):
             part = slice(row, row + rows), slice(head, head + heads)
-            filled = (slots.queries[part] >= 0).any(-1)
+            filled = (layout.queries[part] >= 0).any(-1)
             count = filled.shape[0] * filled.shape[1]
-            queries = one_behind_another(slots.queries[part], filled, 1, length)
-            keys = None if slots.keys is None else one_behind_another(slots.keys[part], filled, 1, length)
-            labels = None if slots.labels is None else one_behind_another(slots.labels[part], filled, count, 1)
-            yield Bundle(slots, part, queries, keys, labels)
+            queries = one_behind_another(layout.queries[part], filled, 1, length)
+            keys = None if layout.keys is None else one_behind_another(layout.keys[part], filled, 1, length)
+            labels = None if layout.labels is None else one_behind_another(layout.labels[part], filled, count, 1)
+            yield Bundle(layout, part, queries, keys, labels)
 
 
 def one_behind_another(x: Tensor, filled: Tensor, factor: int, step: int) -> Tensor:
@@ -121,7 +121,7 @@ def one_behind_another(x: Tensor, filled: Tensor, factor: int, step: int) -> Ten
     return x if bool(filled.all()) else x[filled.flatten()]
 
 
-class Run(NamedTuple):
+class GroupRun(NamedTuple):
     """Neighbouring groups of a bundle: where their rows stand, and what they must not read."""
 
     queries: Tensor  # (g·c,) tokens, 0 at empty slots
@@ -162,23 +162,23 @@ class Run(NamedTuple):
             diagonal.copy_(alone) if isinstance(alone, Tensor) else diagonal.fill_(alone)
 
 
-def runs(bundle: Bundle, dtype: torch.dtype) -> Iterator[Run]:
+def group_runs(bundle: Bundle, dtype: torch.dtype) -> Iterator[GroupRun]:
     """All groups of a bundle, as many together as stay in the cache."""
-    slots, tokens = bundle.slots, bundle.queries
+    layout, tokens = bundle.layout, bundle.queries
     size = tokens.shape[-1]
-    together = max(1, RUN_ENTRIES // (size * slots.keys_per_group))
-    band = causal_band(size, dtype, tokens.device) if slots.causal and slots.keys is None else None
+    together = max(1, RUN_ENTRIES // (size * layout.keys_per_group))
+    band = causal_band(size, dtype, tokens.device) if layout.causal and layout.keys is None else None
     for first in range(0, len(tokens), together):
         here = tokens[first : first + together]
         queries, part = here.flatten().clamp(min=0), slice(first * size, (first + len(here)) * size)
         if bundle.keys is not None:
             keys = bundle.keys[first : first + together]
             forbidden = (keys < 0)[:, None]
-            if slots.causal:
+            if layout.causal:
                 forbidden = forbidden | (keys[:, None] > here[..., None])
-            if not slots.own:
+            if not layout.own:
                 forbidden = forbidden | (keys[:, None] == here[..., None])
-            yield Run(queries, keys.flatten().clamp(min=0), size, forbidden, band, part, False, slots.own)
+            yield GroupRun(queries, keys.flatten().clamp(min=0), size, forbidden, band, part, False, layout.own)
             continue
         assert bundle.labels is not None
         labels = bundle.labels[first : first + together]
@@ -190,7 +190,7 @@ def runs(bundle: Bundle, dtype: torch.dtype) -> Iterator[Run]:
         around = torch.cat([before_label, labels.flatten()]).as_strided((len(here), 2 * size), (size, 1))
         # an empty slot is no key, so it must not equal itself
         forbidden = around[:, None] != labels.masked_fill(labels < 0, -3)[..., None]
-        yield Run(queries, keys, size, forbidden, band, part, True, slots.own)
+        yield GroupRun(queries, keys, size, forbidden, band, part, True, layout.own)
 
 
 def causal_band(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -199,22 +199,22 @@ def causal_band(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.zeros(size, 2 * size, dtype=dtype, device=device).masked_fill_((j < i) | (j > size + i), float("-inf"))
 
 
-class SlotAttention(torch.autograd.Function):
+class BucketedAttention(torch.autograd.Function):
     """The loop over runs of groups. Keeps its inputs, its output and one normaliser per token."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, slots: Slots, dropout: float, seed: int) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, layout: BucketLayout, dropout: float, seed: int) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
         out, norm = torch.empty_like(v), v.new_empty(v.shape[:3], dtype=wide)
         alone = torch.zeros(v.shape[:3], dtype=torch.bool)
         lowest = torch.finfo(wide).min / 2  # finite: below every score, and a row of it has a softmax
         masks, scale = DropoutMasks(dropout, seed, q.device), q.shape[-1] ** -0.5
-        for bundle in bundles(slots, q.shape[2]):
+        for bundle in bundles(layout, q.shape[2]):
             x, y, z = bundle.of(q), bundle.of(k), bundle.of(v)
             token = bundle.queries.flatten()
             mixed = SCRATCH.take("mixed slots", (len(token), z.shape[-1]), z)
             total = torch.empty(len(token), dtype=wide)
-            for run in runs(bundle, wide):
+            for run in group_runs(bundle, wide):
                 weights = scores_of(run, x, y, scale, wide)
                 run.mask_(weights, lowest)
                 largest = weights.amax(-1)
@@ -229,21 +229,21 @@ class SlotAttention(torch.autograd.Function):
             for result, rows in zip((out, norm, alone), combine(mixed, total, token, len(z), lowest), strict=True):
                 bundle.put(result, rows)
         ctx.save_for_backward(q, k, v, out, norm, alone)
-        ctx.settings = slots, dropout, seed
+        ctx.settings = layout, dropout, seed
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         q, k, v, out, norm, alone = ctx.saved_tensors
-        slots, dropout, seed = ctx.settings
+        layout, dropout, seed = ctx.settings
         wide = norm.dtype
         grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
         lowest = torch.finfo(wide).min / 2
         masks, scale = DropoutMasks(dropout, seed, q.device), q.shape[-1] ** -0.5
         inner = (grad * out).sum(-1, dtype=wide)  # Σ_j p_ij · ∂/∂p_ij
         lone = torch.zeros_like(norm).masked_fill_(~alone, lowest)
-        for bundle in bundles(slots, q.shape[2]):
+        for bundle in bundles(layout, q.shape[2]):
             x, y, z = bundle.of(q), bundle.of(k), bundle.of(v)
             grad_of, norm_of, lone_of, inner_of, alone_of = map(bundle.of, (grad, norm, lone, inner, alone))
             # summed in whole rows: scattered into parts of rows it takes ten times as long
@@ -252,7 +252,7 @@ class SlotAttention(torch.autograd.Function):
                 for name, w in zip("qkv", (x, y, z), strict=True)
             ]
             empty = bundle.queries.flatten() < 0
-            for run in runs(bundle, wide):
+            for run in group_runs(bundle, wide):
                 shape = (-1, run.size, 1)
                 queries = SCRATCH.take("query rows", (len(run.queries), x.shape[-1]), x)
                 weights = scores_of(run, x, y, scale, wide)
@@ -297,7 +297,7 @@ def product(left: Tensor, right: Tensor, name: str, wide: torch.dtype) -> Tensor
     return SCRATCH.take(f"{name} of slots", shape, torch.empty(0, dtype=wide)).copy_(narrow)
 
 
-def scores_of(run: Run, q: Tensor, k: Tensor, scale: float, wide: torch.dtype) -> Tensor:
+def scores_of(run: GroupRun, q: Tensor, k: Tensor, scale: float, wide: torch.dtype) -> Tensor:
     """Scaled products of a run's queries and keys, (g, c, m); leaves the scaled queries in "query rows"."""
     queries = torch.index_select(q, 0, run.queries, out=SCRATCH.take("query rows", (len(run.queries), q.shape[-1]), q))
     keys = run.windows(take(k, run.keys, "keys"))

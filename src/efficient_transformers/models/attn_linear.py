@@ -65,7 +65,7 @@ def linear_attention(
         for keys, rows, kept in segments(size, k, values, keep):
             state = run(absorb, keys, rows, kept, None, state, feature_map, projection)
         out = [run(read, queries, state, feature_map, projection) for (queries,) in segments(size, q)]
-    return together(out).to(v.dtype)
+    return join_segments(out).to(v.dtype)
 
 
 def causal_linear_attention(
@@ -90,7 +90,7 @@ def causal_linear_attention(
             mixed, state = run(causal_segment, *segment, state, feature_map, projection, use_fla)
             out.append(mixed)
     assert state is not None
-    return together(out).to(v.dtype), state
+    return join_segments(out).to(v.dtype), state
 
 
 def linear_attention_step(
@@ -196,7 +196,7 @@ def segments(size: int | None, *tensors: Tensor | None) -> Iterator[tuple[Tensor
     yield from zip(*([None] * count if x is None else x.split(size, 2) for x in tensors), strict=True)
 
 
-def together(parts: list[Tensor]) -> Tensor:
+def join_segments(parts: list[Tensor]) -> Tensor:
     """Segments (b, h, s, d) as (b, h, n, d), a view of (b, n, h, d): the heads are side by side for what comes next."""
     return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
 
@@ -315,13 +315,13 @@ def chunked_products(
     Within a chunk the weights are written out; what came before it is read from a state at its beginning.
     """
     length, size = q.shape[2], CHUNK if is_traced() else min(CHUNK, q.shape[2])
-    q, k, v = (in_chunks(x, size) for x in (q, k, v))  # (b, h, c, size, ·)
+    q, k, v = (padded_chunks(x, size) for x in (q, k, v))  # (b, h, c, size, ·)
     weights = q @ k.transpose(-1, -2)
     earlier = q.new_ones(q.shape[2], q.shape[2])
     if log_decay is None:
         weights, earlier, left = weights.tril_(), earlier.tril(-1), None
     else:
-        gates = in_chunks(log_decay, size)
+        gates = padded_chunks(log_decay, size)
         taken, passed = -torch.expm1(gates), gates.cumsum(3)  # passed: from the beginning of the chunk
         whole = passed[..., -1, :]  # (b, h, c, 1)
         since = whole.cumsum(2)  # from the beginning of the segment
@@ -356,7 +356,7 @@ def decay_between(to: Tensor, since: Tensor, diagonal: int = 0) -> Tensor:
     return gone.masked_fill(~there, -torch.inf).exp()
 
 
-def in_chunks(x: Tensor, size: int) -> Tensor:
+def padded_chunks(x: Tensor, size: int) -> Tensor:
     """(b, h, n, ·) -> (b, h, c, size, ·), filled up with zeros."""
     length = x.shape[2]
     if is_traced():

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import flex_attention as flex
 
+from .ops_engine import BatchRows
 from .ops_patterns import AttentionPattern, rounded_length
 from .ops_tracing import is_traced
 
@@ -25,20 +26,24 @@ def compiled_flex_attention():
     return torch.compile(flex.flex_attention, dynamic=False, fullgraph=True)
 
 
-def flex_sparse_attention(
+def flex_pattern_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     pattern: AttentionPattern,
-    keep: Tensor | None = None,
-    global_mask: Tensor | None = None,
-    block_masks: dict | None = None,
+    rows: BatchRows,
+    dropout: float = 0.0,
+    random_blocks: Tensor | None = None,
+    global_rows: bool = True,
 ) -> Tensor:
-    """The sum of `sparse_attention`; shapes as `blocked_attention`. `block_masks` keeps the masks it makes.
+    """`pattern_attention` by the kernel, without dropout and stored random blocks; it always computes global rows.
 
-    ValueError on a CPU if it is to train, where the kernel has no backward, and on CUDA for heads of less than 16
-    features.
+    `rows.block_masks` keeps the kernel's masks. Raises ValueError on a CPU if gradients are needed, as the kernel has
+    no backward pass there, and on CUDA for heads of fewer than 16 features.
     """
+    assert not dropout, "pattern_attention chooses another engine"
+    assert random_blocks is None, "pattern_attention chooses another engine"
+    keep, global_mask, block_masks = rows.keep, rows.global_mask, rows.block_masks
     batch, num_heads, length, head_dim = q.shape
     if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError(
@@ -51,13 +56,12 @@ def flex_sparse_attention(
             f"have {head_dim}: use fewer heads, or attn_implementation='sdpa'."
         )
     padding = rounded_length(length, BLOCK) - length
-    block_masks = {} if block_masks is None else block_masks
     key = (pattern, num_heads)
     if key not in block_masks:
         real = torch.full((batch,), length, device=q.device) if keep is None else keep.sum(1)
         marked = None if global_mask is None else F.pad(global_mask, (0, padding))
-        rows = 1 if keep is None and global_mask is None else batch
-        block_masks[key] = block_mask(pattern, num_heads, length + padding, real, marked, rows)
+        alike = keep is None and global_mask is None
+        block_masks[key] = block_mask(pattern, num_heads, length + padding, real, marked, 1 if alike else batch)
     q, k, v = (F.pad(x, (0, 0, 0, padding)) if padding else x for x in (q, k, v))
     if is_traced():  # a part of what is being compiled
         out = flex.flex_attention(q, k, v, block_mask=block_masks[key])

@@ -1,7 +1,7 @@
 """Softmax attention over a drawn pattern on a CPU: time and memory follow the pattern, and a row its real tokens.
 
 A loop over tiles of queries against just the keys they read, with its own backward. A tile stays in the cache.
-`blocked_attention` and `flex_attention` evaluate the same sum for tracing and for CUDA.
+`attn_pattern_blocked` and `attn_pattern_flex` evaluate the same sum in graphs and on CUDA.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .ops_engine import BatchRows
 from .ops_patterns import AttentionPattern, rounded_length
 from .ops_tiles import Tile, as_bias, load, tiles, windows
 
@@ -20,34 +21,31 @@ from .ops_tiles import Tile, as_bias, load, tiles, windows
 TURN_PRICE, START_PRICE, ALWAYS_LONG = 2**16, 3 * 2**16, 4096
 
 
-def sparse_attention(
+def tiled_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     pattern: AttentionPattern,
-    lengths: Sequence[int] | None = None,
-    global_tokens: Sequence[tuple[int, ...]] | None = None,
+    rows: BatchRows,
     dropout: float = 0.0,
     random_blocks: Tensor | None = None,
     global_rows: bool = True,
 ) -> Tensor:
-    r"""Softmax over the keys of a pattern, O(n·w·d) for a window w; `AttentionPattern` has the formula.
+    """`pattern_attention` by a loop over tiles, O(n·w·d) for a window w; short sequences are one dense product.
 
-    `q`, `k`, `v` (b, h, n, d), best as the transposed view of (b, n, h, d) memory: then nothing is copied. `lengths`
-    counts the real tokens of each row, the rest is padding on the right; None means all n. `global_tokens` adds
-    positions to the pattern's own, row by row. `random_blocks` (h, blocks, r) int64 takes the place of the pattern's
-    draw: each entry is one read of that block, whatever else reads it, a negative one is none. Without `global_rows`
-    the caller computes what global tokens read, and their rows here mean nothing.
-    Returns (b, h, n, d) in `v.dtype`, zeros at padding. Products run in the input's dtype, the softmax inside is
+    `q`, `k`, `v` are best transposed views of (b, n, h, d) memory: then nothing is copied. Of `rows` it takes the
+    numbers, `lengths` and `global_tokens`, and not the masks. Products run in the input's dtype, the softmax in
     float32 or wider.
     """
-    batch, _, length, _ = q.shape
-    rows = [length] * batch if lengths is None else list(lengths)
-    patterns = [pattern] * batch if global_tokens is None else [pattern.with_global(t) for t in global_tokens]
-    if random_blocks is None and all(is_short(*kind, q.shape[1]) for kind in set(zip(patterns, rows, strict=True))):
-        return by_rows(partial(dense_attention, dropout=dropout), q, k, v, rows, patterns)
+    batch, num_heads, length, _ = q.shape
+    lengths = [length] * batch if rows.lengths is None else list(rows.lengths)
+    marked = rows.global_tokens
+    patterns = [pattern] * batch if marked is None else [pattern.with_global(tokens) for tokens in marked]
+    kinds = set(zip(patterns, lengths, strict=True))
+    if random_blocks is None and all(is_short(*kind, num_heads) for kind in kinds):
+        return by_rows(partial(dense_attention, dropout=dropout), q, k, v, lengths, patterns)
     seed = int(torch.randint(2**62, ())) if dropout else 0
-    return TiledAttention.apply(q, k, v, patterns, rows, dropout, seed, random_blocks, global_rows)  # type: ignore[return-value]
+    return TiledAttention.apply(q, k, v, patterns, lengths, dropout, seed, random_blocks, global_rows)  # type: ignore[return-value]
 
 
 def by_rows(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *of_rows: Sequence[Any]) -> Tensor:

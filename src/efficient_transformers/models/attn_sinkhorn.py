@@ -10,11 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attn_pattern_tiled import DropoutMasks, softmax_backward_
+from .ops_engine import choose_engine
 from .ops_tiles import RUN_ENTRIES, SCRATCH
 from .ops_tracing import count_blocks, is_traced
 
 LEAST = 1e-20  # share of a sorted token that counts; less is none, and a division by it stays finite in float32
-Read = tuple[Tensor, Tensor, Tensor | None]  # keys and values (…, m, d), and a bias (…, 1 or r, m) of their scores
+KeysValuesBias = tuple[
+    Tensor, Tensor, Tensor | None
+]  # (…, m, d) twice, and what is added to the scores, (…, 1 or r, m)
 
 
 def in_blocks(x: Tensor, size: int) -> Tensor:
@@ -91,15 +94,15 @@ def sinkhorn_attention(
         reads = [(sorted_k.flatten(2, 3), sorted_v.flatten(2, 3), bias)]
     else:
         queries, reads = q, [(k[:, :, first:], v[:, :, first:], own_bias), (sorted_k, sorted_v, bias)]
-    if is_traced() or q.device.type != "cpu":
+    if choose_engine(q.device) == "tiled":
+        seed = int(torch.randint(2**62, ())) if dropout else 0
+        flat = [None if x is None else x.flatten(0, -3) for read in reads for x in read]
+        out = GroupedAttention.apply(queries.flatten(0, -3), dropout, seed, *flat).view(queries.shape)  # type: ignore[union-attr]
+    else:
         weights = F.dropout(joint_softmax(queries, [(keys, x) for keys, _, x in reads]), dropout)
         parts = weights.split([keys.shape[-2] for keys, _, _ in reads], -1)
         mixed = [part @ values for part, (_, values, _) in zip(parts, reads, strict=True)]
         out = sum(mixed[1:], mixed[0])
-    else:
-        seed = int(torch.randint(2**62, ())) if dropout else 0
-        flat = [None if x is None else x.flatten(0, -3) for read in reads for x in read]
-        out = GroupedAttention.apply(queries.flatten(0, -3), dropout, seed, *flat).view(queries.shape)  # type: ignore[union-attr]
     return out.unflatten(2, (-1, q.shape[3])) if sortcut else out
 
 
@@ -174,7 +177,7 @@ class GroupedAttention(torch.autograd.Function):
         ctx.dropout, ctx.seed = dropout, seed
         reads, out = as_reads(tensors), torch.empty_like(q)
         masks = DropoutMasks(dropout, seed, q.device)
-        for run in runs(q, reads):
+        for run in block_runs(q, reads):
             weights = weights_of_run(q, reads, run, joined("rows", [k for k, _, _ in reads], run))
             if dropout:
                 weights *= masks.like(weights)
@@ -190,7 +193,7 @@ class GroupedAttention(torch.autograd.Function):
         needed = [*ctx.needs_input_grad[3:]]
         grads = [torch.zeros_like(x) if need else None for x, need in zip(tensors, needed, strict=True)]
         scale, masks = q.shape[-1] ** -0.5, DropoutMasks(dropout, ctx.seed, q.device)
-        for run in runs(q, reads):
+        for run in block_runs(q, reads):
             keys = joined("keys", [k for k, _, _ in reads], run)
             weights = weights_of_run(q, reads, run, keys)
             grad_out, groups = grad[run], run[0]
@@ -218,10 +221,10 @@ class GroupedAttention(torch.autograd.Function):
         return grad_q.mul_(scale), None, None, *grads
 
 
-Run = tuple[slice, slice]  # of groups and of their queries
+BlockRun = tuple[slice, slice]  # of groups and of their queries
 
 
-def runs(q: Tensor, reads: Sequence[Read]) -> Iterator[Run]:
+def block_runs(q: Tensor, reads: Sequence[KeysValuesBias]) -> Iterator[BlockRun]:
     """Groups together, or parts of one, such that a matrix of weights has at most RUN_ENTRIES."""
     groups, rows, _ = q.shape
     width = sum(k.shape[1] for k, _, _ in reads)
@@ -232,7 +235,7 @@ def runs(q: Tensor, reads: Sequence[Read]) -> Iterator[Run]:
             yield slice(group, group + together), slice(row, row + some)
 
 
-def weights_of_run(q: Tensor, reads: Sequence[Read], run: Run, keys: Tensor) -> Tensor:
+def weights_of_run(q: Tensor, reads: Sequence[KeysValuesBias], run: BlockRun, keys: Tensor) -> Tensor:
     groups, rows = run
     queries = q[run] * q.shape[-1] ** -0.5
     weights = SCRATCH.take("weights", (*queries.shape[:2], keys.shape[1]), q)
@@ -246,7 +249,7 @@ def weights_of_run(q: Tensor, reads: Sequence[Read], run: Run, keys: Tensor) -> 
     return torch.softmax(weights, -1, out=weights)
 
 
-def joined(name: str, parts: list[Tensor], run: Run) -> Tensor:
+def joined(name: str, parts: list[Tensor], run: BlockRun) -> Tensor:
     """The rows of all reads side by side: one large product is faster than two into parts."""
     if len(parts) == 1:
         return parts[0][run[0]]
@@ -255,5 +258,5 @@ def joined(name: str, parts: list[Tensor], run: Run) -> Tensor:
     return torch.cat(rows, 1, out=SCRATCH.take(name, shape, rows[0]))
 
 
-def as_reads(tensors: Sequence[Tensor | None]) -> list[Read]:
+def as_reads(tensors: Sequence[Tensor | None]) -> list[KeysValuesBias]:
     return [tuple(tensors[start : start + 3]) for start in range(0, len(tensors), 3)]  # type: ignore[misc]

@@ -72,8 +72,8 @@ def synthetic_attention(
     return SyntheticAttention.apply(rules, groups, causal, dropout, seed, v, *tensors)  # type: ignore[return-value]
 
 
-Groups = list[tuple[list[int], int]]  # rows of the batch and how many real tokens each of them has
-Tile = tuple[slice, slice, int]  # heads, queries, and how many keys these read, from 0 on
+EqualRows = list[tuple[list[int], int]]  # rows of the batch and how many real tokens each of them has
+ScoreTile = tuple[slice, slice, int]  # heads, queries, and how many keys these read, from 0 on
 
 
 class SyntheticAttention(torch.autograd.Function):
@@ -81,14 +81,14 @@ class SyntheticAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, rules: list, groups: Groups, causal: bool, dropout: float, seed: int, v: Tensor, *tensors: Tensor
+        ctx, rules: list, groups: EqualRows, causal: bool, dropout: float, seed: int, v: Tensor, *tensors: Tensor
     ) -> Tensor:
         ctx.save_for_backward(v, *tensors)
         ctx.settings = rules, groups, causal, dropout, seed
         out, masks = torch.zeros_like(v), DropoutMasks(dropout, seed, v.device)
         for rows, length in groups:
             values = side_by_side(v, rows, length)
-            for tile in tiles(length, v.shape[1], causal):
+            for tile in score_tiles(length, v.shape[1], causal):
                 heads, queries, keys = tile
                 inputs = inputs_of(rules, tensors, rows[0], tile)
                 weights = softmax_of(parts_of(rules, inputs, keys), tile, causal)
@@ -117,7 +117,7 @@ class SyntheticAttention(torch.autograd.Function):
         for rows, length in groups:
             values, grad_out = (side_by_side(x, rows, length) for x in (v, grad))
             turned = torch.zeros_like(values).transpose(1, 2).contiguous()  # a faster product than into (h, n, d)
-            for tile in tiles(length, v.shape[1], causal):
+            for tile in score_tiles(length, v.shape[1], causal):
                 heads, queries, keys = tile
                 inputs = [x.detach() for x in inputs_of(rules, tensors, rows[0], tile)]
                 wanted = [x.requires_grad_() for x, need in zip(inputs, needed, strict=True) if need]
@@ -153,7 +153,7 @@ class SyntheticAttention(torch.autograd.Function):
         return None, None, None, None, None, grad_v, *grads
 
 
-def tiles(length: int, num_heads: int, causal: bool) -> Iterator[Tile]:
+def score_tiles(length: int, num_heads: int, causal: bool) -> Iterator[ScoreTile]:
     """Heads and queries such that a matrix of weights has at most TILE_ENTRIES."""
     together = max(1, TILE_ENTRIES // max(1, length**2))
     for head in range(0, num_heads, together):
@@ -174,7 +174,7 @@ def side_by_side(x: Tensor, rows: list[int], length: int) -> Tensor:
     return x[rows, :, :length].permute(1, 2, 0, 3).flatten(2)
 
 
-def inputs_of(rules: list, tensors: Sequence, row: int, tile: Tile) -> list:
+def inputs_of(rules: list, tensors: Sequence, row: int, tile: ScoreTile) -> list:
     """The views of the tensors (b or 1, h or 1, …) that belong to a tile, (heads, …) each; None of none."""
     heads, queries, keys = tile
     index = {"q": queries, "k": slice(keys), "-": slice(None)}
@@ -195,7 +195,7 @@ def parts_of(rules: list, inputs: list[Tensor], keys: int) -> list[Tensor]:
     return parts
 
 
-def softmax_of(parts: list[Tensor], tile: Tile, causal: bool) -> Tensor:
+def softmax_of(parts: list[Tensor], tile: ScoreTile, causal: bool) -> Tensor:
     """Weights (heads, q, keys) of a tile, in float32 or wider; they live until the next ones."""
     queries, first = tile[1], parts[0]
     wide = torch.promote_types(first.dtype, torch.float32)

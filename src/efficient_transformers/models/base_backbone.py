@@ -16,10 +16,10 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from .base_attention import OwnValues, PackedDocuments, SequenceInfo, rotary_angles
 from .base_cache import check_cache, prepare_cache
 from .base_configuration import EtConfig
 from .base_images import PatchEmbeddings
+from .base_mixer import OwnValues, PackedDocuments, SequenceInfo
 from .base_packing import (
     Documents,
     find_documents,
@@ -34,6 +34,8 @@ from .base_resizing import Stretch, resize_table
 from .base_reversible import chunks, reversible_stack, wide
 from .base_signatures import CACHE_FIELD, accepts
 from .ops_checks import as_mask, check_at_least, check_length, check_per_token, check_shape
+from .ops_engine import row_numbers
+from .ops_rotary import rotary_angles
 from .ops_tracing import check_exporter, is_exported, is_traced
 
 
@@ -58,7 +60,7 @@ class EtPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, OwnValues):
-            module.init_own()
+            module.reset_parameters()
         elif isinstance(module, ExternalTokens):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
 
@@ -254,7 +256,7 @@ class RunningNorm(OwnValues):
         self.register_buffer("variance", torch.zeros(size))
         self.register_buffer("seen", torch.zeros(()))
 
-    def init_own(self) -> None:
+    def reset_parameters(self) -> None:
         init.zeros_(self.mean)
         init.zeros_(self.variance)
         init.zeros_(self.seen)
@@ -292,7 +294,7 @@ class PoolerDense(OwnValues):
         linear = nn.Linear(config.hidden_size, config.hidden_size)
         self.weight, self.bias = linear.weight, linear.bias
 
-    def init_own(self) -> None:
+    def reset_parameters(self) -> None:
         init.normal_(self.weight, std=self.std)
         init.zeros_(self.bias)
 
@@ -780,17 +782,14 @@ class Encoder:
         output_attentions: bool = False,
     ) -> SequenceInfo:
         """What the mixers may know of rows with their external tokens."""
-        config = self.config
-        numbers = not is_traced()
-        rotary = None
+        config, rotary = self.config, None
         if config.position_embedding_type == "rotary":
             rotary = rotary_angles(position_ids, config.head_dim, config.rope_theta, dtype)
         return SequenceInfo(
             positions=positions,
             keep=keep,
-            lengths=tuple(keep.sum(1).tolist()) if numbers and keep is not None else None,
             global_mask=marked,
-            global_tokens=marked_positions(marked) if numbers and marked is not None else None,
+            **row_numbers(keep, marked),
             rotary=rotary,
             cache=cache,
             output_attentions=output_attentions,
@@ -805,7 +804,3 @@ def uncompiled(function: Callable) -> Callable:
 
 def mean(streams: list[Tensor]) -> Tensor:
     return streams[0] if len(streams) == 1 else (streams[0] + streams[1]) / 2
-
-
-def marked_positions(marked: Tensor) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(row.nonzero().flatten().tolist()) for row in marked)

@@ -12,8 +12,9 @@ from .attn_linear import (
     linear_attention,
     linear_attention_step,
 )
-from .base_attention import MultiHeadAttention, SequenceInfo
+from .base_attention import MultiHeadAttention
 from .base_cache import SelectableRows
+from .base_mixer import SequenceInfo
 from .ops_checks import check_at_least
 from .ops_feature_maps import FeatureMap, gaussian_projection, orthogonal_projection
 
@@ -122,7 +123,7 @@ class KernelAttention(MultiHeadAttention):
         q, k = self.scaled(*(self.split_heads(proj(hidden), sequence.rotary) for proj in (self.q_proj, self.k_proj)))
         v, decay = self.split_heads(self.v_proj(hidden)), self.log_decay(hidden, sequence.keep)
         # another pass may draw new features before this one runs again
-        how = self.config.features, sequence.decide(self.layer, lambda: self.projection), sequence.keep
+        how = self.config.features, sequence.cached_choice(self.layer, lambda: self.projection), sequence.keep
         out = weights = None
         if sequence.cache is not None:
             memory: StateCacheLayer = sequence.cache.layers[self.layer]  # type: ignore[assignment]
@@ -131,7 +132,7 @@ class KernelAttention(MultiHeadAttention):
             memory.update(state, q.shape[2])
             if past is not None:
                 return out, None
-        if sequence.output_attentions or self.config._attn_implementation == "eager":
+        if self.engine(hidden, sequence) == "dense":
             weights = attention_matrix(q, k, *how, self.config.is_decoder, decay).to(v.dtype)
             out = weights @ v
         if out is None and self.config.is_decoder:
@@ -183,6 +184,6 @@ class RandomFeatureAttention(KernelAttention):
             drawn = self.draw(int(self.passes) // interval)
             self.projection = drawn.to(self.projection.device, self.projection.dtype)
 
-    def init_own(self) -> None:
+    def reset_parameters(self) -> None:
         init.copy_(self.projection, self.draw(0))
         init.zeros_(self.passes)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from .base_attention import SequenceInfo
+from .base_mixer import SequenceInfo
 from .ops_tracing import is_traced
 
 
@@ -32,7 +32,7 @@ def reversible_stack(blocks: Sequence[nn.Module], hidden: Tensor, sequence: Sequ
     again. There is no second derivative. Raises RuntimeError in a backward pass whose parameters or training mode are
     no longer those of the forward pass.
     """
-    run = Run(list(blocks), sequence, autocast_as_now(hidden.device.type))
+    run = StackPass(list(blocks), sequence, autocast_as_now(hidden.device.type))
     x1 = x2 = wide(hidden)
     shared = [] if sequence.shared is None else trained_parameters(sequence.shared)
     for number, block in enumerate(blocks):
@@ -57,7 +57,7 @@ def wide(hidden: Tensor) -> Tensor:
 
 
 @dataclass
-class Run:
+class StackPass:
     """What the layers share between a forward pass and its backward pass."""
 
     blocks: list[Any]
@@ -84,7 +84,9 @@ class ReversibleLayer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, run: Run, number: int, x1: Tensor, x2: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, run: StackPass, number: int, x1: Tensor, x2: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
         block = run.blocks[number]
         ctx.run, ctx.number, ctx.training, ctx.parameters = run, number, block.training, parameters
         ctx.save_for_backward(*parameters)  # nothing new to keep: autograd checks that nobody writes into them
@@ -125,7 +127,7 @@ class Mean(torch.autograd.Function):
     """(Y1 + Y2) / 2, which keeps both streams and hands them to the last layer in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, run: Run, y1: Tensor, y2: Tensor) -> Tensor:
+    def forward(ctx: Any, run: StackPass, y1: Tensor, y2: Tensor) -> Tensor:
         ctx.run = run
         ctx.save_for_backward(y1, y2)
         return (y1 + y2) / 2

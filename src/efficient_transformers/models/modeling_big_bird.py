@@ -108,7 +108,7 @@ class BigBirdAttention(PatternAttention):
         if config.random_blocks == "stored":
             self.register_drawn("random_blocks", self.draw())
 
-    def init_own(self) -> None:
+    def reset_parameters(self) -> None:
         if self.random_blocks is not None:
             init.copy_(self.random_blocks, self.draw())
 

@@ -22,7 +22,7 @@ from transformers.generation import GenerationMixin
 
 from .attn_dense import softmax_attention
 from .attn_sinkhorn import in_blocks, real_tokens
-from .base_attention import PatternAttention, SequenceInfo
+from .base_attention import PatternAttention
 from .base_backbone import Encoder, EtPreTrainedModel
 from .base_cache import SelectableRows, is_closed
 from .base_configuration import EtConfig, PatternConfig
@@ -35,6 +35,7 @@ from .base_heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from .base_mixer import SequenceInfo
 from .base_packing import first_positions
 from .ops_checks import check_at_least
 from .ops_patterns import AttentionPattern
@@ -197,7 +198,7 @@ class EtCompressedAttention(PatternAttention):
             sizes = (2, self.num_heads, config.kernel, self.head_dim, self.head_dim)
             self.convolution = nn.Parameter(torch.empty(sizes))
 
-    def init_own(self) -> None:
+    def reset_parameters(self) -> None:
         if not self.is_local:  # the mean of the tokens; the paper does not say how it begins
             init.copy_(self.convolution, torch.eye(self.head_dim).expand_as(self.convolution) / self.config.kernel)
 
@@ -214,7 +215,7 @@ class EtCompressedAttention(PatternAttention):
         """
         if self.is_local:
             return super().attend(hidden, sequence)
-        config, factor, causal = self.config, self.config.compression_factor, self.config.is_decoder
+        factor, causal = self.config.compression_factor, self.config.is_decoder
         dropout = self.dropout if self.training else 0.0
         q = self.split_heads(self.q_proj(hidden), sequence.rotary)
         k, v = self.split_heads(self.k_proj(hidden), sequence.rotary), self.split_heads(self.v_proj(hidden))
@@ -228,7 +229,7 @@ class EtCompressedAttention(PatternAttention):
                 return self.attend_behind(q, sequence.positions, memory, dropout), None
         real = real_tokens(hidden, factor, sequence.keep)
         k, v = (compress(x, weight, factor, real) for x, weight in zip((k, v), self.convolution, strict=True))
-        if sequence.output_attentions or config._attn_implementation == "eager":
+        if self.engine(hidden, sequence) == "dense":
             return self.attend_eagerly(q, k, v, sequence, real, dropout)
         if causal:
             return causal_attention(q, k, v, factor, dropout), None

@@ -15,7 +15,6 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
-from .base_attention import Mixer, SequenceInfo
 from .base_backbone import Encoder, EtPreTrainedModel
 from .base_configuration import ENCODER_HEADS, EtConfig
 from .base_heads import (
@@ -26,6 +25,7 @@ from .base_heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from .base_mixer import Mixer, SequenceInfo
 from .ops_fourier import fourier_mix, fourier_mix_chirp, fourier_mix_dense
 
 

@@ -18,9 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
 
 from .attn_dense import softmax_attention
-from .attn_pattern_blocked import blocked_attention
-from .attn_pattern_tiled import sparse_attention
-from .base_attention import Mixer, SequenceInfo
+from .attn_pattern import pattern_attention
 from .base_backbone import Encoder, EtPreTrainedModel
 from .base_cache import PatternCacheLayer
 from .base_configuration import EtConfig
@@ -33,10 +31,11 @@ from .base_heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from .base_mixer import Mixer, SequenceInfo
 from .base_packing import first_positions
 from .ops_checks import check_at_least, check_divisible
+from .ops_engine import choose_engine
 from .ops_patterns import AttentionPattern
-from .ops_tracing import is_traced
 from .ops_tril_matmul import triangular_product
 
 
@@ -81,13 +80,9 @@ class TinyAttention(nn.Module):
         return q, k, v
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceInfo) -> Tensor:
-        if self.config._attn_implementation == "eager":
+        if choose_engine(q.device, self.config._attn_implementation) == "dense":
             return self.read(q, k, v, sequence.positions, sequence.positions)
-        if is_traced():
-            mixed = blocked_attention(q, k, v, self.pattern, sequence.keep)
-        else:
-            mixed = sparse_attention(q, k, v, self.pattern, sequence.lengths)
-        return self.o_proj(mixed[:, 0])
+        return self.o_proj(pattern_attention(q, k, v, self.pattern, sequence)[:, 0])
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor) -> Tensor:
         """The same with the weights written out, of queries at positions `i` (b, n) and keys at `j` (b, m)."""
@@ -120,7 +115,7 @@ class SpatialGatingMixer(Mixer):
         self.tiny_attention = None if size is None else TinyAttention(config, size)
         self.down_proj = nn.Linear(half, config.hidden_size)
 
-    def init_own(self) -> None:
+    def reset_parameters(self) -> None:
         init.normal_(self.spatial_weight, std=self.config.initializer_range / self.config.max_position_embeddings)
         init.ones_(self.spatial_bias)
 
@@ -156,7 +151,7 @@ class SpatialGatingMixer(Mixer):
         bias = first_positions(self.spatial_bias, gate.shape[1], 0)[:, None]
         if not self.config.is_decoder:
             return weight @ gate + bias
-        if self.config._attn_implementation == "eager":
+        if choose_engine(gate.device, self.config._attn_implementation) == "dense":
             return weight.tril() @ gate + bias
         return triangular_product(weight, gate) + bias
 

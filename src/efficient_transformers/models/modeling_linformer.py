@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .attn_dense import softmax_attention
-from .base_attention import MultiHeadAttention, OwnValues, SequenceInfo
+from .base_attention import MultiHeadAttention
 from .base_backbone import Encoder, EtPreTrainedModel
 from .base_configuration import ENCODER_HEADS, EtConfig
 from .base_heads import (
@@ -26,6 +26,7 @@ from .base_heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from .base_mixer import OwnValues, SequenceInfo
 from .base_packing import first_positions
 from .ops_checks import check_at_least
 
@@ -61,7 +62,7 @@ class LengthProjection(OwnValues):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_heads, config.projected_length, config.max_position_embeddings))
 
-    def init_own(self) -> None:
+    def reset_parameters(self) -> None:
         # the paper's proof draws with variance 1/k, which lets keys grow with the length; so they stay as they were
         init.normal_(self.weight, std=self.weight.shape[2] ** -0.5)
 
@@ -99,7 +100,7 @@ class EtLinformerAttention(MultiHeadAttention):
         projections: list[Any] = [*self.projections] or [sequence.shared]
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         q = self.split_heads(self.q_proj(hidden), sequence.rotary)
-        if sequence.output_attentions or self.config._attn_implementation == "eager":
+        if self.engine(hidden, sequence) == "dense":
             return self.attend_eagerly(q, hidden, sequence, projections, dropout)
         if sequence.rotary is not None or self.config.projection_sharing == "none":
             k, v = self.keys_and_values(hidden, sequence)

@@ -18,7 +18,7 @@ from transformers.generation import GenerationMixin
 
 from .attn_dense import folded_attention, softmax_attention
 from .attn_pattern_blocked import global_positions, put_rows
-from .base_attention import PatternAttention, SequenceInfo, no_rows
+from .base_attention import PatternAttention
 from .base_backbone import Encoder, EtPreTrainedModel
 from .base_configuration import EtConfig, PatternConfig
 from .base_heads import (
@@ -30,6 +30,7 @@ from .base_heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from .base_mixer import SequenceInfo, no_rows
 from .ops_checks import check_at_least, check_divisible, check_entries
 from .ops_patterns import AttentionPattern
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .base_attention import Mixer, SequenceInfo
 from .base_backbone import Encoder, EtPreTrainedModel
 from .base_configuration import ENCODER_HEADS, EtConfig
 from .base_heads import (
@@ -26,6 +25,7 @@ from .base_heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from .base_mixer import Mixer, SequenceInfo
 from .base_packing import first_positions
 from .ops_checks import check_at_least
 
@@ -66,7 +66,7 @@ class TokenMixer(Mixer):
         self.writing_weight = nn.Parameter(torch.empty(length, size))  # W₂
         self.writing_bias = nn.Parameter(torch.empty(length))
 
-    def init_own(self) -> None:
+    def reset_parameters(self) -> None:
         length, size = self.writing_weight.shape
         init.normal_(self.reading_weight, std=length**-0.5)
         init.normal_(self.writing_weight, std=self.config.initializer_range * size**-0.5)

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
-from .attn_bucketed import slot_attention
+from .attn_bucketed import bucketed_attention
 from .attn_dense import softmax_attention
-from .base_attention import MultiHeadAttention, SequenceInfo
+from .base_attention import MultiHeadAttention
 from .base_backbone import Encoder, EtPreTrainedModel
 from .base_cache import BucketCacheLayer
 from .base_configuration import EtConfig
@@ -36,7 +36,8 @@ from .base_heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .ops_buckets import Slots, chain_into_slots, recent_counts, sort_into_slots
+from .base_mixer import SequenceInfo
+from .ops_buckets import BucketLayout, chained_chunks, recent_counts, sorted_chunks
 from .ops_checks import check_at_least
 from .ops_lsh import assign_buckets, bucket_factors, narrowed, random_rotations
 from .ops_tracing import is_traced
@@ -125,7 +126,7 @@ class EtReformerAttention(MultiHeadAttention):
         generator = torch.Generator("cpu").manual_seed(self.config.hash_seed + 0x10001 * self.layer)
         return random_rotations(self.num_heads, self.head_dim, self.num_hashes, self.widest, generator)
 
-    def init_own(self) -> None:
+    def reset_parameters(self) -> None:
         init.copy_(self.rotations, self.draw())
 
     def resized(self) -> None:
@@ -140,7 +141,7 @@ class EtReformerAttention(MultiHeadAttention):
         q, v = self.split_heads(self.q_proj(hidden), sequence.rotary), self.split_heads(self.v_proj(hidden))
         k = q * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt()  # of length √d: scores are divided by it again
         dropout, keep = self.dropout if self.training else 0.0, sequence.keep
-        buckets = sequence.decide(self.layer, lambda: self.buckets(q, keep))
+        buckets = sequence.cached_choice(self.layer, lambda: self.buckets(q, keep))
         if sequence.cache is not None:
             seen = sequence.cache.get_seq_length(self.layer)
             memory: BucketCacheLayer = sequence.cache.layers[self.layer]  # type: ignore[assignment]
@@ -149,10 +150,10 @@ class EtReformerAttention(MultiHeadAttention):
                 places = sequence.positions, positions
                 counts = recent_counts(buckets, key_buckets, *places, self.config.chunk_length)
                 return softmax_attention(q, keys, values, counts, dropout)
-        slots = self.slots(buckets, keep)
-        if sequence.output_attentions or self.config._attn_implementation == "eager":
-            return softmax_attention(q, k, v, slots.counts(q.shape[2]), dropout)
-        return slot_attention(q, k, v, slots, dropout), None
+        layout = self.layout(buckets, keep)
+        if self.engine(hidden, sequence) == "dense":
+            return softmax_attention(q, k, v, layout.counts(q.shape[2]), dropout)
+        return bucketed_attention(q, k, v, layout, dropout), None
 
     def buckets(self, q: Tensor, keep: Tensor | None) -> Tensor:
         """(b, h, r, n) int64."""
@@ -167,10 +168,10 @@ class EtReformerAttention(MultiHeadAttention):
                 rotations, widest = narrowed(rotations, widest, needed.tolist()), needed.tolist()
         return assign_buckets(q, rotations, widest, factors)
 
-    def slots(self, buckets: Tensor, keep: Tensor | None) -> Slots:
+    def layout(self, buckets: Tensor, keep: Tensor | None) -> BucketLayout:
         if self.config.attend_across_buckets:
-            return chain_into_slots(buckets, keep, self.config.chunk_length, causal=False)
-        return sort_into_slots(buckets, keep, self.config.chunk_length, self.config.is_decoder)
+            return chained_chunks(buckets, keep, self.config.chunk_length, causal=False)
+        return sorted_chunks(buckets, keep, self.config.chunk_length, self.config.is_decoder)
 
 
 class EtReformerPreTrainedModel(EtPreTrainedModel):

@@ -64,8 +64,8 @@ class EtRfaAttention(RandomFeatureAttention):
             raise ValueError("gated=True needs a causal model, for the gate forgets the past: set is_decoder=True.")
         self.gate_proj = nn.Linear(config.hidden_size, self.num_heads) if config.gated else None
 
-    def init_own(self) -> None:
-        super().init_own()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
         init.ones_(self.scale)
 
     def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,11 +26,10 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
-from .attn_bucketed import slot_attention
+from .attn_bucketed import bucketed_attention
 from .attn_dense import softmax_attention
-from .attn_pattern_blocked import blocked_attention
-from .attn_pattern_tiled import sparse_attention
-from .base_attention import MultiHeadAttention, SequenceInfo, rotate
+from .attn_pattern import pattern_attention
+from .base_attention import MultiHeadAttention
 from .base_backbone import Encoder, EtPreTrainedModel
 from .base_cache import BucketCacheLayer
 from .base_configuration import EtConfig
@@ -43,20 +42,22 @@ from .base_heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .ops_buckets import Slots, recent_counts, sort_into_slots
+from .base_mixer import SequenceInfo
+from .ops_buckets import BucketLayout, recent_counts, sorted_chunks
 from .ops_checks import check_at_least
 from .ops_kmeans import (
     ClusterStatistics,
     cluster_statistics,
+    merge_statistics,
     moved_centroids,
     nearest_centroid,
     nearest_tokens,
     of_all_processes,
     random_directions,
-    together,
 )
 from .ops_patterns import AttentionPattern
-from .ops_tracing import count_blocks, is_traced
+from .ops_rotary import rotate
+from .ops_tracing import count_blocks
 
 
 @strict
@@ -125,7 +126,7 @@ Pair = tuple[Tensor, Tensor]
 class Routes(NamedTuple):
     """Where the tokens of a pass go: groups of an encoder, or clusters (b, h, 1, n) of a decoder."""
 
-    slots: Slots | None
+    layout: BucketLayout | None
     clusters: Tensor | None
     statistics: ClusterStatistics | None  # in training
 
@@ -161,7 +162,7 @@ class EtRoutingAttention(MultiHeadAttention):
         generator = torch.Generator("cpu").manual_seed(config.cluster_seed + 0x10001 * self.layer)
         return random_directions(self.sides[1], config.clusters_per_head, self.head_dim, generator)
 
-    def init_own(self) -> None:
+    def reset_parameters(self) -> None:
         if self.sides[1]:
             init.copy_(self.centroids, self.draw())
             init.zeros_(self.sums)
@@ -174,7 +175,7 @@ class EtRoutingAttention(MultiHeadAttention):
         """What each head has read, (b, h, n, d), and the weights if they are written out."""
         near, far, routes = self.queries_and_keys(hidden, sequence)
         v, dropout = self.split_heads(self.v_proj(hidden)), self.dropout if self.training else 0.0
-        written_out = sequence.output_attentions or self.config._attn_implementation == "eager"
+        written_out = self.engine(hidden, sequence) == "dense"
         if sequence.cache is not None or written_out:
             q, k = (torch.cat(pair, 1) for pair in zip(near, far, strict=True))
             if sequence.cache is not None:
@@ -190,12 +191,10 @@ class EtRoutingAttention(MultiHeadAttention):
 
         near_v, far_v = v.split(self.sides, 1)
         mixed = []
-        if near_v.shape[1] and (is_traced() or v.device.type != "cpu"):
-            mixed.append(blocked_attention(*near, near_v, self.window, sequence.keep, dropout=dropout))
-        elif near_v.shape[1]:
-            mixed.append(sparse_attention(*near, near_v, self.window, sequence.lengths, dropout=dropout))
+        if near_v.shape[1]:
+            mixed.append(pattern_attention(*near, near_v, self.window, sequence, dropout))
         if far_v.shape[1]:
-            mixed.append(slot_attention(*far, far_v, self.slots(routes, sequence.keep), dropout))
+            mixed.append(bucketed_attention(*far, far_v, self.layout(routes, sequence.keep), dropout))
         # side by side in memory, as the output projection reads them
         return torch.cat([x.transpose(1, 2) for x in mixed], 2).transpose(1, 2), None
 
@@ -207,7 +206,7 @@ class EtRoutingAttention(MultiHeadAttention):
         if self.k_proj is not None:
             near_k, *own = self.k_proj(hidden).unflatten(-1, (-1, self.head_dim)).split(self.key_sides, 2)
             far_k = F.rms_norm(own[0], far_q.shape[-1:]) if own else far_q
-        routes = sequence.decide(self.layer, lambda: self.route(far_q, far_k, sequence.keep))
+        routes = sequence.cached_choice(self.layer, lambda: self.route(far_q, far_k, sequence.keep))
         parts = [near_q, near_k, far_q, far_k]
         if sequence.rotary is not None:  # behind the choice: a cluster is one of content
             parts = [rotate(x, sequence.rotary) for x in parts]
@@ -222,7 +221,9 @@ class EtRoutingAttention(MultiHeadAttention):
         q, k = (x.transpose(1, 2) * self.head_dim**-0.5 for x in (q, k))
         statistics = None
         if self.training and self.learns:
-            statistics = together([cluster_statistics(x, self.centroids, keep) for x in ((q,) if causal else (q, k))])
+            statistics = merge_statistics(
+                [cluster_statistics(x, self.centroids, keep) for x in ((q,) if causal else (q, k))]
+            )
         if causal:
             return Routes(None, nearest_centroid(q, self.centroids)[:, :, None], statistics)
         size, count = self.config.cluster_size, self.config.clusters_per_head
@@ -232,15 +233,15 @@ class EtRoutingAttention(MultiHeadAttention):
             size = count_blocks(length, count)
         elif isinstance(length, int):
             size = min(size, length)
-        slots = Slots(*(nearest_tokens(x, self.centroids, size, sizes, keep) for x in (q, k)))  # type: ignore[reportArgumentType]
-        return Routes(replace(slots, missed=real[:, None] & ~slots.standing(length)), None, statistics)
+        layout = BucketLayout(*(nearest_tokens(x, self.centroids, size, sizes, keep) for x in (q, k)))  # type: ignore[reportArgumentType]
+        return Routes(replace(layout, missed=real[:, None] & ~layout.standing(length)), None, statistics)
 
-    def slots(self, routes: Routes, keep: Tensor | None) -> Slots:
+    def layout(self, routes: Routes, keep: Tensor | None) -> BucketLayout:
         """Groups of the routing heads."""
-        if routes.slots is not None:
-            return routes.slots
+        if routes.layout is not None:
+            return routes.layout
         assert routes.clusters is not None
-        return sort_into_slots(routes.clusters, keep, self.config.reach, causal=True)
+        return sorted_chunks(routes.clusters, keep, self.config.reach, causal=True)
 
     def allowed(
         self,
@@ -253,8 +254,8 @@ class EtRoutingAttention(MultiHeadAttention):
         key_positions = positions if key_positions is None else key_positions
         i, j = positions[:, None, :, None], key_positions[:, None, None, :]
         near = self.window.allows(torch.zeros_like(i), i, j, 0) & (i >= 0) & (j >= 0)
-        if routes.slots is not None:
-            far = routes.slots.counts(positions.shape[1])
+        if routes.layout is not None:
+            far = routes.layout.counts(positions.shape[1])
         else:
             assert routes.clusters is not None
             key_clusters = routes.clusters if key_clusters is None else key_clusters
@@ -266,7 +267,7 @@ class EtRoutingAttention(MultiHeadAttention):
         statistics = [route.statistics for route in routes if route.statistics is not None]
         if statistics:
             averages = self.centroids, self.sums, self.savings
-            seen = of_all_processes(together(statistics))
+            seen = of_all_processes(merge_statistics(statistics))
             # new tensors, which may be of a wider dtype: in bfloat16 a moving average stands still
             self.centroids, self.sums, self.savings = moved_centroids(*averages, seen, self.config.ema_decay)
 

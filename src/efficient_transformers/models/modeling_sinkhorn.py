@@ -23,7 +23,7 @@ from transformers.generation import GenerationMixin
 
 from .attn_dense import softmax_attention
 from .attn_sinkhorn import in_blocks, real_tokens, sinkhorn_attention, sinkhorn_matrix, sort_blocks
-from .base_attention import MultiHeadAttention, SequenceInfo
+from .base_attention import MultiHeadAttention
 from .base_backbone import Encoder, EtPreTrainedModel
 from .base_cache import SelectableRows, is_closed
 from .base_configuration import EtConfig
@@ -36,6 +36,7 @@ from .base_heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from .base_mixer import SequenceInfo
 from .ops_checks import check_at_least
 from .ops_sinkhorn import causal_sinkhorn, gumbel_noise, sinkhorn
 from .ops_tracing import is_traced
@@ -232,7 +233,7 @@ class EtSinkhornAttention(MultiHeadAttention):
             order = order[:, :, : config.sortcut_blocks]
         how = order, real, causal, config.sortcut_blocks is not None
         queries, keys, values = (in_blocks(x, size).contiguous() for x in (q, k, v))
-        if sequence.output_attentions or config._attn_implementation == "eager":
+        if self.engine(hidden, sequence) == "dense":
             weights = sinkhorn_matrix(queries, keys, *how)[:, :, :length, :length]
             if sequence.keep is not None:
                 weights = weights * sequence.keep[:, None, :, None]

@@ -21,10 +21,9 @@ from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
 from .attn_dense import masked_softmax
-from .attn_pattern_blocked import blocked_attention
-from .attn_pattern_tiled import sparse_attention
+from .attn_pattern import pattern_attention
 from .attn_synthesizer import Term, matrix, outer, product, synthetic_attention
-from .base_attention import MultiHeadAttention, SequenceInfo
+from .base_attention import MultiHeadAttention
 from .base_backbone import Encoder, EtPreTrainedModel
 from .base_cache import PatternCacheLayer
 from .base_configuration import EtConfig
@@ -37,10 +36,10 @@ from .base_heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from .base_mixer import SequenceInfo
 from .base_packing import first_positions
 from .ops_checks import check_at_least
 from .ops_patterns import AttentionPattern
-from .ops_tracing import is_traced
 
 PRODUCTS = ("vanilla", "dense", "factorized_random")  # whose scores are products of features
 KINDS = (*PRODUCTS, "random", "fixed", "factorized_dense")
@@ -126,7 +125,7 @@ class EtSynthesizerAttention(MultiHeadAttention):
         generator = torch.Generator("cpu").manual_seed(seed)
         return torch.randn(self.num_heads, length, length, generator=generator, device="cpu")
 
-    def init_own(self) -> None:
+    def reset_parameters(self) -> None:
         # the paper does not say how scores begin: here their spread is about 1, but for those of a layer's features
         for name, parameter in self.named_parameters(recurse=False):
             match name:
@@ -145,37 +144,46 @@ class EtSynthesizerAttention(MultiHeadAttention):
         return PatternCacheLayer(0, None)
 
     def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
-        """What each head has read, (b, h, n, d), and the weights if they are written out."""
-        config, causal = self.config, self.config.is_decoder
-        dropout = config.attention_probs_dropout_prob if self.training else 0.0
-        v, positions, seen = self.split_heads(self.v_proj(hidden)), sequence.positions, 0
+        """Per-head output, (b, h, n, d), and the weights if they are written out."""
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        v, positions = self.split_heads(self.v_proj(hidden)), sequence.positions
         q = k = v[..., :0]
         if "vanilla" in self.kinds:
             q, k = (self.split_heads(proj(hidden), sequence.rotary) for proj in (self.q_proj, self.k_proj))
-        keys, values = k, v
         if sequence.cache is not None:
             seen = sequence.cache.get_seq_length(self.layer)
             memory: PatternCacheLayer = sequence.cache.layers[self.layer]  # type: ignore[assignment]
-            keys, values, positions = memory.update(k, v, sequence.positions)
-        traced, products = is_traced() or v.device.type != "cpu", set(self.kinds) <= set(PRODUCTS)
-        eager = sequence.output_attentions or config._attn_implementation == "eager"
-        if seen or eager or (traced and not products):
-            i, j = sequence.positions[..., None], (positions if seen else sequence.positions)[:, None]
-            allowed = ((j >= 0) & (i >= 0))[:, None]
-            allowed = allowed & (j <= i)[:, None] if causal else allowed
-            terms = self.terms(hidden, q, keys if seen else k, (i[..., 0].clamp(min=0), j[:, 0].clamp(min=0)))
-            scores = [term.rule(*term.tensors, j.shape[-1]) for term in terms]
-            weights = masked_softmax(sum(scores[1:], scores[0]), allowed).to(v.dtype)
-            out = F.dropout(weights, dropout) @ (values if seen else v)
-            return out, weights if eager and not seen else None
-        terms = self.terms(hidden, q, k)
-        if not products:
-            return synthetic_attention(terms, v, causal, sequence.lengths, dropout), None
-        pattern = AttentionPattern(window=None, causal=causal)
-        width, (q, k, v) = self.head_dim, as_one_product(terms, v)
-        if traced:
-            return blocked_attention(q, k, v, pattern, sequence.keep, dropout=dropout)[..., :width], None
-        return sparse_attention(q, k, v, pattern, sequence.lengths, dropout=dropout)[..., :width], None
+            keys, values, key_positions = memory.update(k, v, positions)
+            if seen:
+                return self.attend_densely(hidden, q, keys, values, positions, key_positions, dropout)[0], None
+        engine = self.engine(hidden, sequence)
+        if engine == "dense":
+            return self.attend_densely(hidden, q, k, v, positions, positions, dropout)
+        if set(self.kinds) <= set(PRODUCTS):
+            return self.attend_by_products(hidden, q, k, v, sequence, dropout), None
+        if engine == "tiled":
+            terms = self.terms(hidden, q, k)
+            return synthetic_attention(terms, v, self.config.is_decoder, sequence.lengths, dropout), None
+        return self.attend_densely(hidden, q, k, v, positions, positions, dropout)[0], None
+
+    def attend_densely(
+        self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor, dropout: float
+    ) -> tuple[Tensor, Tensor]:
+        """Output and weights, written out, of queries at positions `i` (b, n) over keys and values at `j` (b, m)."""
+        allowed = ((j[:, None] >= 0) & (i[..., None] >= 0))[:, None]
+        allowed = allowed & (j[:, None] <= i[..., None])[:, None] if self.config.is_decoder else allowed
+        terms = self.terms(hidden, q, k, (i.clamp(min=0), j.clamp(min=0)))
+        scores = [term.rule(*term.tensors, j.shape[1]) for term in terms]
+        weights = masked_softmax(sum(scores[1:], scores[0]), allowed).to(v.dtype)
+        return F.dropout(weights, dropout) @ v, weights
+
+    def attend_by_products(
+        self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceInfo, dropout: float
+    ) -> Tensor:
+        """Scores that are all products of features, as ordinary full attention over these features."""
+        pattern = AttentionPattern(window=None, causal=self.config.is_decoder)
+        q, k, v = as_one_product(self.terms(hidden, q, k), v)
+        return pattern_attention(q, k, v, pattern, sequence, dropout)[..., : self.head_dim]
 
     def terms(self, hidden: Tensor, q: Tensor, k: Tensor, at: tuple[Tensor, Tensor] | None = None) -> list[Term]:
         """The scores of `hidden` (b, n, e) as terms; of queries and keys `at` positions (b, n) and (b, m), or all n."""

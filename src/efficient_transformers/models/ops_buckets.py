@@ -11,7 +11,7 @@ PADDING = 2**40  # a bucket behind all others; times any length it is an int64
 
 
 @dataclass(frozen=True)
-class Slots:
+class BucketLayout:
     """Groups of slots, each for one token of a sequence; a token may stand in several groups or in none.
 
     queries: the token in each query slot, (b, h, g, c) int64, -1 where it is empty.
@@ -89,7 +89,7 @@ def itself(real: Tensor, counts: Tensor) -> Tensor:
     return torch.diag_embed((real & (counts.sum(-1) == 0)).long())
 
 
-def sort_into_slots(buckets: Tensor, keep: Tensor | None, chunk_length: int, causal: bool) -> Slots:
+def sorted_chunks(buckets: Tensor, keep: Tensor | None, chunk_length: int, causal: bool) -> BucketLayout:
     """Tokens sorted by bucket and cut into chunks; they read their bucket, in their own chunk and the one before it.
 
     `buckets` (b, h, r, n) int64 ≥ 0 for each of r rounds, `keep` (b, n) True at real tokens, the first ones. Every
@@ -99,21 +99,21 @@ def sort_into_slots(buckets: Tensor, keep: Tensor | None, chunk_length: int, cau
     rounds = buckets.shape[2]
     labels = buckets.gather(-1, order) * rounds + torch.arange(rounds, device=buckets.device)[:, None]
     labels, tokens = torch.where(real, labels, -1), torch.where(real, order, -1)
-    labels, tokens = (in_chunks(x, chunk_length) for x in (labels, tokens))
-    return Slots(tokens, labels=labels, own=False, causal=causal)
+    labels, tokens = (cut_into_chunks(x, chunk_length) for x in (labels, tokens))
+    return BucketLayout(tokens, labels=labels, own=False, causal=causal)
 
 
-def chain_into_slots(
+def chained_chunks(
     buckets: Tensor, keep: Tensor | None, chunk_length: int, causal: bool, chunks: Tensor | None = None
-) -> Slots:
-    """As `sort_into_slots`, but tokens read their whole chunk and the one before it, whatever the bucket.
+) -> BucketLayout:
+    """As `sorted_chunks`, but tokens read their whole chunk and the one before it, whatever the bucket.
 
     The chunks of all rounds form a ring: the first chunk of a round reads the last one of the round before. `chunks`
     (b,) is the number of chunks of a round that belong to the ring; None takes those that hold real tokens. This is
     what transformers' Reformer computes, with all chunks in the ring, those of padding too.
     """
     order, real = sorted_tokens(buckets, keep)
-    tokens = in_chunks(torch.where(real, order, -1), chunk_length)
+    tokens = cut_into_chunks(torch.where(real, order, -1), chunk_length)
     _, heads, groups, size = tokens.shape
     rounds = buckets.shape[2]
     if chunks is None:
@@ -126,7 +126,7 @@ def chain_into_slots(
     before = torch.where(number > 0, start + number - 1, last).flatten(1)  # (b, g)
     previous = tokens.gather(2, before[:, None, :, None].clamp(min=0).expand(-1, heads, -1, size))
     previous = torch.where((chunks > 1)[:, None, None, None], previous, -1)
-    return Slots(tokens, keys=torch.cat([previous, tokens], -1), own=False, causal=causal)
+    return BucketLayout(tokens, keys=torch.cat([previous, tokens], -1), own=False, causal=causal)
 
 
 def sorted_tokens(buckets: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -149,7 +149,7 @@ def stable_order(buckets: Tensor) -> Tensor:
     return (buckets * length + place).argsort(dim=-1)
 
 
-def in_chunks(x: Tensor, size: int) -> Tensor:
+def cut_into_chunks(x: Tensor, size: int) -> Tensor:
     """(b, h, r, n) -> (b, h, r · ⌈n / size⌉, size), -1 in what is left of the last chunk; one chunk is cut at n."""
     length = x.shape[-1]
     size = size if is_traced() else min(size, length)
@@ -163,9 +163,9 @@ def in_chunks(x: Tensor, size: int) -> Tensor:
 def recent_counts(buckets: Tensor, key_buckets: Tensor, positions: Tensor, key_positions: Tensor, reach: int) -> Tensor:
     """In how many rounds a query reads a key: one of the last `reach` tokens of its bucket, (b, h, n, m) int64.
 
-    The rule of causal `Slots` without `keys`, for queries whose past is at hand: `buckets` (b, h, r, n), `key_buckets`
-    (b, h, r, m), `positions` (b, n) and `key_positions` (b, m) ascending, -1 at padding. The queries are the last keys.
-    A query reads itself once where it has nothing else; padding reads and is read nothing.
+    The rule of a causal `BucketLayout` without `keys`, for queries whose past is at hand: `buckets` (b, h, r, n),
+    `key_buckets` (b, h, r, m), `positions` (b, n) and `key_positions` (b, m) ascending, -1 at padding. The queries are
+    the last keys. A query reads itself once where it has nothing else; padding reads and is read nothing.
     """
     i, j = positions[:, None, None, :, None], key_positions[:, None, None, None]
     same = (buckets[..., None] == key_buckets[..., None, :]) & (j >= 0) & (j < i)  # (b, h, r, n, m)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
-from .ops_tracing import is_traced
+from .ops_engine import choose_engine
 
 GRID = 2**16  # steps of a cosine by which tokens are ranked: coarser than rounding, so that equal tokens are equal
 DISPENSABLE = 0.05  # a centroid that saves its members less than this share of the average starts again elsewhere
@@ -116,10 +116,10 @@ def cluster_statistics(x: Tensor, centroids: Tensor, keep: Tensor | None) -> Clu
         return ClusterStatistics(sums, farthest, lowest, distortion[..., 0], savings[..., 0]).packed()
 
     rows = by_head(rule, x, centroids, of_heads(keep, x.shape[1]))
-    return together([ClusterStatistics.unpacked(row) for row in rows])
+    return merge_statistics([ClusterStatistics.unpacked(row) for row in rows])
 
 
-def together(parts: Sequence[ClusterStatistics]) -> ClusterStatistics:
+def merge_statistics(parts: Sequence[ClusterStatistics]) -> ClusterStatistics:
     """Of several batches as if they were one; (h, k, …) each."""
     sums, farthest, lowest, distortion, savings = (torch.stack(x) for x in zip(*parts, strict=True))
     which = lowest.argmin(0, keepdim=True)  # (1, h, k)
@@ -134,7 +134,7 @@ def of_all_processes(mine: ClusterStatistics) -> ClusterStatistics:
     packed = mine.packed()
     parts = [torch.empty_like(packed) for _ in range(distributed.get_world_size())]
     distributed.all_gather(parts, packed)
-    return together([ClusterStatistics.unpacked(part) for part in parts])
+    return merge_statistics([ClusterStatistics.unpacked(part) for part in parts])
 
 
 def moved_centroids(
@@ -180,7 +180,7 @@ def by_head(rule: Callable[..., Tensor], x: Tensor, centroids: Tensor, *rest: Te
     with torch.autocast(x.device.type, enabled=False):
         tensors: list[Any] = [x.to(wide), centroids.to(wide).expand(batch, -1, -1, -1), *rest]
         tensors = [None if tensor is None else tensor.flatten(0, 1) for tensor in tensors]
-        if is_traced() or x.device.type != "cpu":
+        if choose_engine(x.device) != "tiled":
             return rule(*tensors).unflatten(0, (batch, heads))
         size = max(1, AT_ONCE // (centroids.shape[1] * length))
         parts = [None if tensor is None else tensor.split(size) for tensor in tensors]

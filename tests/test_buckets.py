@@ -6,9 +6,9 @@ from torch import Tensor
 from zoo import bytes_kept
 
 from efficient_transformers.models import attn_bucketed as engine
-from efficient_transformers.models.attn_bucketed import batched_slots, slot_attention
+from efficient_transformers.models.attn_bucketed import batched_attention, bucketed_attention
 from efficient_transformers.models.attn_dense import softmax_attention
-from efficient_transformers.models.ops_buckets import Slots, chain_into_slots, recent_counts, sort_into_slots
+from efficient_transformers.models.ops_buckets import BucketLayout, chained_chunks, recent_counts, sorted_chunks
 
 LENGTHS = [(1, 1), (2, 1), (13, 7), (40, 40), (67, 31)]  # real tokens of two rows
 
@@ -48,8 +48,8 @@ def bucket_counts(buckets: Tensor, lengths: tuple[int, int], chunk: int, causal:
 @pytest.mark.parametrize(("rounds", "num_buckets", "chunk"), [(1, 4, 8), (3, 2, 7), (2, 30, 4), (2, 1, 16)])
 def test_sorted_buckets_read_what_the_paper_says(lengths, causal, rounds, num_buckets, chunk):
     buckets = drawn(max(lengths), rounds, num_buckets)
-    slots = sort_into_slots(buckets, kept(lengths), chunk, causal)
-    assert slots.counts(max(lengths)).equal(bucket_counts(buckets, lengths, chunk, causal))
+    layout = sorted_chunks(buckets, kept(lengths), chunk, causal)
+    assert layout.counts(max(lengths)).equal(bucket_counts(buckets, lengths, chunk, causal))
 
 
 @pytest.mark.parametrize("length", [1, 13, 40])
@@ -65,12 +65,12 @@ def test_the_causal_rule_without_sorting(length):
         assert counts[row].sum() == expected.sum()
 
 
-def some_slots(kind: str, lengths: tuple[int, int], causal: bool) -> Slots:
+def some_layout(kind: str, lengths: tuple[int, int], causal: bool) -> BucketLayout:
     longest, keep = max(lengths), kept(lengths)
     if kind == "sorted":
-        return sort_into_slots(drawn(longest, 3, 4), keep, 8, causal)
+        return sorted_chunks(drawn(longest, 3, 4), keep, 8, causal)
     if kind == "chained":
-        return chain_into_slots(drawn(longest, 2, 4), keep, 8, causal)
+        return chained_chunks(drawn(longest, 2, 4), keep, 8, causal)
     # clusters: other keys than queries, some tokens several times, some never
     draw = [torch.stack([torch.randint(0, n, (3, 4, size)) for n in lengths]) for size in (5, 6)]
     draw = [torch.where(torch.rand(x.shape) < 0.2, -1, x) for x in draw]
@@ -79,7 +79,7 @@ def some_slots(kind: str, lengths: tuple[int, int], causal: bool) -> Slots:
     queries = torch.where(torch.nn.functional.pad(queries.diff(dim=-1) == 0, (1, 0)), -1, queries)  # once in a group
     taken = torch.zeros(2, 3, longest + 1, dtype=torch.bool).scatter(2, queries.flatten(2) % (longest + 1), True)
     missed = keep[:, None] & ~taken[..., :longest]
-    return Slots(queries, keys=draw[1], missed=missed, causal=False)
+    return BucketLayout(queries, keys=draw[1], missed=missed, causal=False)
 
 
 KINDS = [("sorted", False), ("sorted", True), ("chained", False), ("chained", True), ("clusters", False)]
@@ -91,13 +91,13 @@ KINDS = [("sorted", False), ("sorted", True), ("chained", False), ("chained", Tr
 def test_the_engine_equals_softmax_with_counts(kind, causal, lengths, bundle, monkeypatch):
     monkeypatch.setattr(engine, "RUN_ENTRIES", 300)  # several runs, one of a single group
     monkeypatch.setattr(engine, "BUNDLE_SLOTS", bundle)
-    slots, (q, k, v) = some_slots(kind, lengths, causal), tensors(max(lengths))
-    expected, _ = softmax_attention(q, k, v, slots.counts(max(lengths)))
+    layout, (q, k, v) = some_layout(kind, lengths, causal), tensors(max(lengths))
+    expected, _ = softmax_attention(q, k, v, layout.counts(max(lengths)))
     if bundle:
-        out = slot_attention(q, k, v, slots)
+        out = bucketed_attention(q, k, v, layout)
     else:
-        out = batched_slots(q, k, v, slots, 0.0)
-        out = out if slots.missed is None else out + v * slots.missed[..., None]
+        out = batched_attention(q, k, v, layout, 0.0)
+        out = out if layout.missed is None else out + v * layout.missed[..., None]
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     grad = torch.randn_like(out)
     for a, b in zip(
@@ -111,12 +111,12 @@ def test_the_engine_equals_softmax_with_counts(kind, causal, lengths, bundle, mo
 @pytest.mark.parametrize(("kind", "causal"), KINDS, ids=str)
 def test_dropout_has_the_gradient_of_its_own_masks(kind, causal):
     """Along a line, with the same draw each time."""
-    slots, (q, k, v) = some_slots(kind, (23, 17), causal), tensors(23)
+    layout, (q, k, v) = some_layout(kind, (23, 17), causal), tensors(23)
 
     def value(step: float) -> Tensor:
         torch.manual_seed(7)
         return (
-            slot_attention(*(x + step * way for x, way in zip((q, k, v), ways, strict=True)), slots, 0.4) * probe
+            bucketed_attention(*(x + step * way for x, way in zip((q, k, v), ways, strict=True)), layout, 0.4) * probe
         ).sum()
 
     ways, probe = [torch.randn_like(x) for x in (q, k, v)], torch.randn_like(v)
@@ -125,24 +125,24 @@ def test_dropout_has_the_gradient_of_its_own_masks(kind, causal):
     step = 1e-6
     torch.testing.assert_close((value(step) - value(-step)) / (2 * step), slope, rtol=1e-6, atol=1e-6)
     torch.manual_seed(8)
-    other = slot_attention(q, k, v, slots, 0.4)
-    assert not other.equal(slot_attention(q, k, v, slots, 0.0))
+    other = bucketed_attention(q, k, v, layout, 0.4)
+    assert not other.equal(bucketed_attention(q, k, v, layout, 0.0))
 
 
 def test_dropout_keeps_the_mean():
-    slots, (q, k, v) = some_slots("sorted", (23, 17), causal=False), tensors(23)
+    layout, (q, k, v) = some_layout("sorted", (23, 17), causal=False), tensors(23)
     with torch.no_grad():
-        expected = slot_attention(q, k, v, slots)
-        mean = sum(slot_attention(q, k, v, slots, 0.3) for _ in range(2000)) / 2000
+        expected = bucketed_attention(q, k, v, layout)
+        mean = sum(bucketed_attention(q, k, v, layout, 0.3) for _ in range(2000)) / 2000
     assert (mean - expected).abs().max() < 0.1 < expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kind", "causal"), KINDS, ids=str)
 def test_half_precision_stays_within_its_roundings(kind, causal, dtype):
-    slots, half = some_slots(kind, (67, 31), causal), tensors(67, dtype=dtype)
+    layout, half = some_layout(kind, (67, 31), causal), tensors(67, dtype=dtype)
     whole = [x.detach().double().requires_grad_() for x in half]
-    out, expected = slot_attention(*half, slots), slot_attention(*whole, slots)
+    out, expected = bucketed_attention(*half, layout), bucketed_attention(*whole, layout)
     assert out.dtype == dtype
     grad = torch.randn_like(expected)
     pairs = [(out, expected)]
@@ -157,5 +157,5 @@ def test_half_precision_stays_within_its_roundings(kind, causal, dtype):
 def test_memory_for_the_backward_is_a_few_rows_per_token():
     """Not the weights, and not a copy for every round."""
     q, k, v = tensors(4096, dtype=torch.float32)
-    slots = sort_into_slots(drawn(4096, 4, 128), None, 64, causal=False)
-    assert bytes_kept(lambda: slot_attention(q, k, v, slots)) < 5 * q.numel() * q.element_size()
+    layout = sorted_chunks(drawn(4096, 4, 128), None, 64, causal=False)
+    assert bytes_kept(lambda: bucketed_attention(q, k, v, layout)) < 5 * q.numel() * q.element_size()
