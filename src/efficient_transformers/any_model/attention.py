@@ -17,7 +17,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.utils import logging
 
 from ..models.attn_linear import causal_linear_attention, linear_attention
-from ..models.attn_pattern_tiled import sparse_attention
+from ..models.attn_pattern_tiled import tiled_attention
+from ..models.ops_engine import BatchRows
 from ..models.ops_feature_maps import FEATURE_MAPS, FeatureMap, gaussian_projection, orthogonal_projection
 from ..models.ops_patterns import AttentionPattern
 from .masks import LazyMask, MaskRule, Spans, has_sdpa
@@ -177,12 +178,13 @@ def pattern_attention(
 ) -> Tensor:
     """Softmax attention over a pattern, (b, h, n, d); queries share the keys of their group without a copy of these."""
     last = [rule.last_tokens(length) for length in lengths] if rule.last else None
+    rows = BatchRows(lengths=lengths, global_tokens=last)
     if not rule.pattern.num_random_blocks and k.shape[1] < q.shape[1]:
         groups = q.unflatten(1, (k.shape[1], -1)).unbind(2)
-        parts = [sparse_attention(group, k, v, rule.pattern, lengths, last, dropout) for group in groups]
+        parts = [tiled_attention(group, k, v, rule.pattern, rows, dropout) for group in groups]
         return torch.stack([part.transpose(1, 2) for part in parts], 3).flatten(2, 3).transpose(1, 2)
     k, v = (repeat_kv(x, q.shape[1] // x.shape[1]) for x in (k, v))  # blocks are drawn for each head
-    return sparse_attention(q, k, v, rule.pattern, lengths, last, dropout)
+    return tiled_attention(q, k, v, rule.pattern, rows, dropout)
 
 
 def by_chunks(call: Call, asked: MaskRule) -> Tensor:

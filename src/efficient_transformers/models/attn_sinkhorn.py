@@ -15,9 +15,7 @@ from .ops_tiles import RUN_ENTRIES, SCRATCH
 from .ops_tracing import count_blocks, is_traced
 
 LEAST = 1e-20  # share of a sorted token that counts; less is none, and a division by it stays finite in float32
-KeysValuesBias = tuple[
-    Tensor, Tensor, Tensor | None
-]  # (…, m, d) twice, and what is added to the scores, (…, 1 or r, m)
+KeysValuesBias = tuple[Tensor, Tensor, Tensor | None]  # (…, m, d) twice, and a bias of the scores, (…, 1 or r, m)
 
 
 def in_blocks(x: Tensor, size: int) -> Tensor:
