@@ -32,7 +32,7 @@ from efficient_transformers.cards import loading_code
 from efficient_transformers.training.data.excerpts import excerpts, sentences
 from efficient_transformers.training.data.packing import IGNORED, overlapping_slices, shortened
 from efficient_transformers.training.engine.building import build_config, build_model
-from efficient_transformers.training.engine.metrics import EntityF1, entities
+from efficient_transformers.training.engine.metrics import AnswerMatch, EntityF1
 from efficient_transformers.training.engine.task import label_fields
 from efficient_transformers.training.runs import train
 from efficient_transformers.training.settings import InputError
@@ -45,9 +45,7 @@ from efficient_transformers.training.tasks.answer import (
     answers_of,
     best_span,
     collate_answers,
-    exact_match,
     load_questions,
-    overlap_f1,
     plant,
 )
 from efficient_transformers.training.tasks.choose import ChooseSettings, choice_rows, load_choices, next_excerpts
@@ -282,12 +280,31 @@ def test_case_is_taken_from_a_text():
     ]  # fmt: skip
 
 
-def test_entities_by_hand():
-    assert entities(["B-A", "I-A", "O", "I-B", "I-B", "B-B", "I-A"]) == [
-        ("A", 0, 2), ("B", 3, 5), ("B", 5, 6), ("A", 6, 7),
-    ]  # fmt: skip
-    assert entities(["O", "O"]) == entities([]) == []
-    assert entities(["NOUN", "NOUN", "VERB", "O"]) == [("NOUN", 0, 2), ("VERB", 2, 3)]
+# tags, and the entities that they name as type, first word and the word behind the last
+ENTITIES = {
+    "I- begins and B- divides": (["B-A", "I-A", "O", "I-B", "I-B", "B-B", "I-A"],
+                                 [("A", 0, 2), ("B", 3, 5), ("B", 5, 6), ("A", 6, 7)]),
+    "none": (["O", "O"], []),
+    "without prefixes": (["NOUN", "NOUN", "VERB", "O"], [("NOUN", 0, 2), ("VERB", 2, 3)]),
+    "prefixes of other schemes": (["START", "START", "S-A", "E-A"], [("START", 0, 2), ("S-A", 2, 3), ("E-A", 3, 4)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tags", "entities"), ENTITIES.values(), ids=ENTITIES)
+def test_entities_by_hand(tags, entities):
+    """Each entity alone, written with prefixes, is found among those of the tags; so are all, and no others."""
+    metric = EntityF1(keep_in_memory=True)
+
+    def right_and_all(chosen):
+        alone = ["O"] * len(tags)
+        for kind, begin, end in chosen:
+            alone[begin:end] = [f"B-{kind}", *[f"I-{kind}"] * (end - begin - 1)]
+        return metric.compute(predictions=[tags], references=[alone])
+
+    for entity in entities:
+        scores = right_and_all([entity])
+        assert (scores["recall"], scores["precision"]) == (1, pytest.approx(1 / len(entities)))
+    assert right_and_all(entities)["f1"] == bool(entities)
 
 
 def test_entity_scores_by_hand():
@@ -376,16 +393,29 @@ def test_windows_must_be_longer_than_what_they_share():
 # --- answers
 
 
+# prediction, right answers, exact match, F1
+SQUAD = [
+    ("The  Union!", ["union"], 1, 1),
+    ("a union", ["the states", "Union."], 1, 1),
+    ("unions", ["union"], 0, 0),
+    ("the people of the union", ["union of states"], 0, 2 / 3),  # two words of three are common
+    ("peace", ["war", "peace now"], 0, 2 / 3),
+    ("war war", ["war"], 0, 2 / 3),
+    ("", [], 1, 1),
+    ("war", [], 0, 0),
+    ("", ["war"], 0, 0),
+    ("the", ["a"], 1, 1),  # nothing is left of either
+]
+
+
 def test_squad_scores_by_hand():
-    assert exact_match("The  Union!", ["union"]) == 1
-    assert exact_match("a union", ["the states", "Union."]) == 1
-    assert exact_match("unions", ["union"]) == 0
-    # of "people of union" and "union of states" two words of three are common
-    assert overlap_f1("the people of the union", ["union of states"]) == pytest.approx(2 / 3)
-    assert overlap_f1("peace", ["war", "peace now"]) == pytest.approx(2 / 3)
-    assert overlap_f1("war war", ["war"]) == pytest.approx(2 / 3)
-    assert (exact_match("", []), overlap_f1("", []), overlap_f1("war", []), overlap_f1("", ["war"])) == (1, 1, 0, 0)
-    assert overlap_f1("the", ["a"]) == 1  # nothing is left of either
+    metric = AnswerMatch(keep_in_memory=True)
+    for given, answers, exact, f1 in SQUAD:
+        scores = metric.compute(predictions=[given], references=[answers])
+        assert scores == {"exact_match": exact, "f1": pytest.approx(f1)}, given
+    given, answers, exact, f1 = zip(*SQUAD, strict=True)
+    scores = metric.compute(predictions=given, references=answers)
+    assert scores == pytest.approx({"exact_match": sum(exact) / 10, "f1": sum(f1) / 10})
 
 
 def plain_model(model_type="et_full", **fields):

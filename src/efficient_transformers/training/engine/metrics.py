@@ -1,48 +1,50 @@
-"""Metrics as `evaluate.Metric`s of our own over scikit-learn: `evaluate.load` fetches its code from the network."""
+"""Metrics as `evaluate.Metric`s over scikit-learn and seqeval: `evaluate.load` needs the network for any of its own."""
 
+import re
+import string
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
 import evaluate
+from seqeval.metrics import accuracy_score as tag_accuracy
+from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 from sklearn.metrics import accuracy_score, f1_score
 
 from ..settings import InputError
 
 
 class _Metric(evaluate.Metric):
-    """A metric of something predicted and something true per example, both of the same kind."""
-
     inputs: str
-    kind: Any
+    prediction: Any  # datasets' features of one example
+    reference: Any
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=type(self).__doc__ or "",
             citation="",
             inputs_description=f"predictions and references: {self.inputs}",
-            features=datasets.Features({"predictions": self.kind, "references": self.kind}),
+            features=datasets.Features({"predictions": self.prediction, "references": self.reference}),
         )
 
 
-class _LabelMetric(_Metric):
-    """A metric of one predicted and one true class per example."""
-
-    inputs, kind = "lists of class ids", datasets.Value("int64")
-
-
-class Accuracy(_LabelMetric):
+class Accuracy(_Metric):
     """Share of the examples whose class is predicted."""
+
+    inputs, prediction, reference = "lists of class ids", datasets.Value("int64"), datasets.Value("int64")
 
     def _compute(self, *, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
         return {"accuracy": float(accuracy_score(references, predictions))}
 
 
-class MacroF1(_LabelMetric):
+class MacroF1(_Metric):
     """Mean of the classes' F1, so that a rare class counts as much as a frequent one.
 
     Classes that are neither true nor predicted anywhere do not count, as in scikit-learn.
     """
+
+    inputs, prediction, reference = "lists of class ids", datasets.Value("int64"), datasets.Value("int64")
 
     def _compute(self, *, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
         return {"macro_f1": float(f1_score(references, predictions, average="macro", zero_division="warn"))}
@@ -51,51 +53,57 @@ class MacroF1(_LabelMetric):
 class EntityF1(_Metric):
     """Precision, recall and F1 of entities, as in CoNLL 2003 (Tjong Kim Sang and De Meulder 2003, arXiv:cs/0306050).
 
-    An entity counts as found if its words and its type are right, all of them; the F1 is over all entities of all
-    documents. Accuracy is the share of the words whose tag is right.
+    An entity is found if its type and all of its words are right; the F1 is over all entities of all documents. `I-X`
+    without an open entity of its type begins one. A tag without `B-` or `I-`, such as a part of speech, makes an entity
+    of each run of equal tags. Accuracy is the share of the words whose tag is right.
     """
 
-    inputs, kind = "the tags of each document's words", datasets.List(datasets.Value("string"))
+    inputs = "the tags of each document's words"
+    prediction = reference = datasets.List(datasets.Value("string"))
 
     def _compute(
         self, *, predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
     ) -> dict[str, float]:
-        pairs = [
-            (set(entities(ours)), set(entities(theirs))) for ours, theirs in zip(predictions, references, strict=True)
-        ]
-        right = sum(len(ours & theirs) for ours, theirs in pairs)
-        precision = _share(right, sum(len(ours) for ours, _ in pairs))
-        recall = _share(right, sum(len(theirs) for _, theirs in pairs))
-        words = [ours == theirs for rows in zip(predictions, references, strict=True)
-                 for ours, theirs in zip(*rows, strict=True)]  # fmt: skip
-        return {
-            "f1": _share(2 * precision * recall, precision + recall),
-            "precision": precision,
-            "recall": recall,
-            "accuracy": _share(sum(words), len(words)),
-        }
+        pair = [[[_prefixed(tag) for tag in tags] for tags in rows] for rows in (references, predictions)]
+        scores: Any = precision_recall_fscore_support(*pair, average="micro", zero_division=0)  # type: ignore[arg-type]
+        precision, recall, f1, _ = map(float, scores)
+        return {"f1": f1, "precision": precision, "recall": recall, "accuracy": float(tag_accuracy(*pair))}
 
 
-def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """The entities that a sequence of tags names, as (type, first word, word behind the last).
+def _prefixed(tag: str) -> str:
+    # seqeval takes the first letter of any tag for its prefix
+    return tag if tag == "O" or tag.startswith(("B-", "I-")) else f"I-{tag}"
 
-    `B-X` begins an entity of type X, `I-X` goes on with one, or begins one where none of its type is open, as the
-    script of CoNLL 2000 reads it. A tag without such a mark, like a part of speech, goes on with itself. `O` is none.
+
+class AnswerMatch(_Metric):
+    """SQuAD's scores (Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1): exact match, and F1 of the common words.
+
+    Both are means over the questions, each compared with the reference that fits best. A question without references
+    has no answer, which an empty prediction matches (SQuAD 2.0; Rajpurkar et al. 2018, arXiv:1806.03822).
     """
-    found, begin, current = [], 0, None
-    for word, tag in enumerate([*tags, "O"]):
-        mark, dash, kind = tag.partition("-")
-        if not (dash and mark in ("B", "I")):
-            mark, kind = "I", None if tag == "O" else tag
-        if current is not None and (kind != current or mark == "B"):
-            found.append((current, begin, word))
-        if kind != current or mark == "B":
-            begin, current = word, kind
-    return found
+
+    inputs = "an answer to each question, and lists of the right ones"
+    prediction, reference = datasets.Value("string"), datasets.List(datasets.Value("string"))
+
+    def _compute(self, *, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        exact, overlap = 0.0, 0.0
+        for prediction, answers in zip(predictions, references, strict=True):
+            ours, theirs = _words(prediction), [_words(answer) for answer in answers or [""]]
+            exact += ours in theirs
+            overlap += max(_overlap_f1(ours, words) for words in theirs)
+        return {"exact_match": exact / len(predictions), "f1": overlap / len(predictions)}
 
 
-def _share(part: float, whole: float) -> float:
-    return float(part / whole) if whole else 0.0
+def _words(answer: str) -> list[str]:
+    """Normalised as in SQuAD: in lower case, without punctuation and articles."""
+    answer = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", answer).split()
+
+
+def _overlap_f1(ours: list[str], theirs: list[str]) -> float:
+    if not ours or not theirs:
+        return float(ours == theirs)
+    return 2 * (Counter(ours) & Counter(theirs)).total() / (len(ours) + len(theirs))
 
 
 OWN_METRICS: dict[str, type[evaluate.Metric]] = {"accuracy": Accuracy, "macro_f1": MacroF1}
@@ -117,7 +125,7 @@ def load_metrics(extra: Iterable[str] = (), own: Iterable[str] = tuple(OWN_METRI
 
 
 def compute_metrics(
-    metrics: Iterable[evaluate.EvaluationModule], predictions: Sequence[int], references: Sequence[int]
+    metrics: Iterable[evaluate.EvaluationModule], predictions: Sequence[Any], references: Sequence[Any]
 ) -> dict[str, float]:
     scores: dict[str, float] = {}
     for metric in metrics:

@@ -4,9 +4,6 @@ accelerate launch training/train.py --config configs/facts.yaml --variant local 
 python training/evaluate.py runs/facts-local [--max_length 512]
 """
 
-import re
-import string
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +18,7 @@ from ..data.excerpts import sentences
 from ..data.features import Features
 from ..data.packing import check_offsets, shortened
 from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
+from ..engine.metrics import AnswerMatch, compute_metrics
 from ..engine.scoring import Scorer
 from ..engine.task import Source, Task
 from ..settings import InputError
@@ -261,29 +259,6 @@ def answers_of(
     return given
 
 
-def normalised(answer: str) -> str:
-    """SQuAD's: lower case, without punctuation, articles and superfluous white space."""
-    answer = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
-
-
-def exact_match(given: str, answers: Sequence[str]) -> float:
-    return float(normalised(given) in {normalised(answer) for answer in answers or [""]})
-
-
-def overlap_f1(given: str, answers: Sequence[str]) -> float:
-    """The best F1 of the words in common with an answer; where there is none, 1 for giving none (SQuAD 2.0)."""
-
-    def f1(answer: str) -> float:
-        ours, theirs = normalised(given).split(), normalised(answer).split()
-        if not ours or not theirs:
-            return float(ours == theirs)
-        common = (Counter(ours) & Counter(theirs)).total()
-        return 2 * common / (len(ours) + len(theirs))
-
-    return max(map(f1, answers or [""]))
-
-
 Logits = tuple[np.ndarray, np.ndarray]  # of a window's starts and ends
 
 
@@ -300,12 +275,11 @@ class AnswerScorer(Scorer):
         longest = self.settings.max_answer_length
         spans = [best_span(*logits, window, longest) for logits, window in zip(found, self.data.notes, strict=True)]
         given = answers_of(spans, self.data.notes, self.data.shared, self.settings)
-        pairs = [(ours, question.answers) for ours, question in zip(given, self.data.shared, strict=True)]
+        answers = [question.answers for question in self.data.shared]
         losses = [window_loss(*logits, row) for logits, row in zip(found, self.data.rows, strict=True)]
         return {
             "loss": sum(losses) / len(losses),
-            "exact_match": sum(exact_match(*pair) for pair in pairs) / len(pairs),
-            "f1": sum(overlap_f1(*pair) for pair in pairs) / len(pairs),
+            **compute_metrics([AnswerMatch(keep_in_memory=True)], given, answers),
         }
 
 

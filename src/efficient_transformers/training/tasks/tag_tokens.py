@@ -23,7 +23,7 @@ from ..data.excerpts import ends_sentence
 from ..data.features import Features
 from ..data.packing import IGNORED, check_offsets, encoded, overlapping_slices, special_frame
 from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
-from ..engine.metrics import EntityF1
+from ..engine.metrics import EntityF1, compute_metrics
 from ..engine.scoring import Scorer
 from ..engine.task import Source, Task
 from ..settings import InputError
@@ -190,8 +190,8 @@ class TagScorer(Scorer):
         tags = [
             [[self.data.shared[tag] for tag in row] for row in rows] for rows in zip(*documents.values(), strict=True)
         ]
-        entities = EntityF1(keep_in_memory=True).compute(predictions=tags[0], references=tags[1])
-        return {"loss": sum(losses) / sum(map(len, references)), **(entities or {})}
+        entities = compute_metrics([EntityF1(keep_in_memory=True)], *tags)
+        return {"loss": sum(losses) / sum(map(len, references)), **entities}
 
 
 class TagTask(Task[TagSettings]):
