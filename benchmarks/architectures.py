@@ -9,6 +9,7 @@ from inspect import signature
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -68,6 +69,8 @@ ALSO: dict[str, dict] = {kind: {"num_key_value_heads": 4} for kind in MULTI_LATE
     "gemma4_unified_text": SHARED_KEYS,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
 }
+# Older versions of these drop the padding where SDPA gets a boolean mask.
+CHOOSE_KEYS = ("deepseek_v32", "glm_moe_dsa")
 LARGEST = 3_000_000  # parameters
 
 
@@ -165,6 +168,8 @@ def reference_model(kind: str) -> PreTrainedModel:
 
 
 def paddings(model: PreTrainedModel) -> list[str | None]:
+    if model.config.model_type in CHOOSE_KEYS and Version(transformers.__version__) < Version("5.23"):
+        return [None]
     return [None, "right", *(["left"] if can_generate(model) else [])]
 
 

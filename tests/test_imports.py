@@ -61,7 +61,7 @@ def test_no_variant_is_forgotten():
 # --- any_model
 
 ANY_MODEL = MODELS.parent / "any_model"
-ANY_MODEL_TIERS = ["rules", "masks", "attention", "configure"]
+ANY_MODEL_TIERS = ["rules", "masks", "cache", "attention", "positions", "configure"]
 
 
 @pytest.mark.parametrize("stem", ANY_MODEL_TIERS)

@@ -10,13 +10,25 @@ Importing the package registers every variant with transformers' Auto classes:
 
 from transformers.utils import is_vision_available
 
+from .any_model.cache import BoundedCache
 from .any_model.configure import register, set_attention
+from .any_model.positions import resize_positions
 from .conversion import convert
 from .models.ops_patterns import AttentionPattern, parse_pattern
 from .registry import VARIANTS, Variant, register_all
 
 __version__ = "0.2.0"
-__all__ = ["VARIANTS", "AttentionPattern", "Variant", "convert", "parse_pattern", "register_all", "set_attention"]
+__all__ = [
+    "VARIANTS",
+    "AttentionPattern",
+    "BoundedCache",
+    "Variant",
+    "convert",
+    "parse_pattern",
+    "register_all",
+    "resize_positions",
+    "set_attention",
+]
 
 register_all()
 register()

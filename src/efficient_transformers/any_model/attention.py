@@ -21,6 +21,7 @@ from ..models.attn_pattern_tiled import tiled_attention
 from ..models.ops_engine import BatchRows
 from ..models.ops_feature_maps import FEATURE_MAPS, FeatureMap, gaussian_projection, orthogonal_projection
 from ..models.ops_patterns import AttentionPattern
+from .cache import BoundedLayer
 from .masks import LazyMask, MaskRule, Spans, has_sdpa
 from .rules import HeadRule, Rule, parse_rule
 
@@ -221,17 +222,32 @@ def by_chunks(call: Call, asked: MaskRule) -> Tensor:
 def apply_rule(call: Call, rule: Rule) -> tuple[Tensor, Tensor | None]:
     """What `efficient_attention` returns, by a rule."""
     reason, spans = obstacle(call), whole_sequences(call)
+    layer: BoundedLayer | None = getattr(call.key, "bounded_layer", None)
+    if layer is not None:
+        numbers = place_tokens(call, layer)
+    elif isinstance(call.mask, LazyMask) and call.mask.q_offset + call.query.shape[2] > sum(call.mask.keys):
+        raise ValueError(f"{type(call.module).__name__} changes the keys of a BoundedCache: use a DynamicCache.")
     if call.mask is None and call.query.shape[2] == call.key.shape[2]:
         spans = [[(0, call.query.shape[2])]] * len(call.query)
     if rule.kernel:
         return kernel_rule(call, rule, spans, reason), None
     if reason is None and spans is not None:
-        return by_spans(
-            partial(heads_attention, rule=rule, dropout=call.dropout), scaled(call), call.key, call.value, spans
-        ), None
+        attend = partial(heads_attention, rule=rule, dropout=call.dropout)
+        return by_spans(attend, scaled(call), call.key, call.value, spans), None
     if reason is not None:
         warn(call.module, reason + "; the rule set for it is a dense mask there")
+    if layer is not None:
+        return pass_on(call._replace(mask=rule_mask(rule, call.query.shape[1], *numbers)))
     return pass_on(call._replace(mask=dense_rule(call, rule)))
+
+
+def place_tokens(call: Call, layer: BoundedLayer) -> tuple[Tensor, Tensor]:
+    """Number the new tokens in a bounded cache; positions of queries and keys, (b, q) and (b, k)."""
+    mask = call.mask
+    if not isinstance(mask, LazyMask) or mask.rule.documents is not None:
+        raise ValueError("a BoundedCache needs a mask of padding, (b, tokens so far), or none.")
+    queries = mask.positions[:, mask.q_offset :][:, : call.query.shape[2]].expand(len(call.query), -1)
+    return queries, layer.place(queries)
 
 
 def heads_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], rule: Rule, dropout: float) -> Tensor:
@@ -251,27 +267,27 @@ def heads_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], rul
 def dense_rule(call: Call, rule: Rule) -> Tensor:
     """The rule as a mask (b, 1 or h, q, k), within what the model's mask allows but for its window."""
     queries, keys = positions(call, rule)
-    i, j = queries[:, None, :, None], keys[:, None, None, :]
-    lengths = (keys.amax(1) + 1).clamp(min=1)
-    masks = []
-    for head_rule, heads in rule.groups(call.query.shape[1]):
-        allowed = allowed_pairs(head_rule, len(heads), i, j, lengths)
-        masks.append((heads, allowed))
-    if len(masks) == 1:
-        allowed = masks[0][1]
-    else:
-        order = torch.tensor([head for heads, _ in masks for head in heads], device=i.device).argsort()
-        allowed = torch.cat([mask.expand(-1, len(heads), -1, -1) for heads, mask in masks], 1)[:, order]
-    allowed = allowed & (j >= 0)
-    mask = call.mask
+    rows, mask = len(call.query), call.mask
+    allowed = rule_mask(rule, call.query.shape[1], queries.expand(rows, -1), keys.expand(rows, -1))
+    if mask is None:
+        return allowed
     if isinstance(mask, LazyMask):
         documents = mask.rule.documents
-        if documents is not None:
-            allowed = allowed & (documents[:, None, :, None] == documents[:, None, None])
-        return allowed.expand(len(call.query), -1, -1, -1)
-    if mask is None:
-        return allowed.expand(len(call.query), -1, -1, -1)
+        return allowed if documents is None else allowed & (documents[:, None, :, None] == documents[:, None, None])
     return allowed & mask if mask.dtype == torch.bool else mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
+
+
+def rule_mask(rule: Rule, num_heads: int, queries: Tensor, keys: Tensor) -> Tensor:
+    """The rule as a mask (b, 1 or h, q, k) between positions (b, q) and (b, k), -1 at padding."""
+    i, j = queries[:, None, :, None], keys[:, None, None, :]
+    lengths = (keys.amax(1) + 1).clamp(min=1)
+    groups = rule.groups(num_heads)
+    masks = [allowed_pairs(head_rule, len(heads), i, j, lengths) for head_rule, heads in groups]
+    if len(masks) == 1:
+        return masks[0] & (j >= 0)
+    order = torch.tensor([head for _, heads in groups for head in heads], device=i.device).argsort()
+    parts = [mask.expand(-1, len(heads), -1, -1) for mask, (_, heads) in zip(masks, groups, strict=True)]
+    return torch.cat(parts, 1)[:, order] & (j >= 0)
 
 
 def positions(call: Call, rule: Rule) -> tuple[Tensor, Tensor]:

@@ -166,6 +166,11 @@ class LazyMask(torch.Tensor):
     def __repr__(self, *, tensor_contents=None) -> str:
         return f"LazyMask({self.rule}, shape={tuple(self.shape)})"
 
+    @property
+    def keys(self) -> tuple[int, int]:
+        """Index of the first key, and how many there are."""
+        return self.kv_offset, self.arguments["kv_length"]
+
     @cached_property
     def dense(self) -> Tensor:
         """The matrix, (b, 1, q, k)."""
