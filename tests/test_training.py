@@ -33,7 +33,7 @@ from efficient_transformers.training.engine.building import build_config, build_
 from efficient_transformers.training.engine.checkpoints import PARTIAL, Checkpoints, Progress, files_of, seal
 from efficient_transformers.training.engine.loop import make_optimizer
 from efficient_transformers.training.engine.outputs import differences
-from efficient_transformers.training.runs import bag_of_words, running, seeds, train
+from efficient_transformers.training.runs import bag_of_words, report, running, train, train_all
 from efficient_transformers.training.settings import InputError
 from efficient_transformers.training.tasks import classify
 from efficient_transformers.training.tasks.classify import ClassifySettings
@@ -461,33 +461,37 @@ def test_a_loss_that_is_not_finite_names_the_step(config, tmp_path):
 # --- several seeds
 
 
-def test_seeds_compares_lengths_and_repeats_nothing(monkeypatch, capsys, config, tmp_path):
+def test_lengths_are_compared_over_seeds(monkeypatch, config, tmp_path):
     def in_this_process(command):
         AcceleratorState._reset_state(reset_partial_state=True)
         train.main(command[2:])
         return 0
 
     monkeypatch.setattr(running, "launch", in_this_process)
-    arguments = ["--config", str(config), "--seeds", "0", "1", "--max-lengths", "24", "5", "--out", str(tmp_path / "s")]
-    seeds.main([*arguments, "--epochs=1"])
-    table = (tmp_path / "s/table.md").read_text()
-    assert table in capsys.readouterr().out
-    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ")][2:]
-    assert [row[0].strip() for row in rows] == ["24", "5"]
-    for row in rows:
-        folder = tmp_path / f"s/length-{row[0].strip()}-seed-"
-        found = [json.loads(Path(f"{folder}{seed}/metrics.json").read_text())["test"]["accuracy"] for seed in (0, 1)]
-        assert row[1].strip() == seeds.spread(found)
 
-    monkeypatch.setattr(running, "launch", lambda command: pytest.fail("trained again"))
-    seeds.main([*arguments, "--epochs=1"])
+    def train_length(length, epochs):
+        options = ["--variants", "local", "--seeds", "0", "1", "--max_length", str(length), f"--epochs={epochs}"]
+        train_all.main(["--config", str(config), *options, "--out", str(tmp_path / f"runs/{length}")])
+
+    train_length(24, 1)
+    train_length(5, 1)
+    page = tmp_path / "page.md"
+    report.main([str(tmp_path / "runs"), "--out", str(page), "--beside", "max_length"])
+    heads, _, row = ([cell.strip() for cell in line.split("|")[1:-1]]
+                     for line in page.read_text().splitlines() if line.startswith("|"))  # fmt: skip
+    assert heads[:4] == ["variant", "accuracy, 5 tokens", "accuracy, 24 tokens", "seeds"]
+    folders = [tmp_path / f"runs/{length}/tiny-local" for length in (5, 24)]
+    runs = [[folder, Path(f"{folder}-seed-1")] for folder in folders]
+    tests = [[json.loads((run / "metrics.json").read_text())["test"]["accuracy"] for run in both] for both in runs]
+    assert row[1:4] == [*map(report.spread, tests), "0, 1"]
+
     with pytest.raises(SystemExit, match=r"holds a run with other settings \(epochs: 1 → 2\)"):
-        seeds.main([*arguments, "--epochs=2"])
+        train_length(24, 2)
 
 
 def test_spread_is_the_sample_standard_deviation():
-    assert seeds.spread([0.5, 0.6, 0.7]) == "0.600 ± 0.100"
-    assert seeds.spread([0.5]) == "0.500"
+    assert report.spread([0.5, 0.6, 0.7]) == "0.600 ± 0.100"
+    assert report.spread([0.5]) == "0.500"
 
 
 # --- model cards
