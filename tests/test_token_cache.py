@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets.arrow_writer import ArrowWriter
 from training_runs import TEXT, bpe, wordpiece
 
 from efficient_transformers.training.data import documents, packing
 from efficient_transformers.training.data.documents import Documents, encode_documents
 from efficient_transformers.training.data.token_cache import cache_file
+from efficient_transformers.training.settings import InputError
 from efficient_transformers.training.tasks import pretrain_clm, pretrain_mlm
 from efficient_transformers.training.tasks.classify import ClassifySettings
 from efficient_transformers.training.tasks.pretrain_clm import ClmSettings, load_open_tokenizer
@@ -61,6 +63,10 @@ def same(ours, theirs):
     return all(np.array_equal(a[key], b[key]) for a, b in rows for key in ("input_ids", "labels"))
 
 
+def rows(data):
+    return [data[index] for index in range(len(data))]
+
+
 def open_bpe():
     return load_open_tokenizer(ClmSettings.from_dict(VALUES), TEXTS)
 
@@ -75,10 +81,9 @@ def test_what_was_cut_is_found_again(folder, refuse, make, tokenizer):
     uncached = make(tokenizer, cache_tokens=False)
     refuse()
     found = make(tokenizer)
-    rows = [[data[index] for index in range(len(data))] for data in (found, first, uncached)]
-    assert len(rows[0]) > 5
-    assert same(rows[0], rows[1])
-    assert same(rows[0], rows[2])
+    assert len(found) > 5
+    assert same(rows(found), rows(first))
+    assert same(rows(found), rows(uncached))
     if make is not classified:
         assert found.counts() == first.counts()
 
@@ -96,7 +101,7 @@ def test_what_is_cut_otherwise_is_not_confused(folder, change):
     masked(bpe())
     expected, found = masked(bpe(), cache_tokens=False, **change), masked(bpe(), **change)
     assert len(list(folder.iterdir())) == 2
-    assert same([found[i] for i in range(len(found))], [expected[i] for i in range(len(expected))])
+    assert same(rows(found), rows(expected))
 
 
 def test_tokenizers_are_told_apart(folder):
@@ -111,13 +116,38 @@ def test_tokenizers_are_told_apart(folder):
     assert len(list(folder.iterdir())) == 3
 
 
-def test_a_spoilt_file_is_made_anew(folder):
-    first = masked(bpe())
+@pytest.mark.parametrize(("make", "tokenizer"), KINDS.values(), ids=KINDS)
+def test_a_spoilt_file_is_removed(folder, make, tokenizer):
+    first = rows(make(tokenizer()))  # read before the file is: its rows are mapped into memory
     (file,) = folder.iterdir()
-    file.write_bytes(file.read_bytes()[:100])
-    again = masked(bpe())
-    assert same([first[i] for i in range(len(first))], [again[i] for i in range(len(again))])
-    assert file.stat().st_size > 100
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    assert same(first, rows(make(tokenizer())))
+    assert not file.exists()
+    make(tokenizer())
+    assert len(file.read_bytes()) == len(whole)
+
+
+def test_a_full_disk_stops_nothing(monkeypatch, folder):
+    finalize = ArrowWriter.finalize
+
+    def fill(writer, *arguments):
+        if writer._path is not None:
+            raise OSError(28, "No space left on device")
+        return finalize(writer, *arguments)
+
+    expected = masked(bpe(), cache_tokens=False)
+    monkeypatch.setattr(ArrowWriter, "finalize", fill)
+    found = masked(bpe())
+    assert same(rows(found), rows(expected))
+    assert not list(folder.glob("*.arrow"))
+
+
+def test_texts_without_windows_are_kept_as_none(folder):
+    for _ in range(2):
+        with pytest.raises(InputError, match="holds no token"):
+            masked(bpe(), texts=[""])
+    assert len(list(folder.iterdir())) == 1
 
 
 def test_nothing_is_kept_if_it_is_not_wanted(folder):
@@ -129,7 +159,7 @@ def test_nothing_is_kept_if_it_is_not_wanted(folder):
 def test_a_folder_that_cannot_be_made_stops_nothing(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EFFICIENT_TRANSFORMERS_CACHE", str(tmp_path / "file/cache"))
-    assert cache_file(bpe(), TEXTS, {}, ".npz") is None
+    assert cache_file(bpe(), TEXTS, {}) is None
     assert len(masked(bpe())) > 5
 
 

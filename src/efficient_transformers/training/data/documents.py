@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..settings import InputError
 from .texts import SPLITS, Row, TextSettings, load_splits, text_of, value_of
-from .token_cache import cache_file, one_process_first
+from .token_cache import cache_file, cached_map
 
 
 @dataclass
@@ -100,18 +100,9 @@ def encode_documents(
 
     texts, labels = documents.splits[split]
     table = datasets.Dataset.from_dict({"text": texts, "label": labels})
-    file = cache_file(tokenizer, texts, how | {"of": labels}, ".arrow") if settings.cache_tokens else None
-    with one_process_first():
-        return table.map(
-            windows,
-            batched=True,
-            batch_size=64,
-            remove_columns=["text", "label"],
-            num_proc=min(settings.num_workers or 1, len(table)) if settings.num_workers else None,
-            cache_file_name=str(file) if file else None,
-            new_fingerprint=file.stem if file else None,
-            desc=f"tokenising {split}",
-        )
+    file = cache_file(tokenizer, texts, how | {"of": labels}) if settings.cache_tokens else None
+    workers = min(settings.num_workers, len(table)) if settings.num_workers else None
+    return cached_map(table, windows, file, batch_size=64, num_proc=workers, desc=f"tokenising {split}")
 
 
 def cut_windows(

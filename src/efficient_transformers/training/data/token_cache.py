@@ -4,13 +4,14 @@ import contextlib
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import datasets
 import numpy as np
+import pyarrow as pa
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
@@ -22,11 +23,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("EFFICIENT_TRANSFORMERS_CACHE", "~/.cache/efficient_transformers")).expanduser()
 
 
-def cache_file(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], how: Mapping[str, Any], suffix: str
-) -> Path | None:
-    """Where the cut `texts` stand: a name that follows from all that they depend on, `how` besides tokenizer and texts.
+def cache_file(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], how: Mapping[str, Any]) -> Path | None:
+    """File of the cut `texts`; its name follows from all that they depend on, `how` besides tokenizer and texts.
 
+    datasets' own fingerprints are not used: they change with each call that sets the tokenizer's truncation.
     None for a tokenizer that is not one of the tokenizers library, whose rules cannot be read off it.
     """
     if not tokenizer.is_fast:
@@ -44,7 +44,7 @@ def cache_file(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return None  # a home that cannot be written is no reason not to train
-    return folder / f"{name.hexdigest()[:40]}{suffix}" if os.access(folder, os.W_OK) else None
+    return folder / f"{name.hexdigest()[:40]}.arrow" if os.access(folder, os.W_OK) else None
 
 
 @contextlib.contextmanager
@@ -54,33 +54,40 @@ def one_process_first() -> Iterator[None]:
         yield
 
 
-def cached_rows(path: Path | None, row_class: type[Row], make: Callable[[], list[Row]]) -> list[Row]:
-    """Rows of a dataclass whose fields are arrays, from the file or made and written to it."""
+def cached_map(
+    table: datasets.Dataset,
+    cut: Callable[[dict[str, list[Any]]], dict[str, list[Any]]],
+    file: Path | None,
+    **options: Any,
+) -> datasets.Dataset:
+    """What `cut` makes of batches of the table, from the file if it is there, or written to it.
+
+    `options` are those of `Dataset.map`. A file that cannot be read is removed, and a full disk only slows the next run
+    down: the result is then in memory, as it is without a file.
+    """
+    options = {"batched": True, "remove_columns": table.column_names, **options}
+    if file is not None:
+        with one_process_first():
+            try:
+                return table.map(cut, cache_file_name=str(file), new_fingerprint=file.stem, **options)
+            except (OSError, pa.ArrowException):
+                for left in file.parent.glob(f"{file.stem}*"):  # with several processes, a file of each
+                    left.unlink(missing_ok=True)
+    return table.map(cut, **options)
+
+
+def cached_rows(
+    pack: Callable[[list[str]], list[Row]], row_class: type[Row], texts: list[str], file: Path | None
+) -> list[Row]:
+    """Rows of a dataclass of int32 arrays that `pack` makes of the texts."""
+    if file is None:
+        return pack(texts)
     names = [field.name for field in fields(row_class)]  # type: ignore[arg-type]
-    if path is None:
-        return make()
-    with one_process_first():
-        if path.exists():
-            with (
-                contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile),
-                np.load(path) as file,
-            ):
-                columns = [np.split(file[name], file["ends"][:-1]) for name in names]
-                return [row_class(*row) for row in zip(*columns, strict=True)] if len(file["ends"]) else []
-        rows = make()
-        write_rows(path, rows, names)
-        return rows
 
+    def columns(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = pack(batch["text"])
+        return {name: [getattr(row, name) for row in rows] for name in names}
 
-def write_rows(path: Path, rows: Sequence[Any], names: Sequence[str]) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    ends = np.cumsum([len(getattr(row, names[0])) for row in rows], dtype=np.int64)
-    columns = {
-        name: np.concatenate([getattr(row, name) for row in rows]) if rows else np.array([], np.int32) for name in names
-    }
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, ends=ends, **columns)  # type: ignore[arg-type]
-        partial.replace(path)
-    except OSError:  # a full disk slows the next run down, no more
-        partial.unlink(missing_ok=True)
+    table = cached_map(datasets.Dataset.from_dict({"text": texts}), columns, file, batch_size=None)
+    found: Any = table.with_format("numpy", dtype=np.int32)[:]
+    return [row_class(*arrays) for arrays in zip(*(found[name] for name in names), strict=True)] if len(table) else []

@@ -56,8 +56,8 @@ def cut(
 ) -> list[Row]:
     """The windows that `pack` makes of the texts, from the cache if they are there; `how` is what else it follows."""
     how = {**how, "packing": settings.packing, "shortest_window": settings.shortest_window}
-    file = cache_file(tokenizer, texts, how, ".npz") if settings.cache_tokens else None
-    return cached_rows(file, row_class, lambda: pack(texts))
+    file = cache_file(tokenizer, texts, how) if settings.cache_tokens else None
+    return cached_rows(pack, row_class, texts, file)
 
 
 @torch.no_grad()
