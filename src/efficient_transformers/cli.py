@@ -1,4 +1,4 @@
-"""The command line `efficient-transformers`: `list`, `describe`, `convert`, `export`, `push` and `plot`."""
+"""The command line `efficient-transformers`; `--help` shows its commands."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from .any_model.report import attention_report
 from .cards import costs_of, description_of, measured
 from .conversion import SOURCES, convert
 from .costs import costs_table
@@ -74,6 +75,17 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of weights the source does not have")
     command.add_argument("fields", nargs="*", metavar="field=value", help="of the variant's config")
     command.set_defaults(run=run_convert)
+
+    command = commands.add_parser(
+        "attention",
+        help="show what each layer of any transformers model asks for, and what serves it",
+        description="Show, layer by layer, which attention a transformers model asks for, which engine serves it with "
+        'attn_implementation="efficient", and the multiplications of both, in millions, for one sequence.',
+    )
+    command.add_argument("model", help="Hub name or folder; its config is enough")
+    command.add_argument("--length", type=int, default=4096, metavar="N", help="tokens (4096)")
+    command.add_argument("--pattern", metavar="RULE", help="set for all layers first, e.g. 'local:128 | global:1'")
+    command.set_defaults(run=run_attention)
 
     command = commands.add_parser(
         "export",
@@ -186,6 +198,18 @@ def run_convert(options: argparse.Namespace) -> None:
     conversion.save(options.out)
     print(conversion.report)
     print(f"saved in {options.out}")
+
+
+def run_attention(options: argparse.Namespace) -> None:
+    if options.length < 1:
+        raise ValueError(f"--length ({options.length}) must be at least 1 token.")
+    layers = attention_report(options.model, options.length, options.pattern)
+    rows = [("layer", "asks for", "served by", "before, M", "after, M")]
+    before, after = (sum(getattr(layer, name) for layer in layers) for name in ("before", "after"))
+    for layer in layers:
+        rows.append((layer.name, layer.asks, layer.engine, f"{layer.before / 1e6:,.0f}", f"{layer.after / 1e6:,.0f}"))
+    rows.append((f"{len(layers)} layers", "", "", f"{before / 1e6:,.0f}", f"{after / 1e6:,.0f}"))
+    print_columns(rows)
 
 
 def run_plot_pattern(options: argparse.Namespace) -> None:

@@ -100,18 +100,22 @@ def is_causal_model(model: PreTrainedModel) -> bool:
     return asked and any(getattr(module, "is_causal", True) for _, module in attention_modules(model))
 
 
-def check_model(model: PreTrainedModel) -> None:
+def check_interface(model: PreTrainedModel) -> None:
     """Raise ValueError for a model whose attention cannot be exchanged."""
-    name = type(model).__name__
     if not type(model)._can_set_attn_implementation():
         raise ValueError(
-            f"{name} does not use transformers' attention interface, so its attention cannot be exchanged"
+            f"{type(model).__name__} does not use transformers' attention interface, which alone can exchange attention"
             + alternative(model.config.model_type)
         )
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model for whose layers no rule can be set."""
+    check_interface(model)
     if model.config.is_encoder_decoder or getattr(model.config, "add_cross_attention", False):
         raise ValueError(
-            f"{name} has cross-attention, for which no rule is defined: set_attention serves encoders and decoders "
-            'alone. attn_implementation="efficient" without a rule works.'
+            f"{type(model).__name__} has cross-attention, for which no rule is defined: set_attention serves encoders "
+            'and decoders alone. attn_implementation="efficient" without a rule works.'
         )
 
 

@@ -157,8 +157,8 @@ class LazyMask(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         logger.warning_once(
-            f'attn_implementation="efficient" writes a mask out, because the model computes with it ({func}); the '
-            "layers that use the result are passed on to SDPA."
+            'attn_implementation="efficient" passes layers on to SDPA, because the model computes with their mask '
+            f"({func})."
         )
         plain = tree_map_only(LazyMask, lambda mask: mask.dense, (args, kwargs or {}))
         return func(*plain[0], **plain[1])
