@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,69 +58,109 @@ def train(
     epoch (they are told by `data.set_epoch`) and their index: a loader reads ahead of the state that is saved.
     `data` may be a Stream.
     """
-    checkpoints = Checkpoints(settings.folder / CHECKPOINTS, settings.keep_checkpoints, accelerator)
-    steps = make_steps(accelerator, settings, data, collate)
-    if accelerator.process_index:
-        torch.manual_seed(settings.seed + accelerator.process_index)  # other dropout in each process
-    name_blocks(accelerator, model)
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, settings))
-
-    total = settings.max_steps or settings.epochs * (steps.per_epoch or 0)  # a stream has max_steps
-    # not prepared: accelerate would step it once per process, and the steps counted here are optimiser steps
-    schedule = get_scheduler(settings.schedule, optimizer, math.ceil(settings.warmup_ratio * total), total)
-    accelerator.register_for_checkpointing(schedule)
-    progress = checkpoints.load()
-    if progress.step:
-        accelerator.print(f"Continuing after step {progress.step} of {total}.")
-    start_tracker(accelerator, settings, progress.step)
+    run = Run.begun(accelerator, settings, model, make_steps(accelerator, settings, data, collate))
+    progress = run.progress
     if settings.eval_first and progress.before is None:
-        progress.before = evaluate(model)
+        progress.before = evaluate(run.model)
         record_scores(accelerator, 0, progress.before, "before training")
 
-    def over() -> bool:
-        return progress.step >= total or (settings.patience is not None and progress.without_gain >= settings.patience)
-
-    visible = accelerator.is_main_process and sys.stderr.isatty()
-    with (
-        tqdm(total=total, initial=progress.step, desc="training", disable=not visible) as bar,
-        noticing_sigterm() as heard,
-    ):
-        while not over():
-            model.train()
+    with progress_bar(accelerator, run.total, progress.step) as bar, noticing_sigterm() as heard:
+        while not run.over:
+            run.model.train()
             began = time.perf_counter()
-            for batches in steps.of_epoch(progress.epoch, progress.steps_of_epoch):
-                losses, norm = take_step(accelerator, settings, model, optimizer, batches)
-                if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflow
-                    schedule.step()
-                epoch_ended = progress.steps_of_epoch + 1 == steps.per_epoch
-                mean_loss = record_step(accelerator, progress, batches, losses, norm, epoch_ended)
+            for batches in run.steps.of_epoch(progress.epoch, progress.steps_of_epoch):
+                loss = run.step(batches)
                 progress.seconds += time.perf_counter() - began
                 bar.update()
-                bar.set_postfix(loss=f"{mean_loss:.3f}")
-                if progress.step % settings.log_steps == 0 or progress.step == total:
-                    rates = {"train/loss": mean_loss, "train/learning_rate": schedule.get_last_lr()[0]}
-                    accelerator.log(rates | {"train/tokens": progress.tokens}, step=progress.step)
-                every = settings.eval_steps
-                evaluated = progress.step == total or (progress.step % every == 0 if every else epoch_ended)
-                if evaluated:
-                    scores = evaluate(model)
-                    judge(accelerator, settings, progress, scores, model, checkpoints)
-                    model.train()
-                every = settings.checkpoint_steps
-                if (progress.step % every == 0 if every else evaluated) or over():
-                    checkpoints.save(progress)
-                if heard(accelerator) and not over():
-                    checkpoints.save(progress)
+                bar.set_postfix(loss=f"{loss:.3f}")
+                run.log(loss)
+                if run.must_evaluate:
+                    judge(accelerator, settings, progress, evaluate(run.model), run.model, run.checkpoints)
+                    run.model.train()
+                stops = heard(accelerator) and not run.over
+                if stops or run.must_save:
+                    run.checkpoints.save(progress)
+                if stops:
                     accelerator.end_training()
                     raise Stopped
-                if over():
+                if run.over:
                     break
                 began = time.perf_counter()
             else:
-                if steps.per_epoch is None:  # the stream has ended, and says so in no other way
+                if run.steps.per_epoch is None:  # only now is it known that the stream has ended
                     progress.epoch, progress.steps_of_epoch = progress.epoch + 1, 0
-    checkpoints.load_best(model)
-    return model, progress
+    run.checkpoints.load_best(run.model)
+    return run.model, progress
+
+
+@dataclass
+class Run:
+    """A run on this process: what it trains, how far it is, and what is due after a step."""
+
+    accelerator: Accelerator
+    settings: Settings
+    steps: Steps | StreamedSteps
+    total: int  # optimizer steps
+    model: torch.nn.Module
+    optimizer: Any
+    schedule: Any
+    checkpoints: Checkpoints
+    progress: Progress
+
+    @classmethod
+    def begun(
+        cls, accelerator: Accelerator, settings: Settings, model: PreTrainedModel, steps: Steps | StreamedSteps
+    ) -> "Run":
+        """At its first step, or after the newest checkpoint."""
+        checkpoints = Checkpoints(settings.folder / CHECKPOINTS, settings.keep_checkpoints, accelerator)
+        if accelerator.process_index:
+            torch.manual_seed(settings.seed + accelerator.process_index)  # other dropout in each process
+        name_blocks(accelerator, model)
+        prepared, optimizer = accelerator.prepare(model, make_optimizer(model, settings))
+        total = settings.max_steps or settings.epochs * (steps.per_epoch or 0)  # a stream has max_steps
+        # not prepared: accelerate would step it once per process, and the steps counted here are optimizer steps
+        schedule = get_scheduler(settings.schedule, optimizer, math.ceil(settings.warmup_ratio * total), total)
+        accelerator.register_for_checkpointing(schedule)
+        progress = checkpoints.load()
+        if progress.step:
+            accelerator.print(f"Continuing after step {progress.step} of {total}.")
+        start_tracker(accelerator, settings, progress.step)
+        return cls(accelerator, settings, steps, total, prepared, optimizer, schedule, checkpoints, progress)
+
+    def step(self, batches: list[Batch]) -> float:
+        """One optimizer step of all processes; returns its loss."""
+        losses, norm = take_step(self.accelerator, self.settings, self.model, self.optimizer, batches)
+        if not self.accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflow
+            self.schedule.step()
+        epoch_ended = self.progress.steps_of_epoch + 1 == self.steps.per_epoch
+        return record_step(self.accelerator, self.progress, batches, losses, norm, epoch_ended)
+
+    def log(self, loss: float) -> None:
+        if self.is_last or self.progress.step % self.settings.log_steps == 0:
+            values = {"train/loss": loss, "train/learning_rate": self.schedule.get_last_lr()[0]}
+            self.accelerator.log(values | {"train/tokens": self.progress.tokens}, step=self.progress.step)
+
+    @property
+    def is_last(self) -> bool:
+        return self.progress.step == self.total
+
+    @property
+    def over(self) -> bool:
+        patience = self.settings.patience
+        return self.progress.step >= self.total or (patience is not None and self.progress.without_gain >= patience)
+
+    @property
+    def must_evaluate(self) -> bool:
+        """After every `eval_steps` steps, or every epoch, and after the last step."""
+        epoch_ended = self.progress.steps_of_epoch == 0
+        every = self.settings.eval_steps
+        return self.is_last or (self.progress.step % every == 0 if every else epoch_ended)
+
+    @property
+    def must_save(self) -> bool:
+        """After every `checkpoint_steps` steps, or every evaluation, and at the end."""
+        every = self.settings.checkpoint_steps
+        return self.over or (self.progress.step % every == 0 if every else self.must_evaluate)
 
 
 def make_steps(accelerator: Accelerator, settings: Settings, data: Any, collate: Any) -> Steps | StreamedSteps:
@@ -250,6 +291,12 @@ def start_tracker(accelerator: Accelerator, settings: Settings, step: int) -> No
         # what was logged after the checkpoint is written again
         purge = {settings.tracker: {"purge_step": step + 1}} if step else {}
         accelerator.init_trackers("training", init_kwargs=purge)
+
+
+def progress_bar(accelerator: Accelerator, total: int, done: int) -> Any:
+    """On the main process, if a terminal shows it."""
+    visible = accelerator.is_main_process and sys.stderr.isatty()
+    return tqdm(total=total, initial=done, desc="training", disable=not visible)
 
 
 @contextlib.contextmanager
