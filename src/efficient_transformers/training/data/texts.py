@@ -148,14 +148,8 @@ def _find_files(settings: TextSettings) -> dict[str, tuple[str, Path]]:
     where = BUNDLED.get(settings.data) or find_path(settings.data)
     if where is None and (Path(settings.data).suffix in SUFFIXES or settings.data.startswith((".", "/", "~"))):
         raise InputError(f"There is no file {settings.data}: correct the setting data.")
-    if where is not None and where.is_dir():
-        for split in SPLITS:
-            if paths := sorted(path for path in where.glob(f"{split}.*") if path.suffix in SUFFIXES):
-                files[split] = paths[0].name, paths[0]
-        if "train" not in files:
-            raise InputError(f"The folder {where} has no train file: it needs train.jsonl, train.csv or train.parquet.")
-    elif where is not None:
-        files["train"] = settings.data, where
+    if where is not None:
+        files = _files_of_folder(where) if where.is_dir() else {"train": (settings.data, where)}
     for split, name in (("validation", settings.validation_data), ("test", settings.test_data)):
         if name is not None:
             path = find_path(name)
@@ -163,6 +157,13 @@ def _find_files(settings: TextSettings) -> dict[str, tuple[str, Path]]:
                 raise InputError(f"There is no file {name}: correct the setting {split}_data.")
             files[split] = name, path
     return files
+
+
+def _files_of_folder(folder: Path) -> dict[str, tuple[str, Path]]:
+    found = {split: sorted(path for path in folder.glob(f"{split}.*") if path.suffix in SUFFIXES) for split in SPLITS}
+    if not found["train"]:
+        raise InputError(f"The folder {folder} has no train file: it needs train.jsonl, train.csv or train.parquet.")
+    return {split: (paths[0].name, paths[0]) for split, paths in found.items() if paths}
 
 
 def _read_file(path: Path) -> Iterator[Row]:

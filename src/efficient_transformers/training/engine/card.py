@@ -45,18 +45,10 @@ def make_card(
 
     The name of the model is `metrics["name"]`, or else that of its folder.
     """
-    training, model, test = metrics["training"], metrics["model"], metrics["test"]
+    model, code = metrics["model"], metrics.get("code", {})
     # a path on the disk says nothing to a reader of the card, and its folders are nobody's business
     dataset = settings.data if settings.data in BUNDLED else Path(settings.data).name
-    more = [Path(name).name for name in getattr(settings, "more_data", [])]
     on_hub = "/" in settings.data and not Path(settings.data).suffix
-    checkpoint, before = settings.model.get("checkpoint"), metrics.get("before")
-    code = metrics.get("code", {})
-    versions = metrics["versions"] | ({"efficient_transformers": code["version"]} if code else {})
-    rate = f"{settings.learning_rate:g}"
-    if settings.head_learning_rate is not None:
-        rate += f" ({settings.head_learning_rate:g} of new weights)"
-    base_model = published_name(checkpoint)
     reads_text = auto_class != "AutoModelForImageClassification"
     longest_text = f"It sees at most {model['max_length']:,} tokens of a text; cut or divide longer ones."
     results = [
@@ -76,23 +68,7 @@ def make_card(
         auto_class=auto_class,
         description=description,
         results=results,
-        training={
-            "data": f"{' and '.join([dataset, *more])}: {training['windows']:,} {unit}",
-            "test data": f"{test['n']:,} {unit}",
-            **({"initialised from": base_model or Path(checkpoint).name} if checkpoint else {}),
-            **({"validation before training": format_scores(before)} if before else {}),
-            **(training_rows or {}),
-            "parameters": f"{model['parameters']:,}",
-            "optimiser": f"AdamW, learning rate {rate}, weight decay {settings.weight_decay:g}, "
-            f"{settings.schedule} schedule, warm-up {settings.warmup_ratio:g} of the steps",
-            "steps": f"{training['steps']:,} of {settings.batch_size} x {settings.gradient_accumulation} x "
-            f"{training['processes']} examples ({training['tokens']:,} tokens)",
-            "weights kept": f"best validation {settings.best_metric}, step {metrics['validation']['step']:,}",
-            "seed": settings.seed,
-            "hardware": f"{training['hardware']}, precision {training['precision']}",
-            "time": f"{training['seconds']:,} s, {training['tokens_per_second']:,} tokens/s",
-            "software": ", ".join(f"{key} {value}" for key, value in versions.items()),
-        },
+        training=training_table(settings, metrics, dataset, unit, training_rows or {}),
         command=command,
         limits=[*limits, longest_text] if reads_text else limits,
         max_length=model["max_length"],
@@ -100,12 +76,42 @@ def make_card(
         language=settings.language,
         notes=settings.card_notes or "",
         datasets=[settings.data] if on_hub else bundled_names(settings),
-        base_model=base_model,
+        base_model=published_name(settings.model.get("checkpoint")),
         costs={int(length): tuple(flops) for length, flops in model.get("costs", {}).items()},
         code=code,
         picture=PICTURE if (settings.folder / PICTURE).exists() else None,
         tags=["long-documents", model["model_type"]] if reads_text else [model["model_type"]],
     )
+
+
+def training_table(
+    settings: Settings, metrics: dict[str, Any], dataset: str, unit: str, rows: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The card's table of the training, with the `rows` of the task."""
+    training, before, code = metrics["training"], metrics.get("before"), metrics.get("code", {})
+    more = [Path(name).name for name in getattr(settings, "more_data", [])]
+    checkpoint = settings.model.get("checkpoint")
+    versions = metrics["versions"] | ({"efficient_transformers": code["version"]} if code else {})
+    rate = f"{settings.learning_rate:g}"
+    if settings.head_learning_rate is not None:
+        rate += f" ({settings.head_learning_rate:g} of new weights)"
+    return {
+        "data": f"{' and '.join([dataset, *more])}: {training['windows']:,} {unit}",
+        "test data": f"{metrics['test']['n']:,} {unit}",
+        **({"initialised from": published_name(checkpoint) or Path(checkpoint).name} if checkpoint else {}),
+        **({"validation before training": format_scores(before)} if before else {}),
+        **rows,
+        "parameters": f"{metrics['model']['parameters']:,}",
+        "optimiser": f"AdamW, learning rate {rate}, weight decay {settings.weight_decay:g}, "
+        f"{settings.schedule} schedule, warm-up {settings.warmup_ratio:g} of the steps",
+        "steps": f"{training['steps']:,} of {settings.batch_size} x {settings.gradient_accumulation} x "
+        f"{training['processes']} examples ({training['tokens']:,} tokens)",
+        "weights kept": f"best validation {settings.best_metric}, step {metrics['validation']['step']:,}",
+        "seed": settings.seed,
+        "hardware": f"{training['hardware']}, precision {training['precision']}",
+        "time": f"{training['seconds']:,} s, {training['tokens_per_second']:,} tokens/s",
+        "software": ", ".join(f"{key} {value}" for key, value in versions.items()),
+    }
 
 
 def published_name(checkpoint: str | None) -> str | None:
