@@ -17,12 +17,14 @@ well; `--beside none` gives each run its row again.
 import argparse
 import json
 import re
-import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from ..engine.outputs import CHECKPOINTS, FREE_TO_CHANGE, METRICS, write_whole
 from ..settings import InputError, Settings
@@ -30,6 +32,7 @@ from ..tasks import TASKS
 
 RUNS = Path("runs")
 LOWER_IS_BETTER = {"loss", "perplexity", "nats_per_byte", "bits_per_byte"}
+MEMORY = "peak memory, MB"
 MOST_COMMANDS = 4  # more are those of train_all.py, in one line of the text around the table
 SHOWN_BY_ANOTHER = {"perplexity"}  # exp(loss)
 NOT_OF_A_ROW = FREE_TO_CHANGE | {"seed", "config"}
@@ -49,15 +52,35 @@ class Row:
     settings: dict[str, Any]
     runs: list[dict[str, Any]]
 
-    def scores(self, name: str) -> list[float]:
-        return [run["test"][name] for run in self.runs if name in run["test"]]
+    def values(self, column: str) -> pd.Series:
+        """Those of the runs that have it, e.g. `training.steps`."""
+        table = pd.json_normalize(self.runs)
+        return pd.Series(table.get(column, []), dtype=float).dropna()
+
+    def scores(self, name: str) -> pd.Series:
+        return self.values(f"test.{name}")
 
     def mean(self, name: str) -> float:
-        return statistics.mean(self.scores(name))
+        return float(self.scores(name).mean())
 
     @property
     def seeds(self) -> str:
         return ", ".join(str(seed_of(run)) for run in self.runs)
+
+    @property
+    def parameters(self) -> str:
+        return f"{self.runs[0]['model']['parameters']:,}"
+
+    @property
+    def speed(self) -> str:
+        """Tokens per second, the mean of the runs."""
+        return f"{self.values('training.tokens_per_second').mean():,.0f}"
+
+    @property
+    def memory(self) -> str:
+        """The most that a run has taken, in MB; empty if it was not measured."""
+        peaks = pd.concat([self.values("training.peak_memory_mb"), self.values("peak_memory_mb")])
+        return f"{peaks.max():,.0f}" if len(peaks) else ""
 
 
 @dataclass
@@ -181,7 +204,7 @@ def rows_of(runs: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
     for rows in groups.values():
         best = score_names(rows)[0]
         sign = 1 if best in LOWER_IS_BETTER else -1
-        rows.sort(key=lambda row: sign * row.mean(best) if row.scores(best) else float("inf"))
+        rows.sort(key=lambda row: sign * row.mean(best) if len(row.scores(best)) else float("inf"))
         tell_apart(rows)
     return groups
 
@@ -219,44 +242,37 @@ def score_names(rows: Sequence[Row]) -> list[str]:
     return kept
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Iterable[float]) -> str:
     """Mean ± sample standard deviation; of one value, the value; nothing of none."""
-    if len(values) < 2:
-        return "".join(f"{value:.3f}" for value in values)
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+    series = pd.Series(list(values), dtype=float)
+    if len(series) < 2:
+        return "".join(f"{value:.3f}" for value in series)
+    return f"{series.mean():.3f} ± {series.std():.3f}"
 
 
-def peak_memory(run: dict[str, Any]) -> float | None:
-    return run["training"].get("peak_memory_mb", run.get("peak_memory_mb"))
+def markdown(lines: Sequence[dict[str, str]]) -> str:
+    """A table of one line at least; a column of which all cells are empty is left out."""
+    cells = pd.DataFrame(lines)
+    cells = cells.loc[:, (cells != "").any()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [cells.columns, ["---"] * cells.shape[1], *cells.to_numpy()])
 
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown, and the commands that give it, if they are few."""
     names = score_names(rows)
-    has_memory = any(peak_memory(run) is not None for row in rows for run in row.runs)
-    heads = [
-        "variant",
-        *names,
-        "seeds",
-        "parameters",
-        "steps",
-        "tokens/s",
-        *(["peak memory, MB"] if has_memory else []),
+    lines = [
+        {
+            "variant": row.name,
+            **{name: spread(row.scores(name)) for name in names},
+            "seeds": row.seeds,
+            "parameters": row.parameters,
+            "steps": f"{row.values('training.steps').mean():,.0f}",
+            "tokens/s": row.speed,
+            MEMORY: row.memory,
+        }
+        for row in rows
     ]
-    lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
-    for row in rows:
-        first, trainings = row.runs[0], [run["training"] for run in row.runs]
-        cells = [row.name]
-        cells += [spread(row.scores(name)) for name in names]
-        cells.append(row.seeds)
-        cells.append(f"{first['model']['parameters']:,}")
-        cells.append(f"{round(statistics.mean(training['steps'] for training in trainings)):,}")
-        cells.append(f"{round(statistics.mean(training['tokens_per_second'] for training in trainings)):,}")
-        if has_memory:
-            memory = [peak for run in row.runs if (peak := peak_memory(run)) is not None]
-            cells.append(f"{max(memory):,.0f}" if memory else "")
-        lines.append(" | ".join(cells))
-    text = "\n".join(f"| {line} |" for line in lines) + f"\n\n{under(rows)}\n"
+    text = f"{markdown(lines)}\n{under(rows)}\n"
     commands = dict.fromkeys(run["command"] for row in rows for run in row.runs if run.get("command"))
     few = 0 < len(commands) <= MOST_COMMANDS
     return text + ("\n```bash\n" + "\n".join(commands) + "\n```\n" if few else "")
@@ -277,29 +293,31 @@ def under(rows: Sequence[Row], more: str = "") -> str:
 def side_by_side(rows: Sequence[Row], setting: str) -> str:
     """Markdown: the first score of rows that differ in `setting` alone in one line, the best of any of them first."""
     score = score_names(rows)[0]
-    values = list(dict.fromkeys(sorted((row.settings.get(setting) for row in rows), key=lambda x: (x is not None, x))))
-    lines: dict[tuple[str, str], dict[Any, Row]] = {}
+    values = sorted({row.settings.get(setting) for row in rows}, key=lambda value: (value is not None, value))
+    heads = dict(zip(values, columns(rows, score, setting, values), strict=True))
+    found: dict[tuple[str, str], dict[Any, Row]] = {}
     for row in rows:
         rest = json.dumps({key: value for key, value in row.settings.items() if key != setting}, sort_keys=True)
-        lines.setdefault((group_of(row.runs[0])[1], rest), {})[row.settings.get(setting)] = row
+        found.setdefault((group_of(row.runs[0])[1], rest), {})[row.settings.get(setting)] = row
     lefts = [
-        Row(name, json.loads(rest), line[min(line, key=values.index)].runs) for (name, rest), line in lines.items()
+        Row(name, json.loads(rest), line[min(line, key=values.index)].runs) for (name, rest), line in found.items()
     ]
     tell_apart(lefts)
-    heads = ["variant", *columns(rows, score, setting, values), "seeds", "parameters", "tokens/s", "peak memory, MB"]
-    text = [" | ".join(heads), " | ".join(["---"] * len(heads))]
-    for left, line in zip(lefts, lines.values(), strict=True):
-        seeds = [line[value].seeds if value in line else "" for value in values]
-        cells = [left.name]
-        cells += [spread(line[value].scores(score)) if value in line else "" for value in values]
-        cells.append(seeds[0] if len(set(seeds)) == 1 else " / ".join(each or "-" for each in seeds))
-        cells.append(f"{left.runs[0]['model']['parameters']:,}")
-        cells.append(f"{statistics.mean(run['training']['tokens_per_second'] for run in left.runs):,.0f}")
-        memory = [peak for run in left.runs if (peak := peak_memory(run)) is not None]
-        cells.append(f"{max(memory):,.0f}" if memory else "")
-        text.append(" | ".join(cells))
+    lines = []
+    for left, line in zip(lefts, found.values(), strict=True):
+        seeds = [line[value].seeds if value in line else "-" for value in values]
+        lines.append(
+            {
+                "variant": left.name,
+                **{head: spread(line[value].scores(score)) if value in line else "" for value, head in heads.items()},
+                "seeds": seeds[0] if len(set(seeds)) == 1 else " / ".join(seeds),
+                "parameters": left.parameters,
+                "tokens/s": left.speed,
+                MEMORY: left.memory,
+            }
+        )
     notes = under(rows, " Speed and memory are those of the left score's runs.")
-    return "\n".join(f"| {line} |" for line in text) + f"\n\n{notes}\n"
+    return f"{markdown(lines)}\n{notes}\n"
 
 
 def columns(rows: Sequence[Row], score: str, setting: str, values: Sequence[Any]) -> list[str]:
@@ -345,8 +363,8 @@ def draw(group: str, rows: Sequence[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     name = score_names(rows)[0]
-    shown = [row for row in reversed(rows) if row.scores(name)]
-    deviations = [statistics.stdev(row.scores(name)) if len(row.scores(name)) > 1 else 0.0 for row in shown]
+    shown = [row for row in reversed(rows) if len(row.scores(name))]
+    deviations = [float(np.nan_to_num(row.scores(name).std())) for row in shown]
     figure, axes = plt.subplots(figsize=(6.4, 1.2 + 0.28 * len(shown)), layout="constrained")
     axes.errorbar([row.mean(name) for row in shown], range(len(shown)), xerr=deviations, fmt="o", capsize=3)
     axes.set_yticks(range(len(shown)), [row.name for row in shown])
@@ -356,6 +374,13 @@ def draw(group: str, rows: Sequence[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
+
+
+def draw_asked(picture: str, groups: dict[str, list[Row]]) -> None:
+    group, equals, path = picture.partition("=")
+    if not equals or not path:
+        raise InputError(f"--picture ({picture!r}) must have the form GROUP=FILE.png.")
+    draw(group, chosen(groups, group), Path(path))
 
 
 def chosen(groups: dict[str, list[Row]], group: str) -> list[Row]:
@@ -373,37 +398,49 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--beside", metavar="SETTING", help="runs that differ in it stand side by side; none: not")
     given = parser.parse_args(arguments)
     try:
-        file = given.out.with_suffix(".json")
-        if file == given.out:
-            raise InputError(
-                f"--out ({given.out}) must be a page, as {given.out.with_suffix('.md')}: {file} keeps its runs."
-            )
-        kept = Kept.read(file)
-        folders = given.folders or ([RUNS] if not kept.runs or any(RUNS.rglob(METRICS)) else [])
-        found = read_runs(folders) if folders else []
-        groups = rows_of(latest([*kept.runs, *found]))
-        text = given.out.read_text(encoding="utf-8") if given.out.exists() else ""
-        written = {group: chosen(groups, group) for group in given.only or groups}
-        beside = {group: setting for group, setting in kept.beside.items() if group in groups}
-        asked = [group for group, rows in written.items() if given.beside and differ(rows, given.beside)]
-        if given.beside == "none":
-            beside = {group: setting for group, setting in beside.items() if group not in written}
-        elif given.beside and not asked:
-            raise InputError(f"No runs of {', '.join(written)} differ in {given.beside!r}, which --beside names.")
-        beside |= dict.fromkeys(asked, given.beside)
-        for group, rows in written.items():
-            setting = beside.get(group)
-            content = side_by_side(rows, setting) if setting and differ(rows, setting) else table(rows)
-            text = put(text, group, content)
-        for picture in given.picture:
-            group, equals, path = picture.partition("=")
-            if not equals or not path:
-                raise InputError(f"--picture ({picture!r}) must have the form GROUP=FILE.png.")
-            draw(group, chosen(groups, group), Path(path))
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        kept = Kept(latest([*kept.runs, *(run for run in found if group_of(run)[0] in written)]), beside)
-        kept.write(file)  # before the page, which can be made of it again
-        write_whole(given.out, text)
+        written, runs = write_page(given)
     except InputError as error:
         sys.exit(f"error: {error}")
-    print(f"{given.out}: {', '.join(written)}; {file}: {len(kept.runs)} runs")
+    print(f"{given.out}: {', '.join(written)}; {given.out.with_suffix('.json')}: {runs} runs")
+
+
+def write_page(given: argparse.Namespace) -> tuple[list[str], int]:
+    """Writes the page, the runs beside it, and the pictures; returns the groups written, and the number of runs."""
+    file = given.out.with_suffix(".json")
+    if file == given.out:
+        raise InputError(
+            f"--out ({given.out}) must be a page, as {given.out.with_suffix('.md')}: {file} keeps its runs."
+        )
+    kept = Kept.read(file)
+    folders = given.folders or ([RUNS] if not kept.runs or any(RUNS.rglob(METRICS)) else [])
+    found = read_runs(folders) if folders else []
+    groups = rows_of(latest([*kept.runs, *found]))
+    written = {group: chosen(groups, group) for group in given.only or groups}
+    kept.beside = settings_beside(kept, groups, written, given.beside)
+    text = given.out.read_text(encoding="utf-8") if given.out.exists() else ""
+    for group, rows in written.items():
+        setting = kept.beside.get(group)
+        content = side_by_side(rows, setting) if setting and differ(rows, setting) else table(rows)
+        text = put(text, group, content)
+    for picture in given.picture:
+        draw_asked(picture, groups)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    kept.runs = latest([*kept.runs, *(run for run in found if group_of(run)[0] in written)])
+    kept.write(file)  # before the page, which can be made of it again
+    write_whole(given.out, text)
+    return list(written), len(kept.runs)
+
+
+def settings_beside(
+    kept: Kept, groups: Collection[str], written: dict[str, list[Row]], asked: str | None
+) -> dict[str, str]:
+    """Group → the setting whose values stand side by side: as kept, but for the groups that `--beside` is about."""
+    beside = {group: setting for group, setting in kept.beside.items() if group in groups}
+    if asked is None:
+        return beside
+    if asked == "none":
+        return {group: setting for group, setting in beside.items() if group not in written}
+    about = [group for group, rows in written.items() if differ(rows, asked)]
+    if not about:
+        raise InputError(f"No runs of {', '.join(written)} differ in {asked!r}, which --beside names.")
+    return beside | dict.fromkeys(about, asked)
