@@ -28,7 +28,7 @@ import pandas as pd
 
 from ..engine.outputs import CHECKPOINTS, FREE_TO_CHANGE, METRICS, write_whole
 from ..settings import InputError, Settings
-from ..tasks import TASKS
+from ..tasks import task_of
 
 RUNS = Path("runs")
 LOWER_IS_BETTER = {"loss", "perplexity", "nats_per_byte", "bits_per_byte"}
@@ -171,11 +171,12 @@ def seed_of(run: dict[str, Any]) -> int:
 def settings_of(run: dict[str, Any]) -> dict[str, Any]:
     """Those that make a row; a setting that is newer than the run had its default then."""
 
-    # older runs do not name their task, but the script of it
-    script = re.search(r"training/(\w+)\.py", run.get("command", ""))
-    task = TASKS.get(run["settings"].get("task") or (script[1] if script else ""))
+    try:
+        settings_class = task_of(run["settings"]).settings_class
+    except InputError:  # an older run of a file that is not in configs
+        settings_class = Settings
     defaults: dict[str, Any] = {}
-    for setting in fields(task.settings_class if task else Settings):
+    for setting in fields(settings_class):
         if setting.default_factory is not MISSING:
             defaults[setting.name] = setting.default_factory()
         elif setting.default is not MISSING:
