@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertTokenizer
 
 from efficient_transformers.cli import main
-from efficient_transformers.conversion import convert, stretch_positions
+from efficient_transformers.conversion import convert
+from efficient_transformers.models.base_resizing import stretch_positions
 
 SMALL = {
     "vocab_size": 99,

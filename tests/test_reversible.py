@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from zoo import ConfigRefused, build, config, inputs
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models.base_backbone import Encoder
+from efficient_transformers.models.base_backbone import Backbone
 
 STACKS = {
     "full": ("full", {"attention_probs_dropout_prob": 0.1}, False),
@@ -42,7 +42,7 @@ def reversible(stack=STACKS["local"], head=None, **changes) -> nn.Module:
 def ordinary():
     """The same arithmetic by autograd, which keeps everything."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Encoder, "recomputes", lambda *_: False)
+        patch.setattr(Backbone, "recomputes", lambda *_: False)
         yield
 
 

@@ -10,8 +10,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModel, PreTrainedModel
 
-from .models.base_backbone import PoolerDense
 from .models.base_configuration import EtConfig
+from .models.base_pooling import PoolerDense
 from .models.modeling_full import EtFullConfig
 from .models.ops_patterns import AttentionPattern
 from .registry import Variant, variant_of

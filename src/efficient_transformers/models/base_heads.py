@@ -22,14 +22,14 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.auto import modeling_auto as auto
 
-from .base_backbone import Encoder
+from .base_backbone import Backbone
 from .base_configuration import EtConfig
 from .base_generation import OwnCacheGeneration
 from .base_signatures import CACHE_FIELD, accepts, keywords
 from .ops_checks import check_shape
 from .ops_losses import IGNORED, cross_entropy, pooled_loss
 
-BODY = keywords(Encoder.forward)
+BODY = keywords(Backbone.forward)
 
 
 class Head:

@@ -13,7 +13,7 @@ groups in which the longest is less than twice as long as the shortest.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .ops_tracing import is_traced
 
@@ -134,3 +134,66 @@ def places_in_groups(groups: list[Group]) -> Tensor:
     keep = torch.cat([x.flatten() for x in kept]).nonzero()[:, 0]
     tokens = torch.cat([g.tokens.flatten() for g in groups])
     return torch.zeros_like(keep).scatter(0, tokens[keep], keep)
+
+
+@dataclass
+class LeftPacking:
+    """How the rows of a batch were packed; undoes it."""
+
+    order: Tensor | None  # (b, n), None where the tokens were on the left already
+    keep: Tensor | None  # of the original order, (b, n)
+    num_external: int
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """(b, g + n, e) packed -> (b, n, e) in the caller's order, zeros at padding."""
+        if self.num_external:
+            hidden = hidden[:, self.num_external :]
+        if self.order is not None:
+            hidden = unpack(hidden, self.order)
+        return hidden if self.keep is None else hidden * self.keep[..., None]
+
+    def again(self, restored: Tensor, hidden: Tensor) -> Tensor:
+        """The inverse of `restore`, with the external tokens of `hidden`."""
+        if self.order is not None:
+            restored = pack(restored, self.order)
+        return torch.cat([hidden[:, : self.num_external], restored], 1) if self.num_external else restored
+
+    def restore_weights(self, weights: Tensor) -> Tensor:
+        """(b, h, g + n, m) -> (b, h, n, m'): both axes for a whole sequence, queries alone against a cache."""
+        whole = weights.shape[2] == weights.shape[3]
+        if self.num_external:
+            weights = weights[:, :, self.num_external :, self.num_external if whole else 0 :]
+        if self.order is not None:
+            back = inverse(self.order)[:, None, :, None]
+            weights = weights.gather(2, back.expand_as(weights))
+            if whole:
+                weights = weights.gather(3, back.transpose(2, 3).expand_as(weights))
+        return weights
+
+    def pool(self, pooler: nn.Module, hidden: Tensor) -> Tensor:
+        """One vector for each row of `hidden` in the caller's order: (b, e)."""
+        return pooler(hidden, self.keep)
+
+
+@dataclass
+class DocumentPacking(LeftPacking):
+    """How the tokens of packed documents came into one row, (1, t, e); undoes it."""
+
+    documents: Documents
+    own: Tensor | None  # places in that row that are no external token's, None where there are none
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        tokens = hidden[0] if self.own is None else hidden[0].index_select(0, self.own)
+        return self.documents.scatter(tokens)
+
+    def again(self, restored: Tensor, hidden: Tensor) -> Tensor:
+        tokens = self.documents.gather(restored)[None]
+        return tokens if self.own is None else hidden.index_copy(1, self.own, tokens)
+
+    def pool(self, pooler: nn.Module, hidden: Tensor) -> Tensor:
+        """One vector for each document, in their order: (documents, e)."""
+        tokens = self.documents.gather(hidden)
+        groups = group_by_length(self.documents.lengths, hidden.device)
+        pooled = torch.cat([pooler(group.gather(tokens), group.keep) for group in groups])
+        numbers = torch.tensor([number for group in groups for number in group.numbers], device=hidden.device)
+        return pooled.index_select(0, numbers.argsort())

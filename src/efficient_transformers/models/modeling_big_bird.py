@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import initialization as init
 
 from .base_attention import PatternAttention
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_configuration import ENCODER_HEADS, EtConfig, PatternConfig
 from .base_heads import (
     ForImageClassification,
@@ -27,6 +27,7 @@ from .base_heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from .base_pretrained import EtPreTrainedModel
 from .ops_checks import check_at_least
 from .ops_patterns import AttentionPattern
 
@@ -124,7 +125,7 @@ class EtBigBirdPreTrainedModel(EtPreTrainedModel):
     mixer_class = BigBirdAttention
 
 
-class EtBigBirdModel(Encoder, EtBigBirdPreTrainedModel):
+class EtBigBirdModel(Backbone, EtBigBirdPreTrainedModel):
     """Bare encoder."""
 
 

@@ -23,7 +23,7 @@ from transformers.generation import GenerationMixin
 from .attn_dense import softmax_attention
 from .attn_sinkhorn import in_blocks, real_tokens
 from .base_attention import PatternAttention
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_cache import SelectableRows, is_closed
 from .base_configuration import EtConfig, PatternConfig
 from .base_heads import (
@@ -37,6 +37,7 @@ from .base_heads import (
 )
 from .base_mixer import SequenceInfo
 from .base_packing import first_positions
+from .base_pretrained import EtPreTrainedModel
 from .ops_checks import check_at_least
 from .ops_patterns import AttentionPattern
 from .ops_tracing import is_traced
@@ -298,7 +299,7 @@ class EtCompressedPreTrainedModel(EtPreTrainedModel):
     _supports_flex_attn = False
 
 
-class EtCompressedModel(Encoder, EtCompressedPreTrainedModel):
+class EtCompressedModel(Backbone, EtCompressedPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 

@@ -11,7 +11,7 @@ query's own. O(n·d²).
 from huggingface_hub.dataclasses import strict
 from transformers.generation import GenerationMixin
 
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_configuration import EtConfig
 from .base_heads import (
     ForCausalLM,
@@ -23,6 +23,7 @@ from .base_heads import (
     ForTokenClassification,
 )
 from .base_kernel_attention import KernelAttention, KernelConfig
+from .base_pretrained import EtPreTrainedModel
 from .ops_feature_maps import FEATURE_MAPS, FeatureMap
 
 
@@ -44,7 +45,7 @@ class EtEfficientPreTrainedModel(EtPreTrainedModel):
     _supports_flex_attn = False
 
 
-class EtEfficientModel(Encoder, EtEfficientPreTrainedModel):
+class EtEfficientModel(Backbone, EtEfficientPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 

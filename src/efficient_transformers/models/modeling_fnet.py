@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_configuration import ENCODER_HEADS, EtConfig
 from .base_heads import (
     ForImageClassification,
@@ -26,6 +26,7 @@ from .base_heads import (
     ForTokenClassification,
 )
 from .base_mixer import Mixer, SequenceInfo
+from .base_pretrained import EtPreTrainedModel
 from .ops_fourier import fourier_mix, fourier_mix_chirp, fourier_mix_dense
 
 
@@ -77,7 +78,7 @@ class EtFnetPreTrainedModel(EtPreTrainedModel):
     _supports_flex_attn = False
 
 
-class EtFnetModel(Encoder, EtFnetPreTrainedModel):
+class EtFnetModel(Backbone, EtFnetPreTrainedModel):
     """Bare encoder."""
 
 

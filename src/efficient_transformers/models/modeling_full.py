@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.generation import GenerationMixin
 
 from .base_attention import PatternAttention
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_configuration import EtConfig, PatternConfig
 from .base_heads import (
     ForCausalLM,
@@ -18,6 +18,7 @@ from .base_heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from .base_pretrained import EtPreTrainedModel
 from .ops_patterns import AttentionPattern
 
 
@@ -36,7 +37,7 @@ class EtFullPreTrainedModel(EtPreTrainedModel):
     mixer_class = PatternAttention
 
 
-class EtFullModel(Encoder, EtFullPreTrainedModel):
+class EtFullModel(Backbone, EtFullPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.generation import GenerationMixin
 
 from .base_attention import PatternAttention
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_configuration import EtConfig, PatternConfig
 from .base_heads import (
     ForCausalLM,
@@ -25,6 +25,7 @@ from .base_heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from .base_pretrained import EtPreTrainedModel
 from .ops_checks import check_at_least
 from .ops_patterns import AttentionPattern
 
@@ -66,7 +67,7 @@ class EtGlobalPreTrainedModel(EtPreTrainedModel):
     mixer_class = PatternAttention
 
 
-class EtGlobalModel(Encoder, EtGlobalPreTrainedModel):
+class EtGlobalModel(Backbone, EtGlobalPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
     has_marked_tokens = True

@@ -19,7 +19,7 @@ from transformers.generation import GenerationMixin
 
 from .attn_dense import softmax_attention
 from .attn_pattern import pattern_attention
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_cache import PatternCacheLayer
 from .base_configuration import EtConfig
 from .base_heads import (
@@ -33,6 +33,7 @@ from .base_heads import (
 )
 from .base_mixer import Mixer, SequenceInfo
 from .base_packing import first_positions
+from .base_pretrained import EtPreTrainedModel
 from .ops_checks import check_at_least, check_divisible
 from .ops_engine import choose_engine
 from .ops_patterns import AttentionPattern
@@ -168,7 +169,7 @@ class EtGmlpPreTrainedModel(EtPreTrainedModel):
     _supports_flex_attn = False
 
 
-class EtGmlpModel(Encoder, EtGmlpPreTrainedModel):
+class EtGmlpModel(Backbone, EtGmlpPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 

@@ -9,7 +9,7 @@ Equations 4, 5 and 7; as a decoder, equations 9 to 12 and 16 to 20: an RNN whose
 from huggingface_hub.dataclasses import strict
 from transformers.generation import GenerationMixin
 
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_configuration import EtConfig
 from .base_heads import (
     ForCausalLM,
@@ -21,6 +21,7 @@ from .base_heads import (
     ForTokenClassification,
 )
 from .base_kernel_attention import KernelAttention, KernelConfig
+from .base_pretrained import EtPreTrainedModel
 from .ops_feature_maps import FEATURE_MAPS, FeatureMap
 
 
@@ -42,7 +43,7 @@ class EtLinearPreTrainedModel(EtPreTrainedModel):
     _supports_flex_attn = False
 
 
-class EtLinearModel(Encoder, EtLinearPreTrainedModel):
+class EtLinearModel(Backbone, EtLinearPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 

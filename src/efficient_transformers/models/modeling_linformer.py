@@ -16,7 +16,7 @@ from transformers import initialization as init
 
 from .attn_dense import softmax_attention
 from .base_attention import MultiHeadAttention
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_configuration import ENCODER_HEADS, EtConfig
 from .base_heads import (
     ForImageClassification,
@@ -28,6 +28,7 @@ from .base_heads import (
 )
 from .base_mixer import OwnValues, SequenceInfo
 from .base_packing import first_positions
+from .base_pretrained import EtPreTrainedModel
 from .ops_checks import check_at_least
 
 
@@ -149,7 +150,7 @@ class EtLinformerPreTrainedModel(EtPreTrainedModel):
     _supports_flex_attn = False
 
 
-class EtLinformerModel(Encoder, EtLinformerPreTrainedModel):
+class EtLinformerModel(Backbone, EtLinformerPreTrainedModel):
     """Bare encoder."""
 
 

@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.generation import GenerationMixin
 
 from .base_attention import PatternAttention
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_configuration import EtConfig, PatternConfig
 from .base_heads import (
     ForCausalLM,
@@ -21,6 +21,7 @@ from .base_heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from .base_pretrained import EtPreTrainedModel
 from .ops_patterns import AttentionPattern
 
 
@@ -47,7 +48,7 @@ class EtLocalPreTrainedModel(EtPreTrainedModel):
     mixer_class = PatternAttention
 
 
-class EtLocalModel(Encoder, EtLocalPreTrainedModel):
+class EtLocalModel(Backbone, EtLocalPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 

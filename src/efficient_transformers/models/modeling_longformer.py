@@ -19,7 +19,7 @@ from transformers.generation import GenerationMixin
 from .attn_dense import folded_attention, softmax_attention
 from .attn_pattern_blocked import global_positions, put_rows
 from .base_attention import PatternAttention
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_configuration import EtConfig, PatternConfig
 from .base_heads import (
     ForCausalLM,
@@ -31,6 +31,7 @@ from .base_heads import (
     ForTokenClassification,
 )
 from .base_mixer import SequenceInfo, no_rows
+from .base_pretrained import EtPreTrainedModel
 from .ops_checks import check_at_least, check_divisible, check_entries
 from .ops_patterns import AttentionPattern
 
@@ -173,7 +174,7 @@ class EtLongformerPreTrainedModel(EtPreTrainedModel):
     mixer_class = LongformerAttention
 
 
-class EtLongformerModel(Encoder, EtLongformerPreTrainedModel):
+class EtLongformerModel(Backbone, EtLongformerPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
     has_marked_tokens = True

@@ -11,7 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.generation import GenerationMixin
 
 from .base_attention import PatternAttention
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_configuration import EtConfig, PatternConfig
 from .base_heads import (
     ForCausalLM,
@@ -22,6 +22,7 @@ from .base_heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
+from .base_pretrained import EtPreTrainedModel
 from .ops_patterns import AttentionPattern, parse_pattern
 
 
@@ -58,7 +59,7 @@ class EtMixedPreTrainedModel(EtPreTrainedModel):
     mixer_class = PatternAttention
 
 
-class EtMixedModel(Encoder, EtMixedPreTrainedModel):
+class EtMixedModel(Backbone, EtMixedPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 

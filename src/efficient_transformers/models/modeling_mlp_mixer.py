@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_configuration import ENCODER_HEADS, EtConfig
 from .base_heads import (
     ForImageClassification,
@@ -27,6 +27,7 @@ from .base_heads import (
 )
 from .base_mixer import Mixer, SequenceInfo
 from .base_packing import first_positions
+from .base_pretrained import EtPreTrainedModel
 from .ops_checks import check_at_least
 
 
@@ -89,7 +90,7 @@ class EtMlpMixerPreTrainedModel(EtPreTrainedModel):
     _supports_flex_attn = False
 
 
-class EtMlpMixerModel(Encoder, EtMlpMixerPreTrainedModel):
+class EtMlpMixerModel(Backbone, EtMlpMixerPreTrainedModel):
     """Bare encoder."""
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers.generation import GenerationMixin
 
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_configuration import EtConfig
 from .base_heads import (
     ForCausalLM,
@@ -26,6 +26,7 @@ from .base_heads import (
     ForTokenClassification,
 )
 from .base_kernel_attention import RandomFeatureAttention, RandomFeatureConfig
+from .base_pretrained import EtPreTrainedModel
 from .ops_feature_maps import FEATURE_MAPS, FeatureMap
 
 
@@ -65,7 +66,7 @@ class EtPerformerPreTrainedModel(EtPreTrainedModel):
     _supports_flex_attn = False
 
 
-class EtPerformerModel(Encoder, EtPerformerPreTrainedModel):
+class EtPerformerModel(Backbone, EtPerformerPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 

@@ -24,7 +24,7 @@ from transformers.generation import GenerationMixin
 from .attn_bucketed import bucketed_attention
 from .attn_dense import softmax_attention
 from .base_attention import MultiHeadAttention
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_cache import BucketCacheLayer
 from .base_configuration import EtConfig
 from .base_heads import (
@@ -37,6 +37,7 @@ from .base_heads import (
     ForTokenClassification,
 )
 from .base_mixer import SequenceInfo
+from .base_pretrained import EtPreTrainedModel
 from .ops_buckets import BucketLayout, chained_chunks, recent_counts, sorted_chunks
 from .ops_checks import check_at_least
 from .ops_lsh import assign_buckets, bucket_factors, narrowed, random_rotations
@@ -180,7 +181,7 @@ class EtReformerPreTrainedModel(EtPreTrainedModel):
     _supports_flex_attn = False
 
 
-class EtReformerModel(Encoder, EtReformerPreTrainedModel):
+class EtReformerModel(Backbone, EtReformerPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_configuration import EtConfig
 from .base_heads import (
     ForCausalLM,
@@ -31,6 +31,7 @@ from .base_heads import (
     ForTokenClassification,
 )
 from .base_kernel_attention import RandomFeatureAttention, RandomFeatureConfig
+from .base_pretrained import EtPreTrainedModel
 from .ops_feature_maps import FEATURE_MAPS, FeatureMap
 
 
@@ -86,7 +87,7 @@ class EtRfaPreTrainedModel(EtPreTrainedModel):
     _supports_flex_attn = False
 
 
-class EtRfaModel(Encoder, EtRfaPreTrainedModel):
+class EtRfaModel(Backbone, EtRfaPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 

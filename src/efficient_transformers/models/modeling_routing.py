@@ -30,7 +30,7 @@ from .attn_bucketed import bucketed_attention
 from .attn_dense import softmax_attention
 from .attn_pattern import pattern_attention
 from .base_attention import MultiHeadAttention
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_cache import BucketCacheLayer
 from .base_configuration import EtConfig
 from .base_heads import (
@@ -43,6 +43,7 @@ from .base_heads import (
     ForTokenClassification,
 )
 from .base_mixer import SequenceInfo
+from .base_pretrained import EtPreTrainedModel
 from .ops_buckets import BucketLayout, recent_counts, sorted_chunks
 from .ops_checks import check_at_least
 from .ops_kmeans import (
@@ -278,7 +279,7 @@ class EtRoutingPreTrainedModel(EtPreTrainedModel):
     _supports_flex_attn = False
 
 
-class EtRoutingModel(Encoder, EtRoutingPreTrainedModel):
+class EtRoutingModel(Backbone, EtRoutingPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 

@@ -24,7 +24,7 @@ from transformers.generation import GenerationMixin
 from .attn_dense import softmax_attention
 from .attn_sinkhorn import in_blocks, real_tokens, sinkhorn_attention, sinkhorn_matrix, sort_blocks
 from .base_attention import MultiHeadAttention
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_cache import SelectableRows, is_closed
 from .base_configuration import EtConfig
 from .base_heads import (
@@ -37,6 +37,7 @@ from .base_heads import (
     ForTokenClassification,
 )
 from .base_mixer import SequenceInfo
+from .base_pretrained import EtPreTrainedModel
 from .ops_checks import check_at_least
 from .ops_sinkhorn import causal_sinkhorn, gumbel_noise, sinkhorn
 from .ops_tracing import is_traced
@@ -314,7 +315,7 @@ class EtSinkhornPreTrainedModel(EtPreTrainedModel):
     _supports_flex_attn = False
 
 
-class EtSinkhornModel(Encoder, EtSinkhornPreTrainedModel):
+class EtSinkhornModel(Backbone, EtSinkhornPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 

@@ -24,7 +24,7 @@ from .attn_dense import masked_softmax
 from .attn_pattern import pattern_attention
 from .attn_synthesizer import Term, matrix, outer, product, synthetic_attention
 from .base_attention import MultiHeadAttention
-from .base_backbone import Encoder, EtPreTrainedModel
+from .base_backbone import Backbone
 from .base_cache import PatternCacheLayer
 from .base_configuration import EtConfig
 from .base_heads import (
@@ -38,6 +38,7 @@ from .base_heads import (
 )
 from .base_mixer import SequenceInfo
 from .base_packing import first_positions
+from .base_pretrained import EtPreTrainedModel
 from .ops_checks import check_at_least
 from .ops_patterns import AttentionPattern
 
@@ -253,7 +254,7 @@ class EtSynthesizerPreTrainedModel(EtPreTrainedModel):
     _supports_flex_attn = False
 
 
-class EtSynthesizerModel(Encoder, EtSynthesizerPreTrainedModel):
+class EtSynthesizerModel(Backbone, EtSynthesizerPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 

@@ -1,0 +1,109 @@
+"""The variant's config: the source's sizes and choices, fields that the pair shares, then the caller's fields."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields as fields_of
+from difflib import get_close_matches
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from ..models.base_kernel_attention import KernelConfig
+from ..registry import Variant
+from .rules import BERT_LAYOUT, BLOCK_FIELDS, CHOICES, SHARED_FIELDS, SIZES, SOURCES, TRANSFORMERS_FIELDS
+
+
+def make_config(
+    variant: Variant,
+    source_config: PreTrainedConfig,
+    kept_head: str | None,
+    length: int,
+    tokenizer: Any,
+    block_tables: Sequence[Tensor] | None,
+    fields: dict[str, Any],
+) -> Any:
+    """Merge all fields. Raises ValueError for unknown fields, and for fields that the source's weights rule out."""
+    own = own_fields(variant)
+    of_blocks = block_fields(variant, own, block_tables, fields)
+    check_known(fields, own, variant)
+    fixed = fixed_fields(source_config, kept_head, own)
+    for name, value in fixed.items():
+        if fields.get(name, value) != value:
+            raise ValueError(f"{name} ({fields[name]!r}) must be {value!r}, as the source's weights are: leave it out.")
+    values = default_fields(variant, source_config, tokenizer, own)
+    if not fields.keys() & {"num_labels", "id2label", "label2id"}:
+        values |= {"id2label": source_config.id2label, "label2id": source_config.label2id}
+    values |= {"classifier_pooling": "cls", "max_position_embeddings": length}
+    values |= SHARED_FIELDS.get((source_config.model_type, variant.slug), lambda _: {})(source_config)
+    values |= of_blocks
+    try:
+        return variant.config_class(**{**values, **fixed, **fields})
+    except StrictDataclassError as error:  # says which validator failed; the cause says why
+        raise ValueError(str(error.__cause__ or error)) from error
+
+
+def own_fields(variant: Variant) -> set[str]:
+    """Fields of the variant that transformers' base config does not have."""
+    theirs = {entry.name for entry in fields_of(PreTrainedConfig)}
+    return {entry.name for entry in fields_of(variant.config_class)} - theirs
+
+
+def check_known(fields: Mapping[str, Any], own: set[str], variant: Variant) -> None:
+    """Raise ValueError for a field that the variant does not have."""
+    for name in fields:
+        if name not in own | TRANSFORMERS_FIELDS:
+            close = get_close_matches(name, own, n=1)
+            raise ValueError(
+                f"{variant.model_type} has no field {name!r}"
+                + (f"; did you mean {close[0]!r}?" if close else f": it has {', '.join(sorted(own))}.")
+            )
+
+
+def fixed_fields(source_config: PreTrainedConfig, kept_head: str | None, own: set[str]) -> dict[str, Any]:
+    """Fields that the source's weights determine."""
+    source = SOURCES[source_config.model_type]
+    fixed = {name: getattr(source_config, name) for name in SIZES if hasattr(source_config, name)} | BERT_LAYOUT
+    if source.classifier_act == "hidden_act" and kept_head == "SequenceClassification":
+        fixed["pooler_act"] = source_config.hidden_act
+    elif "pooler_act" in own:
+        fixed["pooler_act"] = "tanh"
+    if kept_head == "MaskedLM":
+        if source.lm_act and source_config.hidden_act not in source.lm_act:
+            raise ValueError(
+                f"the source's hidden_act ({source_config.hidden_act!r}) must be 'gelu', which its language model's "
+                "head always uses: convert without that head (head='Model')."
+            )
+        if not source_config.tie_word_embeddings:
+            fixed["tie_word_embeddings"] = False
+    return fixed
+
+
+def default_fields(variant: Variant, source_config: PreTrainedConfig, tokenizer: Any, own: set[str]) -> dict[str, Any]:
+    """Choices of the source that the caller may change."""
+    values = {name: getattr(source_config, name) for name in CHOICES if hasattr(source_config, name)}
+    if "sep_token_id" in own:
+        of_tokenizer = getattr(tokenizer, "sep_token_id", None)
+        values["sep_token_id"] = getattr(source_config, "sep_token_id", None) or of_tokenizer
+    if issubclass(variant.config_class, KernelConfig) or not variant.attention:
+        values.pop("attention_probs_dropout_prob", None)  # there is no matrix to drop from
+    return values
+
+
+def block_fields(
+    variant: Variant, own: set[str], block_tables: Sequence[Tensor] | None, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fields that follow from the caller's tables of random blocks."""
+    if block_tables is None:
+        return {}
+    if "random_blocks" not in own:
+        raise ValueError(f"block_tables are the stored random blocks of 'big_bird': {variant.model_type} has none.")
+    if fields["random_blocks"] != "stored":
+        raise ValueError(f"random_blocks ({fields['random_blocks']!r}) must be 'stored' to take block_tables.")
+    return {"num_random_blocks": block_tables[0].shape[-1]}
+
+
+def reads_blocks(config: PreTrainedConfig, variant: str, fields: Mapping[str, Any]) -> bool:
+    """Can the model be made to read what the source reads in eval mode, and is it not told to read anything else?"""
+    sparse = config.model_type == variant == "big_bird" and config.attention_type == "block_sparse"
+    return sparse and not fields.keys() & BLOCK_FIELDS and fields.get("random_blocks", "stored") == "stored"

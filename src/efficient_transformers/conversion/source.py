@@ -1,0 +1,123 @@
+"""Reading and checking a source: its config, head, model and tokenizer."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from ..models.base_configuration import TEXT_HEADS
+from ..registry import Variant
+from .report import Report
+from .rules import SOURCES
+
+
+def read_config(source: str | Path) -> PreTrainedConfig:
+    values, _ = PreTrainedConfig.get_config_dict(source, local_files_only=Path(source).is_dir())
+    check_type(values.get("model_type"))
+    return AutoConfig.from_pretrained(source, local_files_only=Path(source).is_dir())
+
+
+def check_type(model_type: Any) -> None:
+    if model_type not in SOURCES:
+        raise ValueError(f"the source's model_type ({model_type!r}) must be one of {', '.join(SOURCES)}.")
+
+
+def check_source(config: PreTrainedConfig) -> None:
+    """Refuse what no variant computes."""
+    check_type(config.model_type)
+    for name in ("is_decoder", "add_cross_attention"):
+        if getattr(config, name, False):
+            raise ValueError(f"the source has {name}=True: only encoders can be converted.")
+    kind = getattr(config, "position_embedding_type", None) or "absolute"
+    if kind != "absolute":
+        raise ValueError(
+            f"the source's position_embedding_type ({kind!r}) must be 'absolute': no variant has weights for another."
+        )
+    if SOURCES[config.model_type].offset_positions and config.pad_token_id is None:
+        raise ValueError("the source's pad_token_id (None) must be a number: its positions are counted from there.")
+
+
+def stem(config: PreTrainedConfig) -> str:
+    return type(config).__name__.removesuffix("Config")
+
+
+def head_of(source: str | Path | PreTrainedModel, config: PreTrainedConfig) -> str | None:
+    """The source's head under our name, or what its class is called if it has no counterpart; None: the bare body."""
+    if isinstance(source, PreTrainedModel):
+        known = (c.__name__ for c in type(source).__mro__ if c.__module__.startswith("transformers."))
+        class_name = next(known)
+    else:
+        class_name = (config.architectures or [f"{stem(config)}Model"])[0]
+    suffix = class_name.removeprefix(stem(config))
+    return {"Model": None, "ForPreTraining": "MaskedLM"}.get(suffix, suffix.removeprefix("For"))
+
+
+def choose_head(head: str | None, source_head: str | None, variant: Variant) -> str | None:
+    wanted = source_head if head is None else None if head == "Model" else head
+    known = [name for name in variant.heads if name in TEXT_HEADS]
+    if wanted is not None and wanted not in known:
+        whose = "the source's" if head is None else "the"
+        raise ValueError(
+            f"{whose} head ({wanted!r}) must be one of {', '.join(known)} to become {variant.model_type}: "
+            "name one of them, or 'Model' for the bare body."
+        )
+    return wanted
+
+
+def name_of(source: str | Path | PreTrainedModel) -> str:
+    """What the source may be called in public: no path of this machine."""
+    if isinstance(source, PreTrainedModel):
+        return type(source).__name__
+    return Path(source).resolve().name if Path(source).is_dir() else str(source)
+
+
+@contextmanager
+def quiet():
+    """transformers warns of weights without a place; the report names them."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def load_source(
+    source: str | Path | PreTrainedModel, config: PreTrainedConfig, head: str | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The source as a model of transformers with the wanted head, and what its files lacked or had too much of.
+
+    The wanted head and not the saved one: `bert-base-uncased` is saved as a masked language model and holds the
+    pooler that a classifier begins with.
+    """
+    if isinstance(source, PreTrainedModel):
+        return source, {}
+    model_class = getattr(transformers, f"{stem(config)}For{head}" if head else f"{stem(config)}Model")
+    with quiet():
+        return model_class.from_pretrained(
+            source,
+            dtype="auto",
+            use_safetensors=True,
+            local_files_only=Path(source).is_dir(),
+            ignore_mismatched_sizes=True,  # reported among the missing ones
+            output_loading_info=True,
+        )
+
+
+def read_tokenizer(source: str | Path, report: Report) -> Any:
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir())
+    except (OSError, ValueError, ImportError) as error:
+        report.notes.append(f"no tokenizer: {type(error).__name__} while reading the source's")
+        return None
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # what transformers makes of no files at all
+        report.notes.append("no tokenizer: the source has none")
+        return None
+    # sentence-transformers store the length they cut and pad to in tokenizer.json; it ends with the old positions
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        backend.no_truncation()
+        backend.no_padding()
+    return tokenizer

@@ -1,0 +1,71 @@
+"""Embeddings of words or patches, positions and token types, and learned tokens before every sequence."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .base_configuration import EtConfig
+from .base_images import PatchEmbeddings
+from .base_mixer import OwnValues
+from .ops_rotary import rotary_angles
+
+
+def sinusoidal_embedding(positions: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Vaswani et al. 2017, section 3.5, sines in the first half and cosines in the second: (b, n) -> (b, n, size).
+
+    The paper interleaves the two, which is a permutation of the features.
+    """
+    cos, sin = rotary_angles(positions, size, 10000.0, dtype)
+    return torch.cat([sin, cos], -1).squeeze(2)
+
+
+class EtEmbeddings(OwnValues):
+    """Words or patches of images, positions and token types, summed; normalised behind if the blocks are."""
+
+    position_axes: ClassVar = {"position_embeddings.weight": (0,)}
+
+    def __init__(self, config: EtConfig):
+        super().__init__()
+        self.config = config
+        if config.image_size is None:
+            # a padding index would freeze one row; padding is masked, so no row needs to be
+            self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        else:
+            sizes = config.image_size, config.patch_size, config.num_channels, config.hidden_size
+            self.patch_embeddings = PatchEmbeddings(*sizes)
+        if config.position_embedding_type == "learned":
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.type_vocab_size:
+            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        if not config.norm_first:
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if getattr(config, "embedding_projection", False):
+            self.projection = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, inputs_embeds: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
+        hidden = inputs_embeds
+        if self.config.type_vocab_size:
+            types = torch.zeros_like(positions) if token_types is None else token_types
+            hidden = hidden + self.token_type_embeddings(types)
+        if self.config.position_embedding_type == "learned":
+            hidden = hidden + self.position_embeddings(positions)
+        elif self.config.position_embedding_type == "sinusoidal":
+            hidden = hidden + sinusoidal_embedding(positions, self.config.hidden_size, hidden.dtype)
+        if not self.config.norm_first:
+            hidden = self.norm(hidden)
+        if getattr(self.config, "embedding_projection", False):
+            hidden = self.projection(hidden)
+        return self.dropout(hidden)
+
+
+class ExternalTokens(nn.Module):
+    """Learned embeddings before every sequence, removed from the output: (…, n, e) -> (…, count + n, e)."""
+
+    def __init__(self, count: int, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, hidden_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.cat([self.weight.to(hidden.dtype).expand(*hidden.shape[:-2], -1, -1), hidden], -2)
