@@ -28,8 +28,6 @@ from ..engine.scoring import Scorer
 from ..engine.task import Source, Task
 from ..settings import InputError
 
-CASE_TAGS = ("B-NAME", "I-NAME", "O", "START")
-
 
 @dataclass
 class TagSettings(TextSettings):
