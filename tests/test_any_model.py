@@ -20,9 +20,11 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache, masking_utils
 
 from efficient_transformers import set_attention
-from efficient_transformers.any_model import masks
+from efficient_transformers.any_model import attention, masks
 from efficient_transformers.any_model.rules import parse_rule
 from efficient_transformers.models import attn_pattern_tiled
+from efficient_transformers.models.attn_pattern_blocked import blocked_attention
+from efficient_transformers.models.ops_engine import BatchRows
 
 SIZES = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -373,6 +375,52 @@ def test_a_softcapped_model_gets_its_rule_as_a_mask(warnings):
     set_attention(model, "local:8")
     torch.testing.assert_close(model(ids).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
     assert "softcap" in warnings.messages[0]
+
+
+# --- graphs
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("rule", ["local:8 | global:2", None])
+@pytest.mark.parametrize("kind", ["bert", "llama", "mistral"])
+def test_a_compiled_model_gives_the_same(kind, rule):
+    model = model_of(kind, sliding_window=8)
+    ids, keep = torch.randint(3, 99, (2, 40)), torch.ones(2, 40, dtype=torch.bool)
+    keep[0, -9:] = False
+    positions = torch.cat([torch.arange(15), torch.arange(25)]).expand(2, -1)  # packed, in the decoders
+    packed = {"position_ids": positions, "use_cache": False} if kind != "bert" else {}
+    model.set_attn_implementation("efficient")
+    if rule is not None:
+        set_attention(model, rule)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        if kind == "mistral" and rule is not None:  # its own windows are in the mask
+            with pytest.raises(Exception, match="windows of its own"):
+                compiled(ids, attention_mask=keep.long())
+            return
+        for inputs in ({"attention_mask": keep.long()}, packed):
+            torch._dynamo.reset()
+            real = keep if "attention_mask" in inputs else torch.ones_like(keep)
+            expected, actual = (run(ids, **inputs).last_hidden_state[real] for run in (model, compiled))
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["local:8 | global:2:3", "stride:4:3", "local:4 | random:2:16"])
+def test_engines_of_other_devices_take_the_same_rows(pattern, monkeypatch):
+    """The masks that they need are made on the CPU here, where they are compared with the tiled engine."""
+    q, k, v = (torch.randn(2, heads, 70, 8) for heads in (4, 2, 2))
+    rule, lengths = parse_rule(pattern).heads[0], (70, 41)
+    expected = attention.pattern_attention(q, k, v, lengths, rule, 0.0)
+    given = attention.batch_rows(lengths, rule, q.to("meta"))
+    assert given.keep is not None
+    position = torch.arange(70)
+    keep = position < torch.tensor(lengths)[:, None]
+    marked = keep & (position >= torch.tensor(lengths)[:, None] - rule.last) if rule.last else None
+    assert (given.global_mask is None) == (marked is None)
+    rows = BatchRows(keep=keep, global_mask=marked)
+    monkeypatch.setattr(attention, "batch_rows", lambda *_: rows)
+    monkeypatch.setattr(attention, "engine", lambda *args, implementation, **kw: blocked_attention(*args, **kw))
+    torch.testing.assert_close(attention.pattern_attention(q, k, v, lengths, rule, 0.0), expected, atol=1e-5, rtol=1e-5)
 
 
 # --- where a rule is stored

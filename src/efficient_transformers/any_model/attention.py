@@ -17,7 +17,9 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.utils import logging
 
 from ..models.attn_linear import causal_linear_attention, linear_attention
-from ..models.attn_pattern_tiled import tiled_attention
+from ..models.attn_pattern import dense_mask
+from ..models.attn_pattern import pattern_attention as engine
+from ..models.attn_pattern_flex import SMALLEST_HEAD
 from ..models.ops_engine import BatchRows
 from ..models.ops_feature_maps import FEATURE_MAPS, FeatureMap, gaussian_projection, orthogonal_projection
 from ..models.ops_patterns import AttentionPattern
@@ -178,14 +180,27 @@ def pattern_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], rule: HeadRule, dropout: float
 ) -> Tensor:
     """Softmax attention over a pattern, (b, h, n, d); queries share the keys of their group without a copy of these."""
-    last = [rule.last_tokens(length) for length in lengths] if rule.last else None
-    rows = BatchRows(lengths=lengths, global_tokens=last)
+    rows = batch_rows(lengths, rule, q)
+    kernel = q.device.type == "cuda" and q.shape[-1] >= SMALLEST_HEAD and not rule.pattern.is_full
+    implementation = "flex_attention" if kernel else "sdpa"
+    attend = partial(engine, pattern=rule.pattern, rows=rows, dropout=dropout, implementation=implementation)
     if not rule.pattern.num_random_blocks and k.shape[1] < q.shape[1]:
         groups = q.unflatten(1, (k.shape[1], -1)).unbind(2)
-        parts = [tiled_attention(group, k, v, rule.pattern, rows, dropout) for group in groups]
+        parts = [attend(group, k, v) for group in groups]
         return torch.stack([part.transpose(1, 2) for part in parts], 3).flatten(2, 3).transpose(1, 2)
     k, v = (repeat_kv(x, q.shape[1] // x.shape[1]) for x in (k, v))  # blocks are drawn for each head
-    return tiled_attention(q, k, v, rule.pattern, rows, dropout)
+    return attend(q, k, v)
+
+
+def batch_rows(lengths: Sequence[int], rule: HeadRule, q: Tensor) -> BatchRows:
+    """The facts about rows, as numbers for the tiled engine and as masks for those of other devices."""
+    last = [rule.last_tokens(length) for length in lengths] if rule.last else None
+    if q.device.type == "cpu":
+        return BatchRows(lengths=lengths, global_tokens=last)
+    position, count = torch.arange(q.shape[2], device=q.device), torch.tensor(lengths, device=q.device)[:, None]
+    keep = None if min(lengths) == q.shape[2] else position < count
+    marked = (position < count) & (position >= count - rule.last) if rule.last else None
+    return BatchRows(keep=keep, lengths=lengths, global_mask=marked, global_tokens=last)
 
 
 def by_chunks(call: Call, asked: MaskRule) -> Tensor:
@@ -280,9 +295,13 @@ def dense_rule(call: Call, rule: Rule) -> Tensor:
 def rule_mask(rule: Rule, num_heads: int, queries: Tensor, keys: Tensor) -> Tensor:
     """The rule as a mask (b, 1 or h, q, k) between positions (b, q) and (b, k), -1 at padding."""
     i, j = queries[:, None, :, None], keys[:, None, None, :]
-    lengths = (keys.amax(1) + 1).clamp(min=1)
-    groups = rule.groups(num_heads)
-    masks = [allowed_pairs(head_rule, len(heads), i, j, lengths) for head_rule, heads in groups]
+    length = (j.amax(-1, keepdim=True) + 1).clamp(min=1)
+    groups, masks = rule.groups(num_heads), []
+    for head_rule, heads in groups:
+        allowed = dense_mask(head_rule.pattern, len(heads), queries, keys)
+        if head_rule.last:
+            allowed = allowed | (i >= length - head_rule.last) | (j >= length - head_rule.last)
+        masks.append(allowed)
     if len(masks) == 1:
         return masks[0] & (j >= 0)
     order = torch.tensor([head for _, heads in groups for head in heads], device=i.device).argsort()
@@ -309,24 +328,13 @@ def positions(call: Call, rule: Rule) -> tuple[Tensor, Tensor]:
         return index[:, keys - queries :], index
     allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     real = allowed.any(2).any(1)
-    number = (real.cumsum(1) - 1).masked_fill(~real, -1)
+    number = real.cumsum(1)
+    if queries == keys:  # a document starts where a real token does not attend to the one before it
+        hidden = ~allowed.any(1).diagonal(-1, 1, 2) & real[:, 1:] & real[:, :-1]
+        starts = F.pad(hidden, (1, 0)) * (number - 1)
+        number = number - starts.cummax(1).values
+    number = (number - 1).masked_fill(~real, -1)
     return number[:, keys - queries :], number
-
-
-def allowed_pairs(rule: HeadRule, num_heads: int, i: Tensor, j: Tensor, lengths: Tensor) -> Tensor:
-    """May query i attend to key j? (b, h or 1, q, k) from positions (b, 1, q, 1) and (b, 1, 1, k); `lengths` (b,)."""
-    pattern, length = rule.pattern, lengths[:, None, None, None]
-    if pattern.num_random_blocks:  # as many blocks for each row as its own length has
-        size, rows = pattern.block_size, torch.arange(len(lengths), device=i.device)[:, None, None, None]
-        count = -(-int(lengths.max()) // size)
-        blocks = pattern.random_blocks(num_heads, count, (lengths + size - 1) // size).flatten(0, 1)
-        head = torch.arange(num_heads, device=i.device)[:, None, None]
-        allowed = pattern.allows(rows * num_heads + head, i, j, length, blocks)
-    else:
-        allowed = pattern.allows(torch.zeros((), dtype=torch.long, device=i.device), i, j, length)
-    if rule.last:
-        allowed = allowed | (i >= length - rule.last) | (j >= length - rule.last)
-    return allowed
 
 
 # --- kernel mixers

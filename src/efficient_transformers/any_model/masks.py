@@ -259,6 +259,11 @@ def efficient_mask(
     configured = getattr(config, "efficient_attention", None) is not None
     plain = sdpa_mask if has_sdpa(type(config)) else eager_mask
     if is_traced():
+        if configured and kwargs.get("local_size") is not None:  # the mask alone cannot say what its window hides
+            raise ValueError(
+                "a rule of set_attention in a model with windows of its own cannot be compiled or exported: run the "
+                "model without torch.compile, or restore its windows by set_attention(model, None)."
+            )
         skip = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False} if configured else {}
         return plain(**{**arguments, **skip})
     # Gemma 3n and 4 cut queries off a mask; None would then be read as causal from the first of those that are left.
