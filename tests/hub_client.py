@@ -22,6 +22,7 @@ import torch
 import transformers
 from huggingface_hub import HfApi, HfFileSystem, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors.torch import save_file
 
 torch.set_num_threads(1)
 TOKENIZER = Path(__file__).parents[1] / "data" / "tokenizer"
@@ -182,19 +183,19 @@ def refusals() -> str:
     save_run(Path("bare"), license=None, results=[])
     Path("bare/model.safetensors").unlink()
     code, out = command("push", "bare", "tester/bare")
-    assert code == 1
+    assert code == 2
     for said in ("no weights", "names no licence", "has no results"):
         assert said in out, out
-    assert command("push", "bare", "tester/bare", "--dry-run")[0] == 1
-    Path("era-linear/notes.md").write_text(f"export HF_TOKEN={os.environ['HF_TOKEN']}\n")
+    assert command("push", "bare", "tester/bare", "--dry-run")[0] == 2
+    Path("era-linear/metrics.json").write_text(json.dumps({"token": os.environ["HF_TOKEN"]}))
     code, leak = command("push", "era-linear", "tester/era-linear")
-    Path("era-linear/notes.md").unlink()
-    assert code == 1
-    assert "notes.md holds your token" in leak
+    Path("era-linear/metrics.json").unlink()
+    assert code == 2
+    assert "metrics.json holds your token" in leak
     token = os.environ.pop("HF_TOKEN")
     code, unknown = command("push", "era-linear", "tester/era-linear")
     os.environ["HF_TOKEN"] = token
-    assert code == 1
+    assert code == 2
     assert "there is no token" in unknown
     assert not HfApi().repo_exists("tester/bare")
     assert not HfApi().repo_exists("tester/era-linear")
@@ -205,13 +206,13 @@ def refusals() -> str:
 def broken_off_and_pushed_again() -> str:
     """The second call uploads the files that the first one did not get through, and no others."""
     api, folder = HfApi(), Path("era-linear")
-    (folder / "metrics.bin").write_bytes(b"a second large file")
+    save_file({"a": torch.zeros(3)}, folder / "adapter_model.safetensors")  # a second large file
     let_through(1)
     try:
         code, out = command("push", str(folder), "tester/era-linear")
     finally:
         let_through(1)
-    assert code == 1, out
+    assert code == 2, out
     assert api.list_repo_files("tester/era-linear") == []  # nobody sees half of it
     code, out = command("push", str(folder), "tester/era-linear", "--tag", "v1", "--collection", "The zoo")
     let_through(10**6)
@@ -236,19 +237,19 @@ def pushed_to_a_branch() -> None:
     api, folder = HfApi(), Path("era-linear")
     before = api.model_info("tester/era-linear").sha
     weights = folder / "model.safetensors"
-    weights.rename(folder / "renamed.safetensors")
+    weights.rename(folder / "model-00001-of-00001.safetensors")
     code, out = command("push", str(folder), "tester/era-linear", "--revision", "next", "--tag", "v1")
-    assert code == 1
+    assert code == 2
     assert "'v1' of tester/era-linear is of another commit" in out
     files = api.list_repo_files("tester/era-linear", revision="next")
-    assert "renamed.safetensors" in files
+    assert "model-00001-of-00001.safetensors" in files
     assert "model.safetensors" not in files
     assert api.model_info("tester/era-linear").sha == before
     code, out = command("push", str(folder), "tester/era-open", "--public")
     assert code == 0, out
     assert not api.model_info("tester/era-open").private
     code, out = command("push", str(folder), "tester/era-open")
-    assert code == 1
+    assert code == 2
     assert "public already" in out
 
 

@@ -483,13 +483,13 @@ def test_command_line_end_to_end(bert_folder, tmp_path, capsys):
 
 def test_command_line_says_errors_in_one_line(bert_folder, tmp_path, capsys):
     arguments = ["convert", str(bert_folder), "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--to", "lokal"]) == 1
+    assert main([*arguments, "--to", "lokal"]) == 2
     assert capsys.readouterr().err.startswith("error: variant ('lokal') must be one of full, local")
-    assert main([*arguments, "--to", "local", "window_size"]) == 1
+    assert main([*arguments, "--to", "local", "window_size"]) == 2
     assert capsys.readouterr().err == "error: 'window_size' must have the form field=value.\n"
-    assert main([*arguments, "--to", "local", "block_tables=[]"]) == 1
+    assert main([*arguments, "--to", "local", "block_tables=[]"]) == 2
     assert "block_tables" in capsys.readouterr().err
-    assert main(["convert", str(tmp_path / "none"), "--to", "local", "--out", str(tmp_path / "out")]) == 1
+    assert main(["convert", str(tmp_path / "none"), "--to", "local", "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit, match="2"):

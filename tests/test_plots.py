@@ -179,10 +179,10 @@ def test_the_commands_write_pictures(tmp_path, capsys, monkeypatch):
     assert cli.main(["plot", "pattern", "local", "--length", "16", "--out", str(stem), "window_size=2"]) == 0
     assert stem.with_name("v1.2.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in stem.with_name("v1.2.svg").read_text()
-    assert cli.main(["plot", "pattern", "lcoal"]) == 1
+    assert cli.main(["plot", "pattern", "lcoal"]) == 2
     assert "variant ('lcoal') must be one of full, local" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert cli.main(["plot", "pattern", "local", "--length", "16", "--out", str(stem)]) == 1
+    assert cli.main(["plot", "pattern", "local", "--length", "16", "--out", str(stem)]) == 2
     assert "pip install 'efficient-transformers[plots]'" in capsys.readouterr().err
 
 

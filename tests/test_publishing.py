@@ -245,10 +245,10 @@ def test_an_export_overwrites_nothing(published, tmp_path, capsys):
     for folder, out, said in (
         (published, tmp_path, "is not an empty folder"),
         (published, published / "out", "lies within"),
-        (tmp_path, tmp_path / "out", "there is no config.json"),
+        (tmp_path, tmp_path / "out", "config.json is not there"),
         (tmp_path / "nowhere", tmp_path / "out", "There is no folder"),
     ):
-        assert main(["export", str(folder), str(out)]) == 1
+        assert main(["export", str(folder), str(out)]) == 2
         assert said in capsys.readouterr().err
 
 
@@ -337,15 +337,16 @@ def test_describe_gives_costs_at_a_length(published, capsys, tmp_path):
     assert "era accuracy" in said
     assert main(["describe", "linear", "hidden_size=8", "num_attention_heads=2", "--cards", str(tmp_path)]) == 0
     assert "hidden size 8, 2 heads and 4,096 positions" in capsys.readouterr().out
-    assert main(["describe", "linear", "--length", "0"]) == 1
-    assert "--length (0) must be at least 1" in capsys.readouterr().err
+    assert main(["describe", "linear", "--length", "0"]) == 2
+    assert "--length (0) must lie between 1 and" in capsys.readouterr().err
 
 
 def test_what_training_keeps_for_itself_is_not_pushed(published, tmp_path):
-    for name in ("checkpoints/step-1/optimizer.bin", "runs/events", "half.partial", "a/.cache/b", "model.safetensors"):
+    for name in ("checkpoints/step-1/optimizer.bin", "runs/events", "half.partial", "a/.cache/b"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
+    save_file({"b": torch.zeros(1)}, tmp_path / "model.safetensors")
     assert [file.path for file in public_files(tmp_path)] == ["model.safetensors"]
     with pytest.raises(ValueError, match="There is no folder"):
         public_files(tmp_path / "nowhere")

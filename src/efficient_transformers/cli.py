@@ -1,30 +1,36 @@
 """The command line `efficient-transformers`; `--help` shows its commands."""
 
 import argparse
+import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from .any_model.report import attention_report
 from .cards import costs_of, description_of, measured
 from .conversion import SOURCES, convert
 from .costs import costs_table
-from .exporting import export, public_files
+from .exporting import export, public_file, select_files
+from .folders import check_folder
 from .models.base_configuration import EtConfig
 from .publishing import missing_for_push, push, staged
 from .registry import VARIANTS, variant_of
 
+# longest input of `describe`, in tokens: the arithmetic of a pattern is counted tile by tile
+LONGEST = 2**20
 # columns of `list`, from cards.measured, and how their numbers are written
 MEASURED = {"parameters": ",", "era accuracy": ".3f", "nats/byte": ".3f", "tokens/s": ",.0f"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 1 with one line on stderr for bad input."""
+    """Run one command and return its exit code: 2 with one line on stderr for bad input, as argparse does."""
     top = parser()
     # argparse reads positional arguments in one place only; the fields may stand behind any option
     options, rest = top.parse_known_args(arguments)
@@ -33,9 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.fields = dict(map(assignment, [*getattr(options, "fields", ()), *rest]))
         options.run(options)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, StrictDataclassError) as error:
+        if options.debug:
+            raise
+        if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+            error = error.__cause__  # without the name of the validator
         print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 
@@ -43,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="efficient-transformers", description="A model zoo of efficient self-attention for long documents."
     )
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(required=True, metavar="command")
 
     cards = Path("model_cards") if Path("model_cards").is_dir() else Path(__file__).parents[2] / "model_cards"
@@ -124,7 +135,7 @@ def add_plot(commands: Any) -> None:
     command.add_argument("--length", type=int, metavar="N", help="tokens; 64, of a checkpoint 256")
     command.add_argument("--text", help="what the model reads; a paragraph of 1863 if not given")
     command.add_argument("--layer", type=int, metavar="L", help="from 0; the first one, and others that differ")
-    command.add_argument("--heads", type=int, default=4, metavar="H", help="most panels")
+    command.add_argument("--heads", type=int, default=4, metavar="H", help="panels at most")
     command.add_argument("--seed", type=int, default=0, help="of the weights of a variant")
     command.add_argument("--out", type=Path, metavar="STEM", help="STEM.png and STEM.svg; the name if not given")
     command.add_argument("fields", nargs="*", metavar="field=value", help="of the variant's config")
@@ -146,6 +157,16 @@ def assignment(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def check_fields(names: Iterable[str], config_class: type[EtConfig]) -> None:
+    """Raise ValueError for a name that is no field of the config."""
+    known = [field.name for field in dataclasses.fields(config_class)]
+    for name in names:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(known))}."
+            raise ValueError(f"{config_class.__name__} has no field {name!r}: {hint}")
+
+
 def run_list(options: argparse.Namespace) -> None:
     rows = [("variant", "what it is", "paper", "cost", "causal", *MEASURED)]
     for v in VARIANTS.values():
@@ -163,13 +184,15 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 
 def run_describe(options: argparse.Namespace) -> None:
     variant, folder = VARIANTS[options.variant], options.cards / f"{options.variant}-era"
-    if options.length < 1:
-        raise ValueError(f"--length ({options.length}) must be at least 1 token.")
+    if not 1 <= options.length <= LONGEST:
+        raise ValueError(f"--length ({options.length:,}) must lie between 1 and {LONGEST:,} tokens.")
+    check_fields(options.fields, variant.config_class)
     fields = {"max_position_embeddings": options.length, **options.fields}
     if (folder / "config.json").exists():  # that of the zoo, made longer or shorter
-        config: EtConfig = variant.config_class.from_pretrained(folder, **fields)  # type: ignore[assignment]
-    else:
-        config = variant.config_class(**fields)
+        saved = variant.config_class.from_pretrained(folder)
+        own = {field.name for field in dataclasses.fields(variant.config_class)}
+        fields = {**{name: value for name, value in saved.to_dict().items() if name in own}, **fields}
+    config = variant.config_class(**fields)
     with torch.device("meta"):
         model = variant.model_class()(config)
     print(description_of(model, inline="$"))
@@ -188,13 +211,23 @@ def run_convert(options: argparse.Namespace) -> None:
         raise ValueError(f"{name!r} is not a field of a config: see --help for its option.")
     transformers.logging.disable_progress_bar()
     torch.manual_seed(options.seed)
-    conversion = convert(
-        options.source,
-        options.to,
-        head=options.head,
-        positions=options.positions,
-        **{"max_position_embeddings": options.max_position_embeddings, **options.fields},
-    )
+    if is_local := Path(options.source).is_dir():
+        check_folder(options.source)
+    try:
+        conversion = convert(
+            options.source,
+            options.to,
+            head=options.head,
+            positions=options.positions,
+            **{"max_position_embeddings": options.max_position_embeddings, **options.fields},
+        )
+    except OSError as error:
+        if is_local:
+            raise
+        raise ValueError(
+            f"source ({options.source!r}) is no folder, and no model of that name could be loaded from the Hub: check "
+            f"the name, the network and HF_HUB_OFFLINE ({error})"
+        ) from error
     conversion.save(options.out)
     print(conversion.report)
     print(f"saved in {options.out}")
@@ -215,6 +248,8 @@ def run_attention(options: argparse.Namespace) -> None:
 def run_plot_pattern(options: argparse.Namespace) -> None:
     from . import plots
 
+    if options.heads < 1:
+        raise ValueError(f"--heads ({options.heads}) must be at least 1 panel.")
     model, ids = plots.load_model(options.source, options.length, options.text, options.seed, options.fields)
     title = variant_of(model.config).title
     matrices = plots.read_matrices(model, ids, options.layer)
@@ -236,17 +271,24 @@ def run_export(options: argparse.Namespace) -> None:
 
 
 def run_push(options: argparse.Namespace) -> None:
-    if options.dry_run:
-        with staged(options.folder, options.repo_id) as upload:
-            files = public_files(upload)
-        for file in files:
-            print(f"{file.size:>13,}  {'LFS' if file.is_large else '   '}  {file.path}")
-        print(f"{sum(file.size for file in files):>13,}  bytes in {len(files)} files to {options.repo_id}")
-        if missing := missing_for_push(options.folder):
-            raise ValueError(f"it would not be pushed: {'; '.join(missing)}.")
-        return
-    chosen = {name: getattr(options, name) for name in ("public", "revision", "tag", "collection")}
-    print(push(options.folder, options.repo_id, **chosen))
+    show_upload(options.folder, options.repo_id)
+    if not options.dry_run:
+        chosen = {name: getattr(options, name) for name in ("public", "revision", "tag", "collection")}
+        print(push(options.folder, options.repo_id, **chosen))
+    elif missing := missing_for_push(options.folder):
+        raise ValueError(f"it would not be pushed: {'; '.join(missing)}.")
+
+
+def show_upload(folder: str, repo_id: str) -> None:
+    """Print every file that a push uploads, and every file that it leaves out with the reason."""
+    with staged(folder, repo_id) as upload:
+        names = (path.relative_to(upload).as_posix() for path in sorted(upload.rglob("*")) if path.is_file())
+        files = [public_file(upload, name) for name in names]
+    for file in files:
+        print(f"{file.size:>13,}  {'LFS' if file.is_large else '   '}  {file.path}")
+    print(f"{sum(file.size for file in files):>13,}  bytes in {len(files)} files to {repo_id}")
+    for name, reason in select_files(folder).left_out.items():
+        print(f"{'left out':>13}       {name} ({reason})")
 
 
 if __name__ == "__main__":

@@ -5,29 +5,40 @@ open them. What leaves the checkout gets the code on the way out, so that no cop
 """
 
 import json
+import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
+from .folders import CONFIG, INDEX, check_folder, load_card, parse_json, parse_yaml, read_json
 from .registry import VARIANTS
 
-README, CONFIG = "README.md", "config.json"
+README = "README.md"
 MODELS = Path(__file__).parent / "models"
 # configs that may name code of their own, besides the model's
 PREPARATION = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
-# what a training run keeps beside its model, and what no folder should have published
-LEFT_OUT = (
-    "checkpoints/*", "checkpoint-*/*", "runs/*", "*.partial", ".*", "*/.*", "*__pycache__/*", "*.pyc",
-    "optimizer.*", "scheduler.pt", "rng_state*", "training_args.bin", "trainer_state.json",
+# what belongs to a model; everything else in a folder stays on this machine
+PUBLISHED = (
+    README, CONFIG, "generation_config.json", "model.safetensors", "model-*.safetensors", INDEX,
+    "adapter_config.json", "adapter_model.safetensors", "model.onnx", "onnx/*.onnx", "onnx/*.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.*",
+    "preprocessor_config.json", "processor_config.json",
+    "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",  # sentence-transformers
+    "[0-9]_*/config.json", "[0-9]_*/model.safetensors",
+    "metrics.json", "settings.yaml", "pattern.png", "LICENSE", "LICENSE.*", "NOTICE",
 )  # fmt: skip
+# where a training run or transformers may name files of this machine, and what such a name looks like in a text
+WITH_PATHS = (CONFIG, "settings.yaml", "metrics.json", "tokenizer_config.json", "adapter_config.json")
+ROOTS = "home|Users|root|tmp|mnt|media|data|var|opt|srv|private|workspace|content|scratch|Volumes"
+LOCAL_PATH = re.compile(rf"(?<![\w.:/~-])/(?:{ROOTS})/[^\s\"'`<>|:,;()\[\]{{}}]+")
 # suffixes that a new repository keeps as large files (its .gitattributes), and the size above which every file is one
 LARGE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".npy", ".npz", ".parquet", ".arrow", ".gz", ".zip")
 LARGE_BYTES = 10_000_000
@@ -42,18 +53,45 @@ class PublicFile:
     is_large: bool
 
 
-def public_files(folder: str | Path) -> list[PublicFile]:
-    """The files of a folder that may leave the machine, by name. Raises ValueError if there is no such folder."""
-    root = Path(folder)
+@dataclass(frozen=True)
+class Selection:
+    """What of a folder leaves the machine, and why the rest does not: path → reason."""
+
+    files: list[PublicFile]
+    left_out: dict[str, str]
+
+
+def select_files(folder: str | Path) -> Selection:
+    """Tell the files of a folder that belong to a model (`PUBLISHED`, and code that a config names) from the others.
+
+    A link is followed only if it stays within the folder. Raises ValueError if there is no such folder.
+    """
+    root = Path(folder).resolve()
     if not root.is_dir():
         raise ValueError(f"There is no folder {folder}: name one that save_pretrained or a training run has written.")
-    files = []
+    code = {path.relative_to(root).as_posix() for path in named_code(root)}
+    files, left_out = [], {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
-        if path.is_file() and not any(fnmatch(name, pattern) for pattern in LEFT_OUT):
-            size = path.stat().st_size
-            files.append(PublicFile(name, size, size > LARGE_BYTES or path.suffix in LARGE_SUFFIXES))
-    return files
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if root not in path.resolve().parents:
+            left_out[name] = "a link out of the folder"
+        elif path.is_file() and (name in code or any(fnmatch(name, pattern) for pattern in PUBLISHED)):
+            files.append(public_file(root, name))
+        elif path.is_file():
+            left_out[name] = "not a part of a model"
+    return Selection(files, left_out)
+
+
+def public_file(root: Path, name: str) -> PublicFile:
+    size = (root / name).stat().st_size
+    return PublicFile(name, size, size > LARGE_BYTES or Path(name).suffix in LARGE_SUFFIXES)
+
+
+def public_files(folder: str | Path) -> list[PublicFile]:
+    """The files of a folder that may leave the machine, by name. Raises ValueError if there is no such folder."""
+    return select_files(folder).files
 
 
 def export(folder: str | Path, out: str | Path, *, link: bool = False) -> list[Path]:
@@ -61,26 +99,31 @@ def export(folder: str | Path, out: str | Path, *, link: bool = False) -> list[P
 
     A variant of the zoo gets the code that the package has today, whatever lay in `folder`; a model of another kind is
     copied as it is. The metadata of its card name the version and commit of the code. `link` makes symbolic links to
-    the files that do not change, instead of copies.
+    the files that do not change, instead of copies. Only files that belong to a model are written (`select_files`), and
+    absolute paths of this machine in the text files are cut to their last part.
 
-    Raises ValueError if `folder` holds no saved model, or if `out` is not empty or lies within `folder`.
+    Raises ValueError if `folder` holds no saved model, if a file cannot be read, or if `out` is not empty or lies
+    within `folder`.
     """
     root, target = Path(folder).resolve(), Path(out).resolve()
-    files = public_files(folder)
-    if CONFIG not in {file.path for file in files}:
-        raise ValueError(f"{folder} holds no saved model: there is no {CONFIG} (save the model by save_pretrained).")
+    selection = select_files(folder)
+    if CONFIG not in {file.path for file in selection.files}:
+        reason = selection.left_out.get(CONFIG, "not there: save the model by save_pretrained")
+        raise ValueError(f"{folder} holds no saved model: {CONFIG} is {reason}.")
+    check_folder(root)
     if target == root or root in target.parents:
         raise ValueError(f"{out} lies within {folder}, which is exported: name another folder.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{out} is not an empty folder: name a new one, or empty it.")
-    config = json.loads((root / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(root / CONFIG)
     ours, kept = is_variant(config), own_code(root)
-    for file in files:
+    for file in selection.files:
         source, copy = root / file.path, target / file.path
         if ours and source.suffix == ".py" and source not in kept:
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.symlink_to(source) if link else shutil.copyfile(source, copy)
+    remove_local_paths(target)
     if ours:
         write_code(config, target)
     return sorted(path for path in target.rglob("*") if path.is_file())
@@ -93,11 +136,16 @@ def is_variant(config: Mapping[str, Any]) -> bool:
 
 def own_code(root: Path) -> list[Path]:
     """The Python files of a folder that belong to its tokenizer or processor and are none of this package."""
+    return [path for path in named_code(root, PREPARATION) if not (MODELS / path.name).exists()]
+
+
+def named_code(root: Path, configs: Iterable[str] = (CONFIG, *PREPARATION)) -> list[Path]:
+    """The Python files of a folder that its configs name in `auto_map`, and those that they import."""
     named: set[str] = set()
-    for path in (root / name for name in PREPARATION):
-        if path.exists():
-            named |= code_files(json.loads(path.read_text(encoding="utf-8")))
-    found = [root / name for name in sorted(named) if (root / name).exists() and not (MODELS / name).exists()]
+    for path in (root / name for name in configs):
+        if path.is_file():
+            named |= code_files(read_json(path))
+    found = [root / name for name in sorted(named) if (root / name).is_file()]
     return [*found, *(Path(needed) for path in found for needed in get_relative_import_files(path))]
 
 
@@ -118,10 +166,40 @@ def write_code(config: dict[str, Any], target: Path) -> None:
         custom_object_save(EtImageProcessor, target)
     replace(target / CONFIG, json.dumps({**config, "auto_map": variant.config_class().auto_map}, indent=2) + "\n")
     readme = target / README
-    if readme.exists() and (card := ModelCard.load(readme)).data.to_dict():
+    if readme.exists() and (card := load_card(readme)).data.to_dict():
         for name, value in code_version().items():
             card.data[f"efficient_transformers_{name}"] = value
         replace(readme, f"{str(card).rstrip()}\n")
+
+
+def remove_local_paths(folder: Path) -> None:
+    """Cut the absolute paths of this machine in the text files of `folder` to their last part."""
+    found: set[str] = set()
+    for path in (folder / name for name in WITH_PATHS):
+        if path.is_file():
+            for text in strings(parse_yaml(path) if path.suffix == ".yaml" else parse_json(path)):
+                whole = [text] if Path(text).is_absolute() and len(Path(text).parts) > 2 else []
+                found |= {*whole, *(part for part in LOCAL_PATH.findall(text))}
+    for path in (folder / name for name in (README, *WITH_PATHS)):
+        if not path.is_file():
+            continue
+        text = before = path.read_text(encoding="utf-8")
+        for name in sorted({*found, *LOCAL_PATH.findall(text)}, key=len, reverse=True):
+            text = text.replace(name, Path(name).name)
+        if text != before:
+            replace(path, text)
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All strings in nested lists and dictionaries."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
 
 
 def replace(path: Path, text: str) -> None:

@@ -1,12 +1,19 @@
-"""What every folder with a saved model needs: a tokenizer that knows the length, and weights that load as float32."""
+"""Folders with a saved model: what each must have, and checks of folders that come from elsewhere."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import yaml
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.tokenization_utils_base import LARGE_INTEGER, PreTrainedTokenizerBase
 
 from .models.base_configuration import EtConfig
+
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 
 # arguments of `from_pretrained` and of an earlier encoding, which transformers would save with the tokenizer
 NOT_SAVED = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only")
@@ -32,8 +39,75 @@ def load_as_float32(folder: str | Path) -> None:
     transformers loads a model in the precision that its config names, and in bfloat16 weights most steps of
     fine-tuning are lost in rounding. `from_pretrained(…, dtype=torch.bfloat16)` loads the stored precision.
     """
-    path = Path(folder) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    path = Path(folder) / CONFIG
+    config = read_json(path)
     if config.get("dtype") in ("bfloat16", "float16"):
         text = json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True)  # as transformers writes it
         path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def parse_json(path: str | Path) -> Any:
+    """What a JSON file holds. Raises ValueError, which names the file and the place, if it is no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path} cannot be read as JSON ({error}): save it again, or copy the file again.") from None
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises ValueError, which names the file, if it holds anything else."""
+    value = parse_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
+    return value
+
+
+def parse_yaml(path: str | Path) -> Any:
+    """What a YAML file holds. Raises ValueError, which names the file and the place, if it is no YAML."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as YAML ({error}): correct it, or copy the file again.") from None
+
+
+def load_card(path: str | Path, **arguments: Any) -> ModelCard:
+    """A model card. Raises ValueError, which names the file, if its metadata cannot be read."""
+    try:
+        return ModelCard.load(path, **arguments)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"the metadata of its model card {path} cannot be read ({error}): correct them.") from None
+
+
+def check_weights(folder: str | Path) -> None:
+    """Raise ValueError, which names the file, unless every file of weights in `folder` is whole.
+
+    Opening reads the header and compares the size that it promises with that of the file; no tensor is loaded.
+    """
+    root = Path(folder)
+    tensors: dict[str, set[str]] = {}
+    for path in sorted(root.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors[path.name] = set(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} ({path.stat().st_size:,} bytes) is no complete safetensors file: {error}. Copy or download it "
+                "again."
+            ) from None
+    if not (root / INDEX).exists():
+        return
+    index = read_json(root / INDEX).get("weight_map")
+    if not isinstance(index, Mapping):
+        raise ValueError(f"{root / INDEX} has no weight_map: save the model again.")
+    for name, shard in index.items():
+        if name not in tensors.get(shard, ()):
+            raise ValueError(f"{root / INDEX} names {name} in {shard}, where it is not: copy that file again.")
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise ValueError, which names the file, unless the JSON, the YAML and the weights in `folder` can be read."""
+    for path in sorted(Path(folder).glob("*.json")):
+        (read_json if path.name == CONFIG else parse_json)(path)
+    for path in sorted(Path(folder).glob("*.yaml")):
+        parse_yaml(path)
+    check_weights(folder)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
+from .folders import check_folder
 from .matrices import KINDS, Matrix, read_matrices
 from .registry import VARIANTS, Variant
 
@@ -28,6 +29,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
     "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "initializer_range": 0.2,
 }  # fmt: skip
+LONGEST = 2048  # tokens of a picture, which has few more pixels
 # The beginning of the Gettysburg Address (1863). It repeats words: content-based attention finds them.
 TEXT = """Four score and seven years ago our fathers brought forth on this continent a new nation , conceived in
 liberty , and dedicated to the proposition that all men are created equal . Now we are engaged in a great
@@ -73,11 +75,14 @@ def load_model(
     source: str, length: int | None, text: str | None, seed: int = 0, changes: Mapping[str, Any] | None = None
 ) -> tuple[PreTrainedModel, Tensor]:
     """The bare model to draw and its input (1, n): of a variant, or of a checkpoint with its own tokenizer."""
+    if length is not None and not 1 <= length <= LONGEST:
+        raise ValueError(f"length ({length:,}) must lie between 1 and {LONGEST:,}: a picture has few more pixels.")
     if source in VARIANTS or not Path(source).exists():
         model = drawn_model(source, length or 64, seed, **(changes or {}))
         return model, word_ids(text or TEXT, length or 64, model.config.vocab_size)
     if changes:
         raise ValueError(f"{', '.join(changes)} cannot be changed: {source} is a checkpoint. Name a variant instead.")
+    check_folder(source)
     model = AutoModel.from_pretrained(source).eval()
     if getattr(model.config, "model_type", "").removeprefix("et_") not in VARIANTS:
         raise ValueError(f"{source} holds {model.config.model_type!r}, which is no variant of this zoo: convert it.")

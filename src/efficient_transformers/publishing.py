@@ -4,17 +4,16 @@ What is uploaded is what `export` writes. The token is that of `hf auth login` o
 sends it, and here it is only compared with the contents of the folder.
 """
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub import HfApi, get_token
 
-from .exporting import CONFIG, README, code_files, export, is_variant, public_files, replace
+from .exporting import README, code_files, export, is_variant, public_files, replace
+from .folders import CONFIG, check_folder, load_card, read_json
 
-INDEX = "model.safetensors.index.json"
 # remote files of these kinds that are not in the folder are deleted: an old model.safetensors would be loaded instead
 # of new shards
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.py")
@@ -27,26 +26,25 @@ def missing_for_push(folder: str | Path) -> list[str]:
     """
     root, names = Path(folder), {file.path for file in public_files(folder)}
     missing = []
+    try:
+        check_folder(root)
+    except ValueError as error:
+        missing.append(str(error).rstrip("."))
     if CONFIG not in names:
         missing.append(f"there is no {CONFIG} (save the model by save_pretrained)")
     else:
-        config = json.loads((root / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(root / CONFIG)
         if not is_variant(config) and (absent := sorted(code_files(config) - names)):
             missing.append(f"its code is not there: {', '.join(absent)} (save the model by save_pretrained)")
-    shards = [name for name in names if name.endswith(".safetensors")]
-    if INDEX in names:
-        listed = json.loads((root / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        if absent := sorted(set(listed) - names):
-            missing.append(f"weights that {INDEX} names are not there: {', '.join(absent)}")
-    elif not shards:
+    if not any(name.endswith(".safetensors") for name in names):
         missing.append("there are no weights (*.safetensors)")
     if README not in names:
         missing.append(f"there is no model card ({README}, which every training run writes)")
         return missing
     try:
-        card = ModelCard.load(root / README, ignore_metadata_errors=False).data
+        card = load_card(root / README, ignore_metadata_errors=False).data
     except ValueError as error:
-        missing.append(f"the metadata of its model card cannot be read ({error})")
+        missing.append(str(error).rstrip("."))
         return missing
     if not card.license:  # type: ignore[attr-defined]
         missing.append(f"the model card names no licence (a line `license: …` at the top of {README})")
@@ -130,7 +128,7 @@ def card_for(repo_id: str, path: Path) -> str:
 
     A base model of the zoo (`et-linear-mlm`) is taken to be of the same owner.
     """
-    card = ModelCard.load(path)
+    card = load_card(path)
     owner, base = repo_id.rpartition("/")[0], card.data.base_model  # type: ignore[attr-defined]
     if owner and isinstance(base, str) and base.startswith("et-"):
         card.data.base_model = f"{owner}/{base}"  # type: ignore[attr-defined]
