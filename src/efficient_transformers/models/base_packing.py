@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .ops_tracing import is_traced
-
 
 def packing_order(keep: Tensor) -> Tensor:
     """Positions of the real tokens of each row, in order, then of the padding: (b, n) bool -> (b, n) int64."""
@@ -34,16 +32,6 @@ def inverse(order: Tensor) -> Tensor:
 def pack(x: Tensor, order: Tensor) -> Tensor:
     """Reorder axis 1 of `x` (b, n, …) by `order` (b, n)."""
     return x.gather(1, order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand_as(x))
-
-
-def first_positions(x: Tensor, length: int, *axes: int) -> Tensor:
-    """The first `length` entries of `x` along each of `axes`."""
-    for axis in axes:
-        if is_traced():  # a slice would ask how a traced length compares
-            x = x.index_select(axis, torch.arange(length, device=x.device))
-        elif length < x.shape[axis]:  # of all of them a slice would have a gradient filled and copied for nothing
-            x = x.narrow(axis, 0, length)
-    return x
 
 
 def unpack(x: Tensor, order: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ at padding. As a decoder, a token reads the segments that end with it or before 
 local.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,14 +16,14 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerationMixin
 
+from .attn_compressed import causal_attention, compress
 from .attn_dense import softmax_attention
-from .attn_sinkhorn import in_blocks, real_tokens
+from .attn_sinkhorn import real_tokens
 from .base_attention import PatternAttention
 from .base_backbone import Backbone
-from .base_cache import SelectableRows, is_closed
+from .base_cache_compressed import CompressedCacheLayer
 from .base_configuration import EtConfig, PatternConfig
 from .base_heads import (
     ForCausalLM,
@@ -36,7 +35,6 @@ from .base_heads import (
     ForTokenClassification,
 )
 from .base_mixer import SequenceInfo
-from .base_packing import first_positions
 from .base_pretrained import EtPreTrainedModel
 from .ops_checks import check_at_least
 from .ops_patterns import AttentionPattern
@@ -83,108 +81,6 @@ class EtCompressedConfig(PatternConfig, EtConfig):
         if self.kind(layer) == "local":
             return [AttentionPattern(window=0, in_blocks=True, block_size=self.block_size, causal=self.is_decoder)]
         return [AttentionPattern(window=None, causal=self.is_decoder)]
-
-
-def compress(x: Tensor, weight: Tensor, factor: int, real: Tensor | None = None) -> Tensor:
-    """The convolution, (b, h, n, d) -> (b, h, s, d), with `weight` (h, κ, d, d) and `real` (b or 1, s, f) tokens."""
-    blocks = in_blocks(x, factor)  # (b, h, s, f, d)
-    blocks = (blocks if real is None else blocks * real[:, None, ..., None]).flatten(3)
-    reach = -(-weight.shape[1] // factor)  # segments that a kernel touches
-    if reach > 1:
-        before = [F.pad(blocks, (0, 0, back, 0))[:, :, : blocks.shape[2]] for back in range(reach - 1, 0, -1)]
-        blocks = torch.cat([*before, blocks], -1)
-    weight = F.pad(weight, (0, 0, 0, 0, reach * factor - weight.shape[1], 0))
-    return blocks @ weight.flatten(1, 2)
-
-
-class CompressedCacheLayer(SelectableRows, CacheLayerMixin):
-    """Compressed keys and values of whole segments, and the tokens of which the next ones will be made.
-
-    stored: (2, b, h, room, d), keys and values; row by row, `tokens // factor` segments are there.
-    pending: (2, b, h, reach·f, d), the segments that the kernel of the next one touches; zero where no token is yet.
-    tokens: real ones of each row, (b,).
-    """
-
-    is_compileable = False
-    kept = "one key and one value of each segment of tokens"
-
-    def __init__(self, factor: int, kernel: int):
-        super().__init__()
-        self.factor, self.reach = factor, -(-kernel // factor)
-        self.reset()
-
-    def reset(self) -> None:
-        self.stored: Tensor | None = None
-        self.pending: Tensor | None = None
-        self.tokens: Tensor | None = None
-        self.waiting: tuple[Tensor, Tensor, Tensor] | None = None
-        self.cumulative_length = self.count = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: memory is made by the first tokens."""
-
-    def update(self, keys: Tensor, values: Tensor, positions: Tensor, *args, **kwargs) -> None:  # type: ignore[override]
-        """Add keys and values (b, h, n, d) of tokens at `positions` (b, n), -1 at none."""
-        self.waiting = keys, values, positions  # compressed when they are read: training does not read them
-        self.cumulative_length += positions.shape[1]
-
-    def write(self, rule: Callable[[Tensor], Tensor]) -> None:
-        """Compress what is waiting by `rule`, (2, b, h, n, d) -> (2, b, h, s, d), as far as it fills segments."""
-        if self.waiting is None:
-            return
-        (keys, values, positions), self.waiting = self.waiting, None
-        pair, size = torch.stack([keys, values]), self.factor
-        if self.pending is None or self.tokens is None:
-            self.pending = pair.new_zeros(*pair.shape[:3], self.reach * size, pair.shape[4])
-            self.tokens = positions.new_zeros(len(positions))
-        start, tokens = self.tokens // size, torch.maximum(self.tokens, positions.amax(1) + 1)
-        blocks = int((tokens - start * size).max()) // size + 1
-        laid_out = F.pad(self.pending, (0, 0, 0, blocks * size))  # row by row, from `reach - 1` segments before `start`
-        row, column = (positions >= 0).nonzero(as_tuple=True)
-        place = positions[row, column] - (start[row] - self.reach + 1) * size
-        laid_out[:, row, :, place] = pair[:, row, :, column]
-        done = tokens // size - start  # segments of each row that are full now
-        self.count = max(self.count, int((tokens // size).max()))
-        if bool(done.any()):
-            row, number = (torch.arange(blocks, device=done.device) < done[:, None]).nonzero(as_tuple=True)
-            stored = self.make_room(pair)
-            stored[:, row, :, start[row] + number] = rule(laid_out)[:, row, :, number + self.reach - 1]
-        kept = done[:, None] * size + torch.arange(self.reach * size, device=done.device)
-        index = kept[None, :, None, :, None].expand(*pair.shape[:3], -1, pair.shape[4])
-        self.pending, self.tokens = laid_out.gather(3, index), tokens
-
-    def make_room(self, like: Tensor) -> Tensor:
-        """`stored` with room for `count` segments, that may be written to."""
-        old = self.stored
-        if old is None or old.shape[3] < self.count or torch.is_grad_enabled() or is_closed(old):
-            self.stored = like.new_zeros(*like.shape[:3], self.count + self.count // 4 + 16, like.shape[4])
-            if old is not None:
-                self.stored[:, :, :, : old.shape[3]] = old[:, :, :, : self.stored.shape[3]]
-        assert self.stored is not None
-        return self.stored
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included."""
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    @property
-    def num_rows(self) -> int:
-        some = self.tokens if self.waiting is None else self.waiting[2]
-        return 0 if some is None else len(some)
-
-    def select(self, rows: Tensor) -> None:
-        if self.waiting is not None:
-            self.waiting = tuple(x.index_select(0, rows.to(x.device)) for x in self.waiting)  # type: ignore[assignment]
-        if self.tokens is not None:
-            rows = rows.to(self.tokens.device)
-            self.tokens = self.tokens[rows]
-            self.stored, self.pending = (x if x is None else x[:, rows] for x in (self.stored, self.pending))
 
 
 class EtCompressedAttention(PatternAttention):
@@ -269,27 +165,6 @@ class EtCompressedAttention(PatternAttention):
         share = there.to(reads.dtype) / count.clamp(min=1)[:, None]
         weights = reads @ share.transpose(1, 2)[:, None]
         return F.dropout(weights @ stands_in.to(v.dtype), dropout) @ v, weights
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, factor: int, dropout: float) -> Tensor:
-    """Queries (b, h, n, d) over the segments (b, h, s, d) that end with them or before; zeros where there is none.
-
-    From the first whole segment on, every `factor`-th query reads one segment more than the one before it: ordinary
-    causal attention, and so with each remainder. The paper does not say what the tokens before that read.
-    """
-    batch, heads, length, dim = q.shape
-    count, skipped = k.shape[2], factor - 1
-    rows = q.transpose(1, 2)  # (b, n, h, d), as it lies in memory
-    place = torch.arange(count * factor, device=q.device)
-    if is_traced() or length < factor:
-        rows = rows.index_select(1, (place + skipped).clamp(max=length - 1))
-    else:
-        rows = F.pad(rows, (0, 0, 0, 0, -skipped, count * factor - length + skipped))
-    turns = rows.reshape(batch, count, factor * heads, dim).transpose(1, 2)
-    keys, values = (x.repeat(1, factor, 1, 1) for x in (k, v))
-    out = F.scaled_dot_product_attention(turns, keys, values, is_causal=True, dropout_p=dropout)
-    out = out.transpose(1, 2).reshape(batch, count * factor, heads, dim).transpose(1, 2)
-    return first_positions(F.pad(out, (0, 0, skipped, 0)), length, 2)
 
 
 class EtCompressedPreTrainedModel(EtPreTrainedModel):

@@ -32,11 +32,11 @@ from .base_heads import (
     ForTokenClassification,
 )
 from .base_mixer import Mixer, SequenceInfo
-from .base_packing import first_positions
 from .base_pretrained import EtPreTrainedModel
 from .ops_checks import check_at_least, check_divisible
 from .ops_engine import choose_engine
 from .ops_patterns import AttentionPattern
+from .ops_tracing import first_positions
 from .ops_tril_matmul import triangular_product
 
 

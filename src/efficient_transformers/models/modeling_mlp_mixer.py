@@ -26,9 +26,9 @@ from .base_heads import (
     ForTokenClassification,
 )
 from .base_mixer import Mixer, SequenceInfo
-from .base_packing import first_positions
 from .base_pretrained import EtPreTrainedModel
 from .ops_checks import check_at_least
+from .ops_tracing import first_positions
 
 
 @strict

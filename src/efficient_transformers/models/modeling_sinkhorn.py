@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerationMixin
 
 from .attn_dense import softmax_attention
 from .attn_sinkhorn import in_blocks, real_tokens, sinkhorn_attention, sinkhorn_matrix, sort_blocks
 from .base_attention import MultiHeadAttention
 from .base_backbone import Backbone
-from .base_cache import SelectableRows, is_closed
+from .base_block_sorting import BlockSorting, SortingNetwork
+from .base_cache_sinkhorn import SinkhornCacheLayer
 from .base_configuration import EtConfig
 from .base_heads import (
     ForCausalLM,
@@ -39,7 +39,6 @@ from .base_heads import (
 from .base_mixer import SequenceInfo
 from .base_pretrained import EtPreTrainedModel
 from .ops_checks import check_at_least
-from .ops_sinkhorn import causal_sinkhorn, gumbel_noise, sinkhorn
 from .ops_tracing import is_traced
 
 
@@ -86,122 +85,7 @@ class EtSinkhornConfig(EtConfig):
                 )
 
 
-class SortingNetwork(nn.Module):
-    """Scores of blocks as places to read from, (b, c, e), for blocks that read, (b, c, e): (b, h, c, c)."""
-
-    def __init__(self, config: EtSinkhornConfig):
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.reader, self.source = (
-            # a bias behind adds to a whole row or column of the scores, which the normalisation takes away
-            nn.Sequential(
-                nn.Linear(config.hidden_size, config.hidden_size),
-                nn.ReLU(),
-                nn.Linear(config.hidden_size, config.hidden_size, bias=False),
-            )
-            for _ in range(2)
-        )
-
-    def forward(self, readers: Tensor, sources: Tensor) -> Tensor:
-        features = self.reader(readers), self.source(sources)
-        reader, source = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in features)
-        return reader @ source.transpose(-1, -2) * self.head_dim**-0.5
-
-
-class SinkhornCacheLayer(SelectableRows, CacheLayerMixin):
-    """Keys and values in blocks by the position of the token in its row, and what the sorting network has to know.
-
-    stored: by name, with room to grow along axis 1, zero where no token is: `keys` and `values` (b, c, s, h, d), the
-        sums of the hidden states of each block and the first one of each, `sums` and `firsts` (b, c, e).
-    tokens: real ones of each row, (b,).
-    count: blocks of the longest row.
-    sorted: keys and values that the block of the newest token reads, (b, h, s, d); None if they have to be computed.
-    """
-
-    kept = "sums over the tokens of each block"
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.size = size
-        self.reset()
-
-    def reset(self) -> None:
-        self.stored: dict[str, Tensor] = {}
-        self.tokens: Tensor | None = None
-        self.waiting: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self.sorted: tuple[Tensor, Tensor] | None = None
-        self.cumulative_length = self.count = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: memory is made by the first tokens."""
-
-    def update(self, hidden: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *args, **kwargs) -> None:  # type: ignore[override]
-        """Add hidden states (b, n, e) and keys and values (b, h, n, d) of tokens at `positions` (b, n), -1 at none."""
-        self.write()
-        self.waiting = hidden, keys, values, positions  # written when they are read: training does not read them
-        self.cumulative_length += positions.shape[1]
-
-    def write(self) -> None:
-        """Put what is waiting in its place."""
-        if self.waiting is None:
-            return
-        hidden, keys, values, positions = self.waiting
-        self.waiting = None
-        row, column = (positions >= 0).nonzero(as_tuple=True)
-        block, token = positions[row, column] // self.size, positions[row, column] % self.size
-        sums = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        self.count = max(self.count, 1, int(positions.max()) // self.size + 1)  # a block even if all is padding
-        for name, x in (("keys", keys), ("values", values), ("sums", sums), ("firsts", hidden)):
-            self.make_room(name, x)
-        self.stored["keys"][row, block, token] = keys[row, :, column]
-        self.stored["values"][row, block, token] = values[row, :, column]
-        self.stored["sums"].index_put_((row, block), sums[row, column], accumulate=True)
-        start = token == 0
-        self.stored["firsts"][row[start], block[start]] = hidden[row[start], column[start]]
-        newest = positions.amax(1) + 1
-        self.tokens = newest if self.tokens is None else torch.maximum(self.tokens, newest)
-        self.sorted = None if bool(start.any()) or positions.shape[1] > 1 else self.sorted
-
-    def make_room(self, name: str, like: Tensor) -> None:
-        """Let `stored[name]` have `count` blocks that may be written to."""
-        old = self.stored.get(name)
-        if old is None or old.shape[1] < self.count or torch.is_grad_enabled() or is_closed(old):
-            own = (self.size, like.shape[1], like.shape[3]) if like.dim() == 4 else like.shape[2:]
-            new = like.new_zeros(len(like), self.count + self.count // 4 + 1, *own)
-            if old is not None:
-                new[:, : old.shape[1]] = old[:, : new.shape[1]]
-            self.stored[name] = new
-
-    def blocks(self, name: str) -> Tensor:
-        """Keys or values of all blocks there are, (b, h, c, s, d); for the sorting network (b, c, e)."""
-        x = self.stored[name][:, : self.count]
-        return x if x.dim() == 3 else x.permute(0, 3, 1, 2, 4)
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included."""
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    @property
-    def num_rows(self) -> int:
-        self.write()
-        return 0 if self.tokens is None else len(self.tokens)
-
-    def select(self, rows: Tensor) -> None:
-        self.write()
-        if self.tokens is not None:
-            rows = rows.to(self.tokens.device)
-            self.tokens = self.tokens[rows]
-            self.stored = {name: x.index_select(0, rows) for name, x in self.stored.items()}
-            self.sorted = self.sorted and tuple(x.index_select(0, rows) for x in self.sorted)  # type: ignore[assignment]
-
-
-class EtSinkhornAttention(MultiHeadAttention):
+class EtSinkhornAttention(BlockSorting, MultiHeadAttention):
     """Sorts the blocks, then reads. As a decoder, a block reads blocks before it, by what its first token knows."""
 
     cache_class = SinkhornCacheLayer
@@ -247,35 +131,6 @@ class EtSinkhornAttention(MultiHeadAttention):
     @property
     def dropout(self) -> float:
         return self.config.attention_probs_dropout_prob if self.training else 0.0
-
-    def sort(self, hidden: Tensor, real: Tensor | None) -> Tensor:
-        """The soft permutation of the blocks of `hidden` (b, n, e), (b, h, c, c)."""
-        blocks, tokens = in_blocks(hidden, self.config.block_size), self.config.block_size
-        if real is not None:
-            blocks, tokens = blocks * real[..., None], real.sum(2, keepdim=True).clamp(min=1)
-        means = (blocks.sum(2, dtype=torch.promote_types(hidden.dtype, torch.float32)) / tokens).to(hidden.dtype)
-        keep = None if real is None else real.any(-1)[:, None]
-        how = self.config.sinkhorn_iterations, self.config.sinkhorn_temperature
-        return sinkhorn(self.with_noise(self.sorting_network(means, means)), *how, keep)
-
-    def pool(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum and the first of the tokens of each block, (b, c, e) each, the sum in float32 or wider."""
-        blocks = in_blocks(hidden, self.config.block_size)
-        return blocks.sum(2, dtype=torch.promote_types(hidden.dtype, torch.float32)), blocks[:, :, 0]
-
-    def sort_causally(self, sums: Tensor, firsts: Tensor) -> Tensor:
-        """The same for a decoder, row i a mixture of blocks before i, from what `pool` gives."""
-        size, config = self.config.block_size, self.config
-        before = F.pad(sums, (0, 0, 1, 0))[:, :-1].cumsum(1)
-        block = torch.arange(sums.shape[1], device=sums.device)[:, None]
-        # the paper's reader sums all tokens up to the first one of its block, which is then one among many
-        readers = (before / (block * size).clamp(min=1)).to(firsts.dtype) + firsts
-        scores = self.with_noise(self.sorting_network(readers, (sums / size).to(firsts.dtype)))
-        return causal_sinkhorn(scores, config.sinkhorn_iterations, config.sinkhorn_temperature)
-
-    def with_noise(self, scores: Tensor) -> Tensor:
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return scores + gumbel_noise(scores) if self.training and self.config.gumbel_noise else scores
 
     def attend_behind(self, q: Tensor, positions: Tensor, memory: SinkhornCacheLayer) -> Tensor:
         """What queries (b, h, n, d) at `positions` (b, n) read when there was something before them."""

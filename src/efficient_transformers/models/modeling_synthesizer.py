@@ -37,10 +37,10 @@ from .base_heads import (
     ForTokenClassification,
 )
 from .base_mixer import SequenceInfo
-from .base_packing import first_positions
 from .base_pretrained import EtPreTrainedModel
 from .ops_checks import check_at_least
 from .ops_patterns import AttentionPattern
+from .ops_tracing import first_positions
 
 PRODUCTS = ("vanilla", "dense", "factorized_random")  # whose scores are products of features
 KINDS = (*PRODUCTS, "random", "fixed", "factorized_dense")

@@ -1,6 +1,7 @@
 """Detect a forward pass that is recorded as a graph, in which no branch may depend on the values of a tensor."""
 
 import torch
+from torch import Tensor
 
 
 def is_traced() -> bool:
@@ -34,3 +35,13 @@ def count_blocks(length: int, size: int) -> int:
     end have to be masked anyway. One division, because guards on sums of divisions are not proven.
     """
     return (length + (1 if isinstance(length, int) else 2) * size - 1) // size
+
+
+def first_positions(x: Tensor, length: int, *axes: int) -> Tensor:
+    """The first `length` entries of `x` along each of `axes`."""
+    for axis in axes:
+        if is_traced():  # a slice would ask how a traced length compares
+            x = x.index_select(axis, torch.arange(length, device=x.device))
+        elif length < x.shape[axis]:  # of all of them a slice would have a gradient filled and copied for nothing
+            x = x.narrow(axis, 0, length)
+    return x

@@ -1,0 +1,41 @@
+"""Memory-compressed attention: a convolution of keys and values, and causal attention to whole segments."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .attn_sinkhorn import in_blocks
+from .ops_tracing import first_positions, is_traced
+
+
+def compress(x: Tensor, weight: Tensor, factor: int, real: Tensor | None = None) -> Tensor:
+    """The convolution, (b, h, n, d) -> (b, h, s, d), with `weight` (h, κ, d, d) and `real` (b or 1, s, f) tokens."""
+    blocks = in_blocks(x, factor)  # (b, h, s, f, d)
+    blocks = (blocks if real is None else blocks * real[:, None, ..., None]).flatten(3)
+    reach = -(-weight.shape[1] // factor)  # segments that a kernel touches
+    if reach > 1:
+        before = [F.pad(blocks, (0, 0, back, 0))[:, :, : blocks.shape[2]] for back in range(reach - 1, 0, -1)]
+        blocks = torch.cat([*before, blocks], -1)
+    weight = F.pad(weight, (0, 0, 0, 0, reach * factor - weight.shape[1], 0))
+    return blocks @ weight.flatten(1, 2)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, factor: int, dropout: float) -> Tensor:
+    """Queries (b, h, n, d) over the segments (b, h, s, d) that end with them or before; zeros where there is none.
+
+    From the first whole segment on, every `factor`-th query reads one segment more than the one before it: ordinary
+    causal attention, and so with each remainder. The paper does not say what the tokens before that read.
+    """
+    batch, heads, length, dim = q.shape
+    count, skipped = k.shape[2], factor - 1
+    rows = q.transpose(1, 2)  # (b, n, h, d), as it lies in memory
+    place = torch.arange(count * factor, device=q.device)
+    if is_traced() or length < factor:
+        rows = rows.index_select(1, (place + skipped).clamp(max=length - 1))
+    else:
+        rows = F.pad(rows, (0, 0, 0, 0, -skipped, count * factor - length + skipped))
+    turns = rows.reshape(batch, count, factor * heads, dim).transpose(1, 2)
+    keys, values = (x.repeat(1, factor, 1, 1) for x in (k, v))
+    out = F.scaled_dot_product_attention(turns, keys, values, is_causal=True, dropout_p=dropout)
+    out = out.transpose(1, 2).reshape(batch, count * factor, heads, dim).transpose(1, 2)
+    return first_positions(F.pad(out, (0, 0, skipped, 0)), length, 2)

@@ -1,0 +1,100 @@
+"""The cache of memory-compressed attention: keys and values of whole segments, and the tokens of unfinished ones."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import CacheLayerMixin
+
+from .base_cache import SelectableRows, is_closed
+
+
+class CompressedCacheLayer(SelectableRows, CacheLayerMixin):
+    """Compressed keys and values of whole segments, and the tokens of which the next ones will be made.
+
+    stored: (2, b, h, room, d), keys and values; row by row, `tokens // factor` segments are there.
+    pending: (2, b, h, reach·f, d), the segments that the kernel of the next one touches; zero where no token is yet.
+    tokens: real ones of each row, (b,).
+    """
+
+    is_compileable = False
+    kept = "one key and one value of each segment of tokens"
+
+    def __init__(self, factor: int, kernel: int):
+        super().__init__()
+        self.factor, self.reach = factor, -(-kernel // factor)
+        self.reset()
+
+    def reset(self) -> None:
+        self.stored: Tensor | None = None
+        self.pending: Tensor | None = None
+        self.tokens: Tensor | None = None
+        self.waiting: tuple[Tensor, Tensor, Tensor] | None = None
+        self.cumulative_length = self.count = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: memory is made by the first tokens."""
+
+    def update(self, keys: Tensor, values: Tensor, positions: Tensor, *args, **kwargs) -> None:  # type: ignore[override]
+        """Add keys and values (b, h, n, d) of tokens at `positions` (b, n), -1 at none."""
+        self.waiting = keys, values, positions  # compressed when they are read: training does not read them
+        self.cumulative_length += positions.shape[1]
+
+    def write(self, rule: Callable[[Tensor], Tensor]) -> None:
+        """Compress what is waiting by `rule`, (2, b, h, n, d) -> (2, b, h, s, d), as far as it fills segments."""
+        if self.waiting is None:
+            return
+        (keys, values, positions), self.waiting = self.waiting, None
+        pair, size = torch.stack([keys, values]), self.factor
+        if self.pending is None or self.tokens is None:
+            self.pending = pair.new_zeros(*pair.shape[:3], self.reach * size, pair.shape[4])
+            self.tokens = positions.new_zeros(len(positions))
+        start, tokens = self.tokens // size, torch.maximum(self.tokens, positions.amax(1) + 1)
+        blocks = int((tokens - start * size).max()) // size + 1
+        laid_out = F.pad(self.pending, (0, 0, 0, blocks * size))  # row by row, from `reach - 1` segments before `start`
+        row, column = (positions >= 0).nonzero(as_tuple=True)
+        place = positions[row, column] - (start[row] - self.reach + 1) * size
+        laid_out[:, row, :, place] = pair[:, row, :, column]
+        done = tokens // size - start  # segments of each row that are full now
+        self.count = max(self.count, int((tokens // size).max()))
+        if bool(done.any()):
+            row, number = (torch.arange(blocks, device=done.device) < done[:, None]).nonzero(as_tuple=True)
+            stored = self.make_room(pair)
+            stored[:, row, :, start[row] + number] = rule(laid_out)[:, row, :, number + self.reach - 1]
+        kept = done[:, None] * size + torch.arange(self.reach * size, device=done.device)
+        index = kept[None, :, None, :, None].expand(*pair.shape[:3], -1, pair.shape[4])
+        self.pending, self.tokens = laid_out.gather(3, index), tokens
+
+    def make_room(self, like: Tensor) -> Tensor:
+        """`stored` with room for `count` segments, that may be written to."""
+        old = self.stored
+        if old is None or old.shape[3] < self.count or torch.is_grad_enabled() or is_closed(old):
+            self.stored = like.new_zeros(*like.shape[:3], self.count + self.count // 4 + 16, like.shape[4])
+            if old is not None:
+                self.stored[:, :, :, : old.shape[3]] = old[:, :, :, : self.stored.shape[3]]
+        assert self.stored is not None
+        return self.stored
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def num_rows(self) -> int:
+        some = self.tokens if self.waiting is None else self.waiting[2]
+        return 0 if some is None else len(some)
+
+    def select(self, rows: Tensor) -> None:
+        if self.waiting is not None:
+            self.waiting = tuple(x.index_select(0, rows.to(x.device)) for x in self.waiting)  # type: ignore[assignment]
+        if self.tokens is not None:
+            rows = rows.to(self.tokens.device)
+            self.tokens = self.tokens[rows]
+            self.stored, self.pending = (x if x is None else x[:, rows] for x in (self.stored, self.pending))

@@ -1,0 +1,100 @@
+"""The cache of Sparse Sinkhorn Attention: keys and values in blocks, and summaries of the blocks to sort them by."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from .base_cache import SelectableRows, is_closed
+
+
+class SinkhornCacheLayer(SelectableRows, CacheLayerMixin):
+    """Keys and values in blocks by the position of the token in its row, and what the sorting network has to know.
+
+    stored: by name, with room to grow along axis 1, zero where no token is: `keys` and `values` (b, c, s, h, d), the
+        sums of the hidden states of each block and the first one of each, `sums` and `firsts` (b, c, e).
+    tokens: real ones of each row, (b,).
+    count: blocks of the longest row.
+    sorted: keys and values that the block of the newest token reads, (b, h, s, d); None if they have to be computed.
+    """
+
+    kept = "sums over the tokens of each block"
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+        self.reset()
+
+    def reset(self) -> None:
+        self.stored: dict[str, Tensor] = {}
+        self.tokens: Tensor | None = None
+        self.waiting: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self.sorted: tuple[Tensor, Tensor] | None = None
+        self.cumulative_length = self.count = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: memory is made by the first tokens."""
+
+    def update(self, hidden: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *args, **kwargs) -> None:  # type: ignore[override]
+        """Add hidden states (b, n, e) and keys and values (b, h, n, d) of tokens at `positions` (b, n), -1 at none."""
+        self.write()
+        self.waiting = hidden, keys, values, positions  # written when they are read: training does not read them
+        self.cumulative_length += positions.shape[1]
+
+    def write(self) -> None:
+        """Put what is waiting in its place."""
+        if self.waiting is None:
+            return
+        hidden, keys, values, positions = self.waiting
+        self.waiting = None
+        row, column = (positions >= 0).nonzero(as_tuple=True)
+        block, token = positions[row, column] // self.size, positions[row, column] % self.size
+        sums = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        self.count = max(self.count, 1, int(positions.max()) // self.size + 1)  # a block even if all is padding
+        for name, x in (("keys", keys), ("values", values), ("sums", sums), ("firsts", hidden)):
+            self.make_room(name, x)
+        self.stored["keys"][row, block, token] = keys[row, :, column]
+        self.stored["values"][row, block, token] = values[row, :, column]
+        self.stored["sums"].index_put_((row, block), sums[row, column], accumulate=True)
+        start = token == 0
+        self.stored["firsts"][row[start], block[start]] = hidden[row[start], column[start]]
+        newest = positions.amax(1) + 1
+        self.tokens = newest if self.tokens is None else torch.maximum(self.tokens, newest)
+        self.sorted = None if bool(start.any()) or positions.shape[1] > 1 else self.sorted
+
+    def make_room(self, name: str, like: Tensor) -> None:
+        """Let `stored[name]` have `count` blocks that may be written to."""
+        old = self.stored.get(name)
+        if old is None or old.shape[1] < self.count or torch.is_grad_enabled() or is_closed(old):
+            own = (self.size, like.shape[1], like.shape[3]) if like.dim() == 4 else like.shape[2:]
+            new = like.new_zeros(len(like), self.count + self.count // 4 + 1, *own)
+            if old is not None:
+                new[:, : old.shape[1]] = old[:, : new.shape[1]]
+            self.stored[name] = new
+
+    def blocks(self, name: str) -> Tensor:
+        """Keys or values of all blocks there are, (b, h, c, s, d); for the sorting network (b, c, e)."""
+        x = self.stored[name][:, : self.count]
+        return x if x.dim() == 3 else x.permute(0, 3, 1, 2, 4)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def num_rows(self) -> int:
+        self.write()
+        return 0 if self.tokens is None else len(self.tokens)
+
+    def select(self, rows: Tensor) -> None:
+        self.write()
+        if self.tokens is not None:
+            rows = rows.to(self.tokens.device)
+            self.tokens = self.tokens[rows]
+            self.stored = {name: x.index_select(0, rows) for name, x in self.stored.items()}
+            self.sorted = self.sorted and tuple(x.index_select(0, rows) for x in self.sorted)  # type: ignore[assignment]
