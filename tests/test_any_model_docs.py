@@ -87,8 +87,8 @@ def test_the_command(kind, words, tmp_path, capsys):
 
 def test_the_command_refuses_what_set_attention_refuses(tmp_path, capsys):
     AutoConfig.for_model("mpnet", **SIZES).save_pretrained(tmp_path)
-    assert main(["attention", str(tmp_path)]) == 1
+    assert main(["attention", str(tmp_path)]) == 2
     assert "attention interface" in capsys.readouterr().err
     AutoConfig.for_model("t5", **SIZES).save_pretrained(tmp_path)
-    assert main(["attention", str(tmp_path), "--pattern", "local:4"]) == 1
+    assert main(["attention", str(tmp_path), "--pattern", "local:4"]) == 2
     assert "cross-attention" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def test_a_link_out_of_the_folder_is_not_followed(folder, tmp_path):
 
 
 def test_no_path_of_this_machine_is_written(folder, tmp_path):
-    data = tmp_path / "My data" / "customers.csv"
+    data = tmp_path / "a folder with a long name" / "My data" / "customers.csv"  # YAML folds such lines
     (folder / "settings.yaml").write_text(yaml.safe_dump({"data": str(data), "model": {"checkpoint": "/home/me/bert"}}))
     command = "accelerate launch training/train.py --data /home/me/files/x.csv --out runs/a/b"
     (folder / "metrics.json").write_text(json.dumps({"command": command, "settings": {"data": str(data)}}))

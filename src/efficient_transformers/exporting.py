@@ -8,13 +8,14 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
 from .folders import CONFIG, INDEX, check_folder, load_card, parse_json, parse_yaml, read_json
@@ -175,31 +176,34 @@ def write_code(config: dict[str, Any], target: Path) -> None:
 def remove_local_paths(folder: Path) -> None:
     """Cut the absolute paths of this machine in the text files of `folder` to their last part."""
     found: set[str] = set()
-    for path in (folder / name for name in WITH_PATHS):
-        if path.is_file():
-            for text in strings(parse_yaml(path) if path.suffix == ".yaml" else parse_json(path)):
-                whole = [text] if Path(text).is_absolute() and len(Path(text).parts) > 2 else []
-                found |= {*whole, *(part for part in LOCAL_PATH.findall(text))}
-    for path in (folder / name for name in (README, *WITH_PATHS)):
-        if not path.is_file():
-            continue
-        text = before = path.read_text(encoding="utf-8")
-        for name in sorted({*found, *LOCAL_PATH.findall(text)}, key=len, reverse=True):
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [cut(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        if Path(value).is_absolute() and len(Path(value).parts) > 2:
+            found.add(value)
+            return Path(value).name
+        return LOCAL_PATH.sub(lambda path: Path(path[0]).name, value)
+
+    for path in (folder / name for name in WITH_PATHS if (folder / name).is_file()):
+        is_yaml = path.suffix == ".yaml"
+        before = parse_yaml(path) if is_yaml else parse_json(path)
+        if (after := cut(before)) != before:
+            text = (
+                yaml.safe_dump(after, sort_keys=False, allow_unicode=True) if is_yaml else json.dumps(after, indent=2)
+            )
+            replace(path, f"{text.rstrip()}\n")
+    if (readme := folder / README).is_file():
+        text = before = readme.read_text(encoding="utf-8")
+        for name in sorted(found, key=len, reverse=True):
             text = text.replace(name, Path(name).name)
+        text = LOCAL_PATH.sub(lambda path: Path(path[0]).name, text)
         if text != before:
-            replace(path, text)
-
-
-def strings(value: Any) -> Iterator[str]:
-    """All strings in nested lists and dictionaries."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from strings(item)
+            replace(readme, text)
 
 
 def replace(path: Path, text: str) -> None:
