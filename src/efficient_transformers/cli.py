@@ -18,7 +18,6 @@ from .cards import costs_of, description_of, measured
 from .conversion import SOURCES, convert
 from .costs import costs_table
 from .exporting import export, public_file, select_files
-from .folders import check_folder
 from .models.base_configuration import EtConfig
 from .publishing import missing_for_push, push, staged
 from .registry import VARIANTS, variant_of
@@ -211,23 +210,13 @@ def run_convert(options: argparse.Namespace) -> None:
         raise ValueError(f"{name!r} is not a field of a config: see --help for its option.")
     transformers.logging.disable_progress_bar()
     torch.manual_seed(options.seed)
-    if is_local := Path(options.source).is_dir():
-        check_folder(options.source)
-    try:
-        conversion = convert(
-            options.source,
-            options.to,
-            head=options.head,
-            positions=options.positions,
-            **{"max_position_embeddings": options.max_position_embeddings, **options.fields},
-        )
-    except OSError as error:
-        if is_local:
-            raise
-        raise ValueError(
-            f"source ({options.source!r}) is no folder, and no model of that name could be loaded from the Hub: check "
-            f"the name, the network and HF_HUB_OFFLINE ({error})"
-        ) from error
+    conversion = convert(
+        options.source,
+        options.to,
+        head=options.head,
+        positions=options.positions,
+        **{"max_position_embeddings": options.max_position_embeddings, **options.fields},
+    )
     conversion.save(options.out)
     print(conversion.report)
     print(f"saved in {options.out}")

@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from ..folders import check_folder
 from ..models.base_configuration import TEXT_HEADS
 from ..registry import Variant
 from .report import Report
@@ -14,9 +15,20 @@ from .rules import SOURCES
 
 
 def read_config(source: str | Path) -> PreTrainedConfig:
-    values, _ = PreTrainedConfig.get_config_dict(source, local_files_only=Path(source).is_dir())
+    """Raises ValueError for a folder with damaged files, OSError for a name that cannot be loaded from the Hub."""
+    if is_local := Path(source).is_dir():
+        check_folder(source)
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(source, local_files_only=is_local)
+    except OSError as error:
+        if is_local:
+            raise
+        raise OSError(
+            f"source ({str(source)!r}) is no folder, and no model of that name could be loaded from the Hub: check the "
+            f"name, the network and HF_HUB_OFFLINE ({error})"
+        ) from error
     check_type(values.get("model_type"))
-    return AutoConfig.from_pretrained(source, local_files_only=Path(source).is_dir())
+    return AutoConfig.from_pretrained(source, local_files_only=is_local)
 
 
 def check_type(model_type: Any) -> None:
