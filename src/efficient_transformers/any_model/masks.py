@@ -73,7 +73,7 @@ def closure_of(function: Callable) -> dict[str, Any]:
 
 
 def recognise(function: Callable) -> MaskRule:
-    """The rule that a mask function of `transformers.masking_utils` stands for. Raises UnknownMask for any other."""
+    """Return the rule of a `transformers.masking_utils` mask function. Raises UnknownMask for any other function."""
     if function is masking_utils.causal_mask_function:
         return MaskRule(after=0)
     if function is masking_utils.bidirectional_mask_function:

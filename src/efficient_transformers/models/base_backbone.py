@@ -25,7 +25,7 @@ from .ops_tracing import check_exporter, is_exported, is_traced
 
 
 class Backbone(ModelInputs):
-    """Mixin: embeddings, then blocks of `mixer_class`. Stands in front of the variant's pretrained base."""
+    """Mixin: embeddings, then blocks of `mixer_class`. List it before the variant's pretrained base class."""
 
     def __init__(self, config: EtConfig, add_pooling_layer: bool = True):
         super().__init__(config)  # type: ignore[call-arg]
@@ -252,7 +252,7 @@ class Backbone(ModelInputs):
         position_ids: Tensor,
         marked: Tensor | None,
     ) -> tuple[Tensor, PackedDocuments, DocumentPacking]:
-        """All tokens of packed documents in one row, (1, t, e), external ones in front of each document's."""
+        """The tokens of packed documents in one row, (1, t, e); each document's external tokens precede its own."""
         self.check_marks(marked, documents.rows)
         check_length(max(documents.lengths), self.config.max_position_embeddings, type(self).__name__)
         position_ids = position_ids.expand(documents.rows)

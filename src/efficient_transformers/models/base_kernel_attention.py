@@ -119,7 +119,7 @@ class KernelAttention(MultiHeadAttention):
         self.register_buffer("projection", None)
 
     def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
-        """What each head has read, (b, h, n, d), and the weights if asked for and nothing came before."""
+        """Per-head output, (b, h, n, d), and the weights if requested and no past is cached."""
         q, k = self.scaled(*(self.split_heads(proj(hidden), sequence.rotary) for proj in (self.q_proj, self.k_proj)))
         v, decay = self.split_heads(self.v_proj(hidden)), self.log_decay(hidden, sequence.keep)
         # another pass may draw new features before this one runs again

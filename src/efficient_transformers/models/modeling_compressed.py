@@ -106,7 +106,7 @@ class EtCompressedAttention(PatternAttention):
         return CompressedCacheLayer(self.config.compression_factor, self.config.kernel)
 
     def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
-        """What each head has read, (b, h, n, d), and the weights if asked for and nothing came before.
+        """Per-head output, (b, h, n, d), and the weights if requested and no past is cached.
 
         The weight of a segment stands in equal parts at its real tokens.
         """

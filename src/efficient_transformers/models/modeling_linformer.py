@@ -93,7 +93,7 @@ class EtLinformerAttention(MultiHeadAttention):
         return LengthProjection(config) if config.projection_sharing == "layerwise" else None
 
     def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
-        """What each head has read, (b, h, n, d).
+        """Per-head output, (b, h, n, d).
 
         Weights, if asked for, are softmax(…)·F: the n×n matrix that stands in front of the values, zero at padding.
         Its rows need not sum to one.

@@ -138,7 +138,7 @@ class EtReformerAttention(MultiHeadAttention):
         return BucketCacheLayer()
 
     def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
-        """What each head has read, (b, h, n, d), and the weights if they are written out."""
+        """Per-head output, (b, h, n, d), and the weights if they are computed."""
         q, v = self.split_heads(self.q_proj(hidden), sequence.rotary), self.split_heads(self.v_proj(hidden))
         k = q * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt()  # of length √d: scores are divided by it again
         dropout, keep = self.dropout if self.training else 0.0, sequence.keep

@@ -3,7 +3,7 @@ r"""Routing Transformer: a token reads its cluster, found by online k-means (Roy
 .. math:: o_i = \sum_{j:\, \mu(k_j) = \mu(q_i)} \mathrm{softmax}_j(q_i^\top k_j / \sqrt d)\, v_j
 
 Queries and keys are directions, and each of the k centroids takes the w = n/k nearest of both (section 4.1); some heads
-read a window instead. A query that stands in several clusters reads them in one softmax. The centroids follow the data
+use a window instead. A query in several clusters attends to them in one softmax. The centroids follow the data
 in training, and only there (`ops_kmeans.moved_centroids`). O(n·k·d + n·w·d), which is O(n^1.5·d) for k = √n.
 
 *Paper*: what a query reads in each of its clusters is scattered back, of which the authors' code takes the mean, and a
@@ -69,7 +69,7 @@ class EtRoutingConfig(EtConfig):
             max_position_embeddings.
         cluster_size: w, tokens that a centroid takes, or that a token reads as a decoder; None takes as many as there
             are over k: real tokens of the row, or max_position_embeddings as a decoder.
-        local_heads: how many heads, the first ones, read a window instead; None takes half of them.
+        local_heads: number of heads, the first ones, that use a window instead; None takes half of them.
         window_size: of the local heads, tokens to each side.
         ema_decay: λ of the moving averages that the centroids follow in training.
         cluster_seed: of the random centroids of the start.
@@ -173,7 +173,7 @@ class EtRoutingAttention(MultiHeadAttention):
         return BucketCacheLayer()
 
     def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
-        """What each head has read, (b, h, n, d), and the weights if they are written out."""
+        """Per-head output, (b, h, n, d), and the weights if they are computed."""
         near, far, routes = self.queries_and_keys(hidden, sequence)
         v, dropout = self.split_heads(self.v_proj(hidden)), self.dropout if self.training else 0.0
         written_out = self.engine(hidden, sequence) == "dense"

@@ -99,7 +99,7 @@ class EtSinkhornAttention(BlockSorting, MultiHeadAttention):
         return SinkhornCacheLayer(self.config.block_size)
 
     def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
-        """What each head has read, (b, h, n, d), and the weights if they are written out and nothing came before."""
+        """Per-head output, (b, h, n, d), and the weights if they are computed and no past is cached."""
         config, causal = self.config, self.config.is_decoder
         q, k = (self.split_heads(proj(hidden), sequence.rotary) for proj in (self.q_proj, self.k_proj))
         v = self.split_heads(self.v_proj(hidden))
