@@ -1,4 +1,4 @@
-"""The heads, written once. A variant derives each of them and names its own body in `model_class`.
+"""The heads, written once. A variant derives each of them; `model_class` of its pretrained base is what they build on.
 
 transformers' `GenericFor…` heads build their body through an Auto class, which fails inside a checkpoint.
 """

@@ -27,6 +27,7 @@ class EtPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     mixer_class: ClassVar[type[nn.Module]]
+    model_class: ClassVar[type[PreTrainedModel]]  # the variant's bare model, which its heads build
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

@@ -129,25 +129,22 @@ class EtBigBirdModel(Backbone, EtBigBirdPreTrainedModel):
     """Bare encoder."""
 
 
-class EtBigBirdForMaskedLM(ForMaskedLM, EtBigBirdPreTrainedModel):
-    model_class = EtBigBirdModel
+EtBigBirdPreTrainedModel.model_class = EtBigBirdModel
 
 
-class EtBigBirdForSequenceClassification(ForSequenceClassification, EtBigBirdPreTrainedModel):
-    model_class = EtBigBirdModel
+class EtBigBirdForMaskedLM(ForMaskedLM, EtBigBirdPreTrainedModel): ...
 
 
-class EtBigBirdForTokenClassification(ForTokenClassification, EtBigBirdPreTrainedModel):
-    model_class = EtBigBirdModel
+class EtBigBirdForSequenceClassification(ForSequenceClassification, EtBigBirdPreTrainedModel): ...
 
 
-class EtBigBirdForQuestionAnswering(ForQuestionAnswering, EtBigBirdPreTrainedModel):
-    model_class = EtBigBirdModel
+class EtBigBirdForTokenClassification(ForTokenClassification, EtBigBirdPreTrainedModel): ...
 
 
-class EtBigBirdForMultipleChoice(ForMultipleChoice, EtBigBirdPreTrainedModel):
-    model_class = EtBigBirdModel
+class EtBigBirdForQuestionAnswering(ForQuestionAnswering, EtBigBirdPreTrainedModel): ...
 
 
-class EtBigBirdForImageClassification(ForImageClassification, EtBigBirdPreTrainedModel):
-    model_class = EtBigBirdModel
+class EtBigBirdForMultipleChoice(ForMultipleChoice, EtBigBirdPreTrainedModel): ...
+
+
+class EtBigBirdForImageClassification(ForImageClassification, EtBigBirdPreTrainedModel): ...

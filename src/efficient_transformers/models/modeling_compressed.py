@@ -178,29 +178,25 @@ class EtCompressedModel(Backbone, EtCompressedPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 
-class EtCompressedForMaskedLM(ForMaskedLM, EtCompressedPreTrainedModel):
-    model_class = EtCompressedModel
+EtCompressedPreTrainedModel.model_class = EtCompressedModel
 
 
-class EtCompressedForCausalLM(ForCausalLM, EtCompressedPreTrainedModel, GenerationMixin):
-    model_class = EtCompressedModel
+class EtCompressedForMaskedLM(ForMaskedLM, EtCompressedPreTrainedModel): ...
 
 
-class EtCompressedForSequenceClassification(ForSequenceClassification, EtCompressedPreTrainedModel):
-    model_class = EtCompressedModel
+class EtCompressedForCausalLM(ForCausalLM, EtCompressedPreTrainedModel, GenerationMixin): ...
 
 
-class EtCompressedForTokenClassification(ForTokenClassification, EtCompressedPreTrainedModel):
-    model_class = EtCompressedModel
+class EtCompressedForSequenceClassification(ForSequenceClassification, EtCompressedPreTrainedModel): ...
 
 
-class EtCompressedForQuestionAnswering(ForQuestionAnswering, EtCompressedPreTrainedModel):
-    model_class = EtCompressedModel
+class EtCompressedForTokenClassification(ForTokenClassification, EtCompressedPreTrainedModel): ...
 
 
-class EtCompressedForMultipleChoice(ForMultipleChoice, EtCompressedPreTrainedModel):
-    model_class = EtCompressedModel
+class EtCompressedForQuestionAnswering(ForQuestionAnswering, EtCompressedPreTrainedModel): ...
 
 
-class EtCompressedForImageClassification(ForImageClassification, EtCompressedPreTrainedModel):
-    model_class = EtCompressedModel
+class EtCompressedForMultipleChoice(ForMultipleChoice, EtCompressedPreTrainedModel): ...
+
+
+class EtCompressedForImageClassification(ForImageClassification, EtCompressedPreTrainedModel): ...

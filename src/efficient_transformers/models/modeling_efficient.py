@@ -49,29 +49,25 @@ class EtEfficientModel(Backbone, EtEfficientPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 
-class EtEfficientForMaskedLM(ForMaskedLM, EtEfficientPreTrainedModel):
-    model_class = EtEfficientModel
+EtEfficientPreTrainedModel.model_class = EtEfficientModel
 
 
-class EtEfficientForCausalLM(ForCausalLM, EtEfficientPreTrainedModel, GenerationMixin):
-    model_class = EtEfficientModel
+class EtEfficientForMaskedLM(ForMaskedLM, EtEfficientPreTrainedModel): ...
 
 
-class EtEfficientForSequenceClassification(ForSequenceClassification, EtEfficientPreTrainedModel):
-    model_class = EtEfficientModel
+class EtEfficientForCausalLM(ForCausalLM, EtEfficientPreTrainedModel, GenerationMixin): ...
 
 
-class EtEfficientForTokenClassification(ForTokenClassification, EtEfficientPreTrainedModel):
-    model_class = EtEfficientModel
+class EtEfficientForSequenceClassification(ForSequenceClassification, EtEfficientPreTrainedModel): ...
 
 
-class EtEfficientForQuestionAnswering(ForQuestionAnswering, EtEfficientPreTrainedModel):
-    model_class = EtEfficientModel
+class EtEfficientForTokenClassification(ForTokenClassification, EtEfficientPreTrainedModel): ...
 
 
-class EtEfficientForMultipleChoice(ForMultipleChoice, EtEfficientPreTrainedModel):
-    model_class = EtEfficientModel
+class EtEfficientForQuestionAnswering(ForQuestionAnswering, EtEfficientPreTrainedModel): ...
 
 
-class EtEfficientForImageClassification(ForImageClassification, EtEfficientPreTrainedModel):
-    model_class = EtEfficientModel
+class EtEfficientForMultipleChoice(ForMultipleChoice, EtEfficientPreTrainedModel): ...
+
+
+class EtEfficientForImageClassification(ForImageClassification, EtEfficientPreTrainedModel): ...

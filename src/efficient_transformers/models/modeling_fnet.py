@@ -82,25 +82,22 @@ class EtFnetModel(Backbone, EtFnetPreTrainedModel):
     """Bare encoder."""
 
 
-class EtFnetForMaskedLM(ForMaskedLM, EtFnetPreTrainedModel):
-    model_class = EtFnetModel
+EtFnetPreTrainedModel.model_class = EtFnetModel
 
 
-class EtFnetForSequenceClassification(ForSequenceClassification, EtFnetPreTrainedModel):
-    model_class = EtFnetModel
+class EtFnetForMaskedLM(ForMaskedLM, EtFnetPreTrainedModel): ...
 
 
-class EtFnetForTokenClassification(ForTokenClassification, EtFnetPreTrainedModel):
-    model_class = EtFnetModel
+class EtFnetForSequenceClassification(ForSequenceClassification, EtFnetPreTrainedModel): ...
 
 
-class EtFnetForQuestionAnswering(ForQuestionAnswering, EtFnetPreTrainedModel):
-    model_class = EtFnetModel
+class EtFnetForTokenClassification(ForTokenClassification, EtFnetPreTrainedModel): ...
 
 
-class EtFnetForMultipleChoice(ForMultipleChoice, EtFnetPreTrainedModel):
-    model_class = EtFnetModel
+class EtFnetForQuestionAnswering(ForQuestionAnswering, EtFnetPreTrainedModel): ...
 
 
-class EtFnetForImageClassification(ForImageClassification, EtFnetPreTrainedModel):
-    model_class = EtFnetModel
+class EtFnetForMultipleChoice(ForMultipleChoice, EtFnetPreTrainedModel): ...
+
+
+class EtFnetForImageClassification(ForImageClassification, EtFnetPreTrainedModel): ...

@@ -41,29 +41,25 @@ class EtFullModel(Backbone, EtFullPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 
-class EtFullForMaskedLM(ForMaskedLM, EtFullPreTrainedModel):
-    model_class = EtFullModel
+EtFullPreTrainedModel.model_class = EtFullModel
 
 
-class EtFullForCausalLM(ForCausalLM, EtFullPreTrainedModel, GenerationMixin):
-    model_class = EtFullModel
+class EtFullForMaskedLM(ForMaskedLM, EtFullPreTrainedModel): ...
 
 
-class EtFullForSequenceClassification(ForSequenceClassification, EtFullPreTrainedModel):
-    model_class = EtFullModel
+class EtFullForCausalLM(ForCausalLM, EtFullPreTrainedModel, GenerationMixin): ...
 
 
-class EtFullForTokenClassification(ForTokenClassification, EtFullPreTrainedModel):
-    model_class = EtFullModel
+class EtFullForSequenceClassification(ForSequenceClassification, EtFullPreTrainedModel): ...
 
 
-class EtFullForQuestionAnswering(ForQuestionAnswering, EtFullPreTrainedModel):
-    model_class = EtFullModel
+class EtFullForTokenClassification(ForTokenClassification, EtFullPreTrainedModel): ...
 
 
-class EtFullForMultipleChoice(ForMultipleChoice, EtFullPreTrainedModel):
-    model_class = EtFullModel
+class EtFullForQuestionAnswering(ForQuestionAnswering, EtFullPreTrainedModel): ...
 
 
-class EtFullForImageClassification(ForImageClassification, EtFullPreTrainedModel):
-    model_class = EtFullModel
+class EtFullForMultipleChoice(ForMultipleChoice, EtFullPreTrainedModel): ...
+
+
+class EtFullForImageClassification(ForImageClassification, EtFullPreTrainedModel): ...

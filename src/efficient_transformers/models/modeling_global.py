@@ -73,29 +73,25 @@ class EtGlobalModel(Backbone, EtGlobalPreTrainedModel):
     has_marked_tokens = True
 
 
-class EtGlobalForMaskedLM(ForMaskedLM, EtGlobalPreTrainedModel):
-    model_class = EtGlobalModel
+EtGlobalPreTrainedModel.model_class = EtGlobalModel
 
 
-class EtGlobalForCausalLM(ForCausalLM, EtGlobalPreTrainedModel, GenerationMixin):
-    model_class = EtGlobalModel
+class EtGlobalForMaskedLM(ForMaskedLM, EtGlobalPreTrainedModel): ...
 
 
-class EtGlobalForSequenceClassification(ForSequenceClassification, EtGlobalPreTrainedModel):
-    model_class = EtGlobalModel
+class EtGlobalForCausalLM(ForCausalLM, EtGlobalPreTrainedModel, GenerationMixin): ...
 
 
-class EtGlobalForTokenClassification(ForTokenClassification, EtGlobalPreTrainedModel):
-    model_class = EtGlobalModel
+class EtGlobalForSequenceClassification(ForSequenceClassification, EtGlobalPreTrainedModel): ...
 
 
-class EtGlobalForQuestionAnswering(ForQuestionAnswering, EtGlobalPreTrainedModel):
-    model_class = EtGlobalModel
+class EtGlobalForTokenClassification(ForTokenClassification, EtGlobalPreTrainedModel): ...
 
 
-class EtGlobalForMultipleChoice(ForMultipleChoice, EtGlobalPreTrainedModel):
-    model_class = EtGlobalModel
+class EtGlobalForQuestionAnswering(ForQuestionAnswering, EtGlobalPreTrainedModel): ...
 
 
-class EtGlobalForImageClassification(ForImageClassification, EtGlobalPreTrainedModel):
-    model_class = EtGlobalModel
+class EtGlobalForMultipleChoice(ForMultipleChoice, EtGlobalPreTrainedModel): ...
+
+
+class EtGlobalForImageClassification(ForImageClassification, EtGlobalPreTrainedModel): ...

@@ -173,29 +173,25 @@ class EtGmlpModel(Backbone, EtGmlpPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 
-class EtGmlpForMaskedLM(ForMaskedLM, EtGmlpPreTrainedModel):
-    model_class = EtGmlpModel
+EtGmlpPreTrainedModel.model_class = EtGmlpModel
 
 
-class EtGmlpForCausalLM(ForCausalLM, EtGmlpPreTrainedModel, GenerationMixin):
-    model_class = EtGmlpModel
+class EtGmlpForMaskedLM(ForMaskedLM, EtGmlpPreTrainedModel): ...
 
 
-class EtGmlpForSequenceClassification(ForSequenceClassification, EtGmlpPreTrainedModel):
-    model_class = EtGmlpModel
+class EtGmlpForCausalLM(ForCausalLM, EtGmlpPreTrainedModel, GenerationMixin): ...
 
 
-class EtGmlpForTokenClassification(ForTokenClassification, EtGmlpPreTrainedModel):
-    model_class = EtGmlpModel
+class EtGmlpForSequenceClassification(ForSequenceClassification, EtGmlpPreTrainedModel): ...
 
 
-class EtGmlpForQuestionAnswering(ForQuestionAnswering, EtGmlpPreTrainedModel):
-    model_class = EtGmlpModel
+class EtGmlpForTokenClassification(ForTokenClassification, EtGmlpPreTrainedModel): ...
 
 
-class EtGmlpForMultipleChoice(ForMultipleChoice, EtGmlpPreTrainedModel):
-    model_class = EtGmlpModel
+class EtGmlpForQuestionAnswering(ForQuestionAnswering, EtGmlpPreTrainedModel): ...
 
 
-class EtGmlpForImageClassification(ForImageClassification, EtGmlpPreTrainedModel):
-    model_class = EtGmlpModel
+class EtGmlpForMultipleChoice(ForMultipleChoice, EtGmlpPreTrainedModel): ...
+
+
+class EtGmlpForImageClassification(ForImageClassification, EtGmlpPreTrainedModel): ...

@@ -47,29 +47,25 @@ class EtLinearModel(Backbone, EtLinearPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 
-class EtLinearForMaskedLM(ForMaskedLM, EtLinearPreTrainedModel):
-    model_class = EtLinearModel
+EtLinearPreTrainedModel.model_class = EtLinearModel
 
 
-class EtLinearForCausalLM(ForCausalLM, EtLinearPreTrainedModel, GenerationMixin):
-    model_class = EtLinearModel
+class EtLinearForMaskedLM(ForMaskedLM, EtLinearPreTrainedModel): ...
 
 
-class EtLinearForSequenceClassification(ForSequenceClassification, EtLinearPreTrainedModel):
-    model_class = EtLinearModel
+class EtLinearForCausalLM(ForCausalLM, EtLinearPreTrainedModel, GenerationMixin): ...
 
 
-class EtLinearForTokenClassification(ForTokenClassification, EtLinearPreTrainedModel):
-    model_class = EtLinearModel
+class EtLinearForSequenceClassification(ForSequenceClassification, EtLinearPreTrainedModel): ...
 
 
-class EtLinearForQuestionAnswering(ForQuestionAnswering, EtLinearPreTrainedModel):
-    model_class = EtLinearModel
+class EtLinearForTokenClassification(ForTokenClassification, EtLinearPreTrainedModel): ...
 
 
-class EtLinearForMultipleChoice(ForMultipleChoice, EtLinearPreTrainedModel):
-    model_class = EtLinearModel
+class EtLinearForQuestionAnswering(ForQuestionAnswering, EtLinearPreTrainedModel): ...
 
 
-class EtLinearForImageClassification(ForImageClassification, EtLinearPreTrainedModel):
-    model_class = EtLinearModel
+class EtLinearForMultipleChoice(ForMultipleChoice, EtLinearPreTrainedModel): ...
+
+
+class EtLinearForImageClassification(ForImageClassification, EtLinearPreTrainedModel): ...

@@ -154,25 +154,22 @@ class EtLinformerModel(Backbone, EtLinformerPreTrainedModel):
     """Bare encoder."""
 
 
-class EtLinformerForMaskedLM(ForMaskedLM, EtLinformerPreTrainedModel):
-    model_class = EtLinformerModel
+EtLinformerPreTrainedModel.model_class = EtLinformerModel
 
 
-class EtLinformerForSequenceClassification(ForSequenceClassification, EtLinformerPreTrainedModel):
-    model_class = EtLinformerModel
+class EtLinformerForMaskedLM(ForMaskedLM, EtLinformerPreTrainedModel): ...
 
 
-class EtLinformerForTokenClassification(ForTokenClassification, EtLinformerPreTrainedModel):
-    model_class = EtLinformerModel
+class EtLinformerForSequenceClassification(ForSequenceClassification, EtLinformerPreTrainedModel): ...
 
 
-class EtLinformerForQuestionAnswering(ForQuestionAnswering, EtLinformerPreTrainedModel):
-    model_class = EtLinformerModel
+class EtLinformerForTokenClassification(ForTokenClassification, EtLinformerPreTrainedModel): ...
 
 
-class EtLinformerForMultipleChoice(ForMultipleChoice, EtLinformerPreTrainedModel):
-    model_class = EtLinformerModel
+class EtLinformerForQuestionAnswering(ForQuestionAnswering, EtLinformerPreTrainedModel): ...
 
 
-class EtLinformerForImageClassification(ForImageClassification, EtLinformerPreTrainedModel):
-    model_class = EtLinformerModel
+class EtLinformerForMultipleChoice(ForMultipleChoice, EtLinformerPreTrainedModel): ...
+
+
+class EtLinformerForImageClassification(ForImageClassification, EtLinformerPreTrainedModel): ...

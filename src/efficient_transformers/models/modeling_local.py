@@ -52,29 +52,25 @@ class EtLocalModel(Backbone, EtLocalPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 
-class EtLocalForMaskedLM(ForMaskedLM, EtLocalPreTrainedModel):
-    model_class = EtLocalModel
+EtLocalPreTrainedModel.model_class = EtLocalModel
 
 
-class EtLocalForCausalLM(ForCausalLM, EtLocalPreTrainedModel, GenerationMixin):
-    model_class = EtLocalModel
+class EtLocalForMaskedLM(ForMaskedLM, EtLocalPreTrainedModel): ...
 
 
-class EtLocalForSequenceClassification(ForSequenceClassification, EtLocalPreTrainedModel):
-    model_class = EtLocalModel
+class EtLocalForCausalLM(ForCausalLM, EtLocalPreTrainedModel, GenerationMixin): ...
 
 
-class EtLocalForTokenClassification(ForTokenClassification, EtLocalPreTrainedModel):
-    model_class = EtLocalModel
+class EtLocalForSequenceClassification(ForSequenceClassification, EtLocalPreTrainedModel): ...
 
 
-class EtLocalForQuestionAnswering(ForQuestionAnswering, EtLocalPreTrainedModel):
-    model_class = EtLocalModel
+class EtLocalForTokenClassification(ForTokenClassification, EtLocalPreTrainedModel): ...
 
 
-class EtLocalForMultipleChoice(ForMultipleChoice, EtLocalPreTrainedModel):
-    model_class = EtLocalModel
+class EtLocalForQuestionAnswering(ForQuestionAnswering, EtLocalPreTrainedModel): ...
 
 
-class EtLocalForImageClassification(ForImageClassification, EtLocalPreTrainedModel):
-    model_class = EtLocalModel
+class EtLocalForMultipleChoice(ForMultipleChoice, EtLocalPreTrainedModel): ...
+
+
+class EtLocalForImageClassification(ForImageClassification, EtLocalPreTrainedModel): ...

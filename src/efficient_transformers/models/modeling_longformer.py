@@ -180,6 +180,9 @@ class EtLongformerModel(Backbone, EtLongformerPreTrainedModel):
     has_marked_tokens = True
 
 
+EtLongformerPreTrainedModel.model_class = EtLongformerModel
+
+
 class FirstTokenIsGlobal:
     """Mixin of the heads that judge a whole sequence: its first token reads all of it (section 3.1)."""
 
@@ -193,26 +196,22 @@ class FirstTokenIsGlobal:
         return config
 
 
-class EtLongformerForMaskedLM(ForMaskedLM, EtLongformerPreTrainedModel):
-    model_class = EtLongformerModel
+class EtLongformerForMaskedLM(ForMaskedLM, EtLongformerPreTrainedModel): ...
 
 
-class EtLongformerForCausalLM(ForCausalLM, EtLongformerPreTrainedModel, GenerationMixin):
-    model_class = EtLongformerModel
+class EtLongformerForCausalLM(ForCausalLM, EtLongformerPreTrainedModel, GenerationMixin): ...
 
 
-class EtLongformerForSequenceClassification(FirstTokenIsGlobal, ForSequenceClassification, EtLongformerPreTrainedModel):
-    model_class = EtLongformerModel
+class EtLongformerForSequenceClassification(
+    FirstTokenIsGlobal, ForSequenceClassification, EtLongformerPreTrainedModel
+): ...
 
 
-class EtLongformerForTokenClassification(ForTokenClassification, EtLongformerPreTrainedModel):
-    model_class = EtLongformerModel
+class EtLongformerForTokenClassification(ForTokenClassification, EtLongformerPreTrainedModel): ...
 
 
 class EtLongformerForQuestionAnswering(ForQuestionAnswering, EtLongformerPreTrainedModel):
     """Global are the tokens in front of the first `sep_token_id`, unless `global_attention_mask` says otherwise."""
-
-    model_class = EtLongformerModel
 
     def mark(self, input_ids: Tensor | None, marked: Tensor | None) -> Tensor | None:
         config: EtLongformerConfig = self.config  # type: ignore[reportAssignmentType]
@@ -226,9 +225,7 @@ class EtLongformerForQuestionAnswering(ForQuestionAnswering, EtLongformerPreTrai
         return (ends == 0) & (ends[:, -1:] > 0)
 
 
-class EtLongformerForMultipleChoice(FirstTokenIsGlobal, ForMultipleChoice, EtLongformerPreTrainedModel):
-    model_class = EtLongformerModel
+class EtLongformerForMultipleChoice(FirstTokenIsGlobal, ForMultipleChoice, EtLongformerPreTrainedModel): ...
 
 
-class EtLongformerForImageClassification(ForImageClassification, EtLongformerPreTrainedModel):
-    model_class = EtLongformerModel
+class EtLongformerForImageClassification(ForImageClassification, EtLongformerPreTrainedModel): ...

@@ -63,29 +63,25 @@ class EtMixedModel(Backbone, EtMixedPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 
-class EtMixedForMaskedLM(ForMaskedLM, EtMixedPreTrainedModel):
-    model_class = EtMixedModel
+EtMixedPreTrainedModel.model_class = EtMixedModel
 
 
-class EtMixedForCausalLM(ForCausalLM, EtMixedPreTrainedModel, GenerationMixin):
-    model_class = EtMixedModel
+class EtMixedForMaskedLM(ForMaskedLM, EtMixedPreTrainedModel): ...
 
 
-class EtMixedForSequenceClassification(ForSequenceClassification, EtMixedPreTrainedModel):
-    model_class = EtMixedModel
+class EtMixedForCausalLM(ForCausalLM, EtMixedPreTrainedModel, GenerationMixin): ...
 
 
-class EtMixedForTokenClassification(ForTokenClassification, EtMixedPreTrainedModel):
-    model_class = EtMixedModel
+class EtMixedForSequenceClassification(ForSequenceClassification, EtMixedPreTrainedModel): ...
 
 
-class EtMixedForQuestionAnswering(ForQuestionAnswering, EtMixedPreTrainedModel):
-    model_class = EtMixedModel
+class EtMixedForTokenClassification(ForTokenClassification, EtMixedPreTrainedModel): ...
 
 
-class EtMixedForMultipleChoice(ForMultipleChoice, EtMixedPreTrainedModel):
-    model_class = EtMixedModel
+class EtMixedForQuestionAnswering(ForQuestionAnswering, EtMixedPreTrainedModel): ...
 
 
-class EtMixedForImageClassification(ForImageClassification, EtMixedPreTrainedModel):
-    model_class = EtMixedModel
+class EtMixedForMultipleChoice(ForMultipleChoice, EtMixedPreTrainedModel): ...
+
+
+class EtMixedForImageClassification(ForImageClassification, EtMixedPreTrainedModel): ...

@@ -94,25 +94,22 @@ class EtMlpMixerModel(Backbone, EtMlpMixerPreTrainedModel):
     """Bare encoder."""
 
 
-class EtMlpMixerForMaskedLM(ForMaskedLM, EtMlpMixerPreTrainedModel):
-    model_class = EtMlpMixerModel
+EtMlpMixerPreTrainedModel.model_class = EtMlpMixerModel
 
 
-class EtMlpMixerForSequenceClassification(ForSequenceClassification, EtMlpMixerPreTrainedModel):
-    model_class = EtMlpMixerModel
+class EtMlpMixerForMaskedLM(ForMaskedLM, EtMlpMixerPreTrainedModel): ...
 
 
-class EtMlpMixerForTokenClassification(ForTokenClassification, EtMlpMixerPreTrainedModel):
-    model_class = EtMlpMixerModel
+class EtMlpMixerForSequenceClassification(ForSequenceClassification, EtMlpMixerPreTrainedModel): ...
 
 
-class EtMlpMixerForQuestionAnswering(ForQuestionAnswering, EtMlpMixerPreTrainedModel):
-    model_class = EtMlpMixerModel
+class EtMlpMixerForTokenClassification(ForTokenClassification, EtMlpMixerPreTrainedModel): ...
 
 
-class EtMlpMixerForMultipleChoice(ForMultipleChoice, EtMlpMixerPreTrainedModel):
-    model_class = EtMlpMixerModel
+class EtMlpMixerForQuestionAnswering(ForQuestionAnswering, EtMlpMixerPreTrainedModel): ...
 
 
-class EtMlpMixerForImageClassification(ForImageClassification, EtMlpMixerPreTrainedModel):
-    model_class = EtMlpMixerModel
+class EtMlpMixerForMultipleChoice(ForMultipleChoice, EtMlpMixerPreTrainedModel): ...
+
+
+class EtMlpMixerForImageClassification(ForImageClassification, EtMlpMixerPreTrainedModel): ...

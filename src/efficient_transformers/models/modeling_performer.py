@@ -70,29 +70,25 @@ class EtPerformerModel(Backbone, EtPerformerPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 
-class EtPerformerForMaskedLM(ForMaskedLM, EtPerformerPreTrainedModel):
-    model_class = EtPerformerModel
+EtPerformerPreTrainedModel.model_class = EtPerformerModel
 
 
-class EtPerformerForCausalLM(ForCausalLM, EtPerformerPreTrainedModel, GenerationMixin):
-    model_class = EtPerformerModel
+class EtPerformerForMaskedLM(ForMaskedLM, EtPerformerPreTrainedModel): ...
 
 
-class EtPerformerForSequenceClassification(ForSequenceClassification, EtPerformerPreTrainedModel):
-    model_class = EtPerformerModel
+class EtPerformerForCausalLM(ForCausalLM, EtPerformerPreTrainedModel, GenerationMixin): ...
 
 
-class EtPerformerForTokenClassification(ForTokenClassification, EtPerformerPreTrainedModel):
-    model_class = EtPerformerModel
+class EtPerformerForSequenceClassification(ForSequenceClassification, EtPerformerPreTrainedModel): ...
 
 
-class EtPerformerForQuestionAnswering(ForQuestionAnswering, EtPerformerPreTrainedModel):
-    model_class = EtPerformerModel
+class EtPerformerForTokenClassification(ForTokenClassification, EtPerformerPreTrainedModel): ...
 
 
-class EtPerformerForMultipleChoice(ForMultipleChoice, EtPerformerPreTrainedModel):
-    model_class = EtPerformerModel
+class EtPerformerForQuestionAnswering(ForQuestionAnswering, EtPerformerPreTrainedModel): ...
 
 
-class EtPerformerForImageClassification(ForImageClassification, EtPerformerPreTrainedModel):
-    model_class = EtPerformerModel
+class EtPerformerForMultipleChoice(ForMultipleChoice, EtPerformerPreTrainedModel): ...
+
+
+class EtPerformerForImageClassification(ForImageClassification, EtPerformerPreTrainedModel): ...

@@ -185,29 +185,25 @@ class EtReformerModel(Backbone, EtReformerPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 
-class EtReformerForMaskedLM(ForMaskedLM, EtReformerPreTrainedModel):
-    model_class = EtReformerModel
+EtReformerPreTrainedModel.model_class = EtReformerModel
 
 
-class EtReformerForCausalLM(ForCausalLM, EtReformerPreTrainedModel, GenerationMixin):
-    model_class = EtReformerModel
+class EtReformerForMaskedLM(ForMaskedLM, EtReformerPreTrainedModel): ...
 
 
-class EtReformerForSequenceClassification(ForSequenceClassification, EtReformerPreTrainedModel):
-    model_class = EtReformerModel
+class EtReformerForCausalLM(ForCausalLM, EtReformerPreTrainedModel, GenerationMixin): ...
 
 
-class EtReformerForTokenClassification(ForTokenClassification, EtReformerPreTrainedModel):
-    model_class = EtReformerModel
+class EtReformerForSequenceClassification(ForSequenceClassification, EtReformerPreTrainedModel): ...
 
 
-class EtReformerForQuestionAnswering(ForQuestionAnswering, EtReformerPreTrainedModel):
-    model_class = EtReformerModel
+class EtReformerForTokenClassification(ForTokenClassification, EtReformerPreTrainedModel): ...
 
 
-class EtReformerForMultipleChoice(ForMultipleChoice, EtReformerPreTrainedModel):
-    model_class = EtReformerModel
+class EtReformerForQuestionAnswering(ForQuestionAnswering, EtReformerPreTrainedModel): ...
 
 
-class EtReformerForImageClassification(ForImageClassification, EtReformerPreTrainedModel):
-    model_class = EtReformerModel
+class EtReformerForMultipleChoice(ForMultipleChoice, EtReformerPreTrainedModel): ...
+
+
+class EtReformerForImageClassification(ForImageClassification, EtReformerPreTrainedModel): ...

@@ -91,29 +91,25 @@ class EtRfaModel(Backbone, EtRfaPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 
-class EtRfaForMaskedLM(ForMaskedLM, EtRfaPreTrainedModel):
-    model_class = EtRfaModel
+EtRfaPreTrainedModel.model_class = EtRfaModel
 
 
-class EtRfaForCausalLM(ForCausalLM, EtRfaPreTrainedModel, GenerationMixin):
-    model_class = EtRfaModel
+class EtRfaForMaskedLM(ForMaskedLM, EtRfaPreTrainedModel): ...
 
 
-class EtRfaForSequenceClassification(ForSequenceClassification, EtRfaPreTrainedModel):
-    model_class = EtRfaModel
+class EtRfaForCausalLM(ForCausalLM, EtRfaPreTrainedModel, GenerationMixin): ...
 
 
-class EtRfaForTokenClassification(ForTokenClassification, EtRfaPreTrainedModel):
-    model_class = EtRfaModel
+class EtRfaForSequenceClassification(ForSequenceClassification, EtRfaPreTrainedModel): ...
 
 
-class EtRfaForQuestionAnswering(ForQuestionAnswering, EtRfaPreTrainedModel):
-    model_class = EtRfaModel
+class EtRfaForTokenClassification(ForTokenClassification, EtRfaPreTrainedModel): ...
 
 
-class EtRfaForMultipleChoice(ForMultipleChoice, EtRfaPreTrainedModel):
-    model_class = EtRfaModel
+class EtRfaForQuestionAnswering(ForQuestionAnswering, EtRfaPreTrainedModel): ...
 
 
-class EtRfaForImageClassification(ForImageClassification, EtRfaPreTrainedModel):
-    model_class = EtRfaModel
+class EtRfaForMultipleChoice(ForMultipleChoice, EtRfaPreTrainedModel): ...
+
+
+class EtRfaForImageClassification(ForImageClassification, EtRfaPreTrainedModel): ...

@@ -283,29 +283,25 @@ class EtRoutingModel(Backbone, EtRoutingPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 
-class EtRoutingForMaskedLM(ForMaskedLM, EtRoutingPreTrainedModel):
-    model_class = EtRoutingModel
+EtRoutingPreTrainedModel.model_class = EtRoutingModel
 
 
-class EtRoutingForCausalLM(ForCausalLM, EtRoutingPreTrainedModel, GenerationMixin):
-    model_class = EtRoutingModel
+class EtRoutingForMaskedLM(ForMaskedLM, EtRoutingPreTrainedModel): ...
 
 
-class EtRoutingForSequenceClassification(ForSequenceClassification, EtRoutingPreTrainedModel):
-    model_class = EtRoutingModel
+class EtRoutingForCausalLM(ForCausalLM, EtRoutingPreTrainedModel, GenerationMixin): ...
 
 
-class EtRoutingForTokenClassification(ForTokenClassification, EtRoutingPreTrainedModel):
-    model_class = EtRoutingModel
+class EtRoutingForSequenceClassification(ForSequenceClassification, EtRoutingPreTrainedModel): ...
 
 
-class EtRoutingForQuestionAnswering(ForQuestionAnswering, EtRoutingPreTrainedModel):
-    model_class = EtRoutingModel
+class EtRoutingForTokenClassification(ForTokenClassification, EtRoutingPreTrainedModel): ...
 
 
-class EtRoutingForMultipleChoice(ForMultipleChoice, EtRoutingPreTrainedModel):
-    model_class = EtRoutingModel
+class EtRoutingForQuestionAnswering(ForQuestionAnswering, EtRoutingPreTrainedModel): ...
 
 
-class EtRoutingForImageClassification(ForImageClassification, EtRoutingPreTrainedModel):
-    model_class = EtRoutingModel
+class EtRoutingForMultipleChoice(ForMultipleChoice, EtRoutingPreTrainedModel): ...
+
+
+class EtRoutingForImageClassification(ForImageClassification, EtRoutingPreTrainedModel): ...

@@ -174,13 +174,13 @@ class EtSinkhornModel(Backbone, EtSinkhornPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 
-class EtSinkhornForMaskedLM(ForMaskedLM, EtSinkhornPreTrainedModel):
-    model_class = EtSinkhornModel
+EtSinkhornPreTrainedModel.model_class = EtSinkhornModel
+
+
+class EtSinkhornForMaskedLM(ForMaskedLM, EtSinkhornPreTrainedModel): ...
 
 
 class EtSinkhornForCausalLM(ForCausalLM, EtSinkhornPreTrainedModel, GenerationMixin):
-    model_class = EtSinkhornModel
-
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Load the generation config, without the sampling temperature that old checkpoints give by mistake.
 
@@ -193,21 +193,16 @@ class EtSinkhornForCausalLM(ForCausalLM, EtSinkhornPreTrainedModel, GenerationMi
             generation.temperature = None
 
 
-class EtSinkhornForSequenceClassification(ForSequenceClassification, EtSinkhornPreTrainedModel):
-    model_class = EtSinkhornModel
+class EtSinkhornForSequenceClassification(ForSequenceClassification, EtSinkhornPreTrainedModel): ...
 
 
-class EtSinkhornForTokenClassification(ForTokenClassification, EtSinkhornPreTrainedModel):
-    model_class = EtSinkhornModel
+class EtSinkhornForTokenClassification(ForTokenClassification, EtSinkhornPreTrainedModel): ...
 
 
-class EtSinkhornForQuestionAnswering(ForQuestionAnswering, EtSinkhornPreTrainedModel):
-    model_class = EtSinkhornModel
+class EtSinkhornForQuestionAnswering(ForQuestionAnswering, EtSinkhornPreTrainedModel): ...
 
 
-class EtSinkhornForMultipleChoice(ForMultipleChoice, EtSinkhornPreTrainedModel):
-    model_class = EtSinkhornModel
+class EtSinkhornForMultipleChoice(ForMultipleChoice, EtSinkhornPreTrainedModel): ...
 
 
-class EtSinkhornForImageClassification(ForImageClassification, EtSinkhornPreTrainedModel):
-    model_class = EtSinkhornModel
+class EtSinkhornForImageClassification(ForImageClassification, EtSinkhornPreTrainedModel): ...

@@ -55,29 +55,25 @@ class EtStrideModel(Backbone, EtStridePreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 
-class EtStrideForMaskedLM(ForMaskedLM, EtStridePreTrainedModel):
-    model_class = EtStrideModel
+EtStridePreTrainedModel.model_class = EtStrideModel
 
 
-class EtStrideForCausalLM(ForCausalLM, EtStridePreTrainedModel, GenerationMixin):
-    model_class = EtStrideModel
+class EtStrideForMaskedLM(ForMaskedLM, EtStridePreTrainedModel): ...
 
 
-class EtStrideForSequenceClassification(ForSequenceClassification, EtStridePreTrainedModel):
-    model_class = EtStrideModel
+class EtStrideForCausalLM(ForCausalLM, EtStridePreTrainedModel, GenerationMixin): ...
 
 
-class EtStrideForTokenClassification(ForTokenClassification, EtStridePreTrainedModel):
-    model_class = EtStrideModel
+class EtStrideForSequenceClassification(ForSequenceClassification, EtStridePreTrainedModel): ...
 
 
-class EtStrideForQuestionAnswering(ForQuestionAnswering, EtStridePreTrainedModel):
-    model_class = EtStrideModel
+class EtStrideForTokenClassification(ForTokenClassification, EtStridePreTrainedModel): ...
 
 
-class EtStrideForMultipleChoice(ForMultipleChoice, EtStridePreTrainedModel):
-    model_class = EtStrideModel
+class EtStrideForQuestionAnswering(ForQuestionAnswering, EtStridePreTrainedModel): ...
 
 
-class EtStrideForImageClassification(ForImageClassification, EtStridePreTrainedModel):
-    model_class = EtStrideModel
+class EtStrideForMultipleChoice(ForMultipleChoice, EtStridePreTrainedModel): ...
+
+
+class EtStrideForImageClassification(ForImageClassification, EtStridePreTrainedModel): ...

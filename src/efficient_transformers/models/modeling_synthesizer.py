@@ -258,29 +258,25 @@ class EtSynthesizerModel(Backbone, EtSynthesizerPreTrainedModel):
     """Bare encoder (or decoder, by `config.is_decoder`)."""
 
 
-class EtSynthesizerForMaskedLM(ForMaskedLM, EtSynthesizerPreTrainedModel):
-    model_class = EtSynthesizerModel
+EtSynthesizerPreTrainedModel.model_class = EtSynthesizerModel
 
 
-class EtSynthesizerForCausalLM(ForCausalLM, EtSynthesizerPreTrainedModel, GenerationMixin):
-    model_class = EtSynthesizerModel
+class EtSynthesizerForMaskedLM(ForMaskedLM, EtSynthesizerPreTrainedModel): ...
 
 
-class EtSynthesizerForSequenceClassification(ForSequenceClassification, EtSynthesizerPreTrainedModel):
-    model_class = EtSynthesizerModel
+class EtSynthesizerForCausalLM(ForCausalLM, EtSynthesizerPreTrainedModel, GenerationMixin): ...
 
 
-class EtSynthesizerForTokenClassification(ForTokenClassification, EtSynthesizerPreTrainedModel):
-    model_class = EtSynthesizerModel
+class EtSynthesizerForSequenceClassification(ForSequenceClassification, EtSynthesizerPreTrainedModel): ...
 
 
-class EtSynthesizerForQuestionAnswering(ForQuestionAnswering, EtSynthesizerPreTrainedModel):
-    model_class = EtSynthesizerModel
+class EtSynthesizerForTokenClassification(ForTokenClassification, EtSynthesizerPreTrainedModel): ...
 
 
-class EtSynthesizerForMultipleChoice(ForMultipleChoice, EtSynthesizerPreTrainedModel):
-    model_class = EtSynthesizerModel
+class EtSynthesizerForQuestionAnswering(ForQuestionAnswering, EtSynthesizerPreTrainedModel): ...
 
 
-class EtSynthesizerForImageClassification(ForImageClassification, EtSynthesizerPreTrainedModel):
-    model_class = EtSynthesizerModel
+class EtSynthesizerForMultipleChoice(ForMultipleChoice, EtSynthesizerPreTrainedModel): ...
+
+
+class EtSynthesizerForImageClassification(ForImageClassification, EtSynthesizerPreTrainedModel): ...
