@@ -152,7 +152,7 @@ def test_padding_changes_nothing(variant, settings, implementation):
 @every_case
 def test_gradients_do_not_leave_the_padding(variant, settings):
     model = build(variant, settings)
-    embeds = torch.randn(1, 50, 32, dtype=torch.float64, requires_grad=True)
+    embeds = torch.randn(1, 50, model.config.embedding_width, dtype=torch.float64, requires_grad=True)
     mask = (torch.arange(50) >= 13).long()[None]
     probed(model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state).backward()
     assert embeds.grad[0, :13].abs().max() == 0
@@ -260,7 +260,7 @@ def test_compiled_models_keep_documents_apart():
 def test_an_output_depends_on_just_what_the_pattern_shows(variant, settings, decoder):
     model = build(variant, settings, **one_layer(settings), use_cache=False, is_decoder=decoder)
     length, external = 24, getattr(model.config, "num_external_tokens", 0)
-    embeds = torch.randn(1, length, 32, dtype=torch.float64)
+    embeds = torch.randn(1, length, model.config.embedding_width, dtype=torch.float64)
     if variant.chooses:  # whom a token reads depends on what stands there
         weights = model(inputs_embeds=embeds, output_attentions=True).attentions[0][0]
         expected = (weights > 0).any(0) | torch.eye(length, dtype=torch.bool)  # a residual goes around the attention
@@ -868,6 +868,8 @@ def test_one_batch_is_learned(variant, settings):
         ("full", {"num_attention_heads": 0}, r"num_attention_heads \(0\) must be at least 1"),
         ("full", {"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob \(1.0\) must lie in \[0, 1\)"),
         ("full", {"hidden_size": "32"}, "hidden_size"),
+        ("full", {"embedding_size": 0}, r"embedding_size \(0\) must be at least 1: None embeds in hidden_size"),
+        ("full", {"embedding_size": 7, "position_embedding_type": "sinusoidal"}, r"embedding_size \(7\) must be a mult"),
         ("full", {"hiden_size": 32}, "no field 'hiden_size'; did you mean 'hidden_size'"),
         ("full", {"position_embedding_type": "rotatory"}, "position_embedding_type"),
         ("full", {"hidden_size": 12, "position_embedding_type": "rotary"}, r"head_dim \(3\) must be a multiple of 2"),

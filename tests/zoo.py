@@ -23,10 +23,14 @@ SMALL = {
 }
 # Several settings per variant, so that every branch of it meets every law. Sizes divide no test length.
 SETTINGS: dict[str, list[dict]] = {
-    "full": [{}, {"norm_first": False, "position_embedding_type": "sinusoidal"}],
+    "full": [
+        {},
+        {"norm_first": False, "position_embedding_type": "sinusoidal"},
+        {"norm_first": False, "embedding_size": 14},
+    ],
     "local": [
         {"window_size": 3, "position_embedding_type": "rotary"},
-        {"window_size": [2, 70]},
+        {"window_size": [2, 70], "embedding_size": 14, "position_embedding_type": "sinusoidal"},
         {"window_size": 3, "reversible": True},
     ],
     "stride": [{"stride": 5, "hops": None}, {"stride": 3, "hops": 2, "position_embedding_type": "none"}],

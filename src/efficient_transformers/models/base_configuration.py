@@ -26,6 +26,9 @@ class EtConfig(PreTrainedConfig):
 
     Args:
         vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: as in BERT.
+        embedding_size: width of all embeddings and of `inputs_embeds`, if it is not `hidden_size`: a dense layer
+            projects them to `hidden_size`, and the head of a language model projects back (ALBERT, Lan et al. 2020,
+            arXiv:1909.11942, section 3.1). None projects nothing.
         hidden_act: activation of the MLP, a name that transformers knows.
         max_position_embeddings: longest input, in tokens; past it a ValueError.
         position_embedding_type: `learned` and `sinusoidal` are added to the word embeddings, `rotary` turns queries
@@ -61,6 +64,7 @@ class EtConfig(PreTrainedConfig):
 
     vocab_size: int = 30522
     hidden_size: int = 256
+    embedding_size: int | None = None
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     intermediate_size: int = 1024
@@ -113,6 +117,11 @@ class EtConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def embedding_width(self) -> int:
+        """Features of an embedding: `embedding_size`, or `hidden_size` if that is None."""
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
+
     def check_image_size(self) -> int | list[int]:
         """`image_size` of a model of images, or a ValueError."""
         if self.image_size is None:
@@ -144,12 +153,15 @@ class EtConfig(PreTrainedConfig):
                 f"attention_probs_dropout_prob ({self.attention_probs_dropout_prob}) must be 0: there are no queries "
                 "to turn and no attention weights to drop from; use 'learned' and hidden_dropout_prob."
             )
+        if self.embedding_size is not None:
+            check_at_least("embedding_size", self.embedding_size, 1, "None embeds in hidden_size")
         check_at_least("num_hidden_layers", self.num_hidden_layers, 0, "0 leaves the embeddings alone")
         check_at_least("type_vocab_size", self.type_vocab_size, 0, "0 has no token types")
         if self.position_embedding_type == "rotary":
             check_divisible("head_dim", self.head_dim, "2", 2, "rotary positions turn pairs of features")
         if self.position_embedding_type == "sinusoidal":
-            check_divisible("hidden_size", self.hidden_size, "2", 2, "sinusoidal positions fill pairs of features")
+            name = "hidden_size" if self.embedding_size is None else "embedding_size"
+            check_divisible(name, self.embedding_width, "2", 2, "sinusoidal positions fill pairs of features")
         if self.reversible and not self.norm_first:
             raise ValueError(
                 f"reversible ({self.reversible}) needs norm_first, which is {self.norm_first}: a sum with a norm "

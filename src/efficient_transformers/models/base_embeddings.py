@@ -21,27 +21,32 @@ def sinusoidal_embedding(positions: Tensor, size: int, dtype: torch.dtype) -> Te
 
 
 class EtEmbeddings(OwnValues):
-    """Words or patches of images, positions and token types, summed; normalised behind if the blocks are."""
+    """Words or patches of images, positions and token types, summed; normalised behind if the blocks are.
+
+    (b, n, embedding_size) -> (b, n, e), by a dense layer if the two differ.
+    """
 
     position_axes: ClassVar = {"position_embeddings.weight": (0,)}
 
     def __init__(self, config: EtConfig):
         super().__init__()
         self.config = config
+        width = config.embedding_width
         if config.image_size is None:
             # a padding index would freeze one row; padding is masked, so no row needs to be
-            self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.word_embeddings = nn.Embedding(config.vocab_size, width)
         else:
-            sizes = config.image_size, config.patch_size, config.num_channels, config.hidden_size
+            sizes = config.image_size, config.patch_size, config.num_channels, width
             self.patch_embeddings = PatchEmbeddings(*sizes)
         if config.position_embedding_type == "learned":
-            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
         if config.type_vocab_size:
-            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
         if not config.norm_first:
-            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        if getattr(config, "embedding_projection", False):
-            self.projection = nn.Linear(config.hidden_size, config.hidden_size)
+            self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.projects = config.embedding_size is not None or getattr(config, "embedding_projection", False)
+        if self.projects:
+            self.projection = nn.Linear(width, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, inputs_embeds: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
@@ -52,10 +57,10 @@ class EtEmbeddings(OwnValues):
         if self.config.position_embedding_type == "learned":
             hidden = hidden + self.position_embeddings(positions)
         elif self.config.position_embedding_type == "sinusoidal":
-            hidden = hidden + sinusoidal_embedding(positions, self.config.hidden_size, hidden.dtype)
+            hidden = hidden + sinusoidal_embedding(positions, self.config.embedding_width, hidden.dtype)
         if not self.config.norm_first:
             hidden = self.norm(hidden)
-        if getattr(self.config, "embedding_projection", False):
+        if self.projects:
             hidden = self.projection(hidden)
         return self.dropout(hidden)
 

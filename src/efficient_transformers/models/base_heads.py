@@ -98,10 +98,10 @@ class MaskedLMHead(nn.Module):
 
     def __init__(self, config: EtConfig):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.embedding_width)
         self.activation = ACT2FN[config.hidden_act]
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.norm = nn.LayerNorm(config.embedding_width, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.embedding_width, config.vocab_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.decoder(self.norm(self.activation(self.dense(hidden))))
@@ -183,7 +183,10 @@ class ForCausalLM(OwnCacheGeneration, Head):
         return config
 
     def add_head(self, config: EtConfig) -> None:
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        factorized = config.embedding_size is not None
+        width = config.embedding_width
+        self.project_out = nn.Linear(config.hidden_size, width, bias=False) if factorized else nn.Identity()
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
@@ -223,7 +226,7 @@ class ForCausalLM(OwnCacheGeneration, Head):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(self.project_out(outputs.last_hidden_state[:, kept]))
         loss = None
         check_labels(outputs.last_hidden_state, labels=labels, shift_labels=shift_labels)
         if labels is not None or shift_labels is not None:
