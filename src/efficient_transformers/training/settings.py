@@ -41,6 +41,7 @@ class Settings:
     model: dict[str, Any] = dataclasses.field(default_factory=dict)  # `model_type` or `checkpoint`, and config fields
     tokenizer: str | None = None  # folder or Hub name; default: the checkpoint's own
     trust_remote_code: bool = False
+    reinitialize: bool = False  # train although tensors of the checkpoint's body are missing or have another shape
     # optimisation
     epochs: int = 3
     max_steps: int | None = None  # optimiser steps; takes the place of `epochs`

@@ -3,13 +3,14 @@
 import inspect
 import logging
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -122,10 +123,13 @@ def visible_length(settings: Settings, config: PreTrainedConfig, default: int | 
     return min(length, positions) if positions else length
 
 
-def build_model(settings: Settings, config: PreTrainedConfig, auto_class: Any) -> PreTrainedModel:
+def build_model(
+    settings: Settings, config: PreTrainedConfig, auto_class: Any, *, complete: bool = False
+) -> PreTrainedModel:
     """A new model from the seed that is set, or the checkpoint with a head of the right size.
 
-    Parameters that the checkpoint does not bring are marked `made_anew`, for a learning rate of their own.
+    Parameters that the checkpoint does not bring are marked `made_anew`, for a learning rate of their own. With
+    `complete` the checkpoint must bring the head, too. Raises InputError, which lists the tensors, if it does not fit.
     """
     if "checkpoint" not in settings.model:
         try:
@@ -138,16 +142,61 @@ def build_model(settings: Settings, config: PreTrainedConfig, auto_class: Any) -
             local_or_hub(name),
             config=config,
             dtype=torch.float32,  # small updates are lost in the half precision that some checkpoints are saved in
-            ignore_mismatched_sizes=True,  # a head for other labels is made anew
+            ignore_mismatched_sizes=True,  # without it the first tensor that does not fit hides the others
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise InputError(f"The checkpoint {name!r} cannot be loaded: {error}") from error
-    made_anew = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    made_anew = check_fit(model, loading, settings, complete)
     for key, parameter in model.named_parameters():
         parameter.made_anew = key in made_anew
     return model
+
+
+def check_fit(model: PreTrainedModel, loading: Mapping[str, Any], settings: Settings, complete: bool) -> set[str]:
+    """The tensors that the checkpoint does not bring, drawn anew: a head is shown in a notice.
+
+    Raises InputError for tensors of the body, or with `complete` of the head, that are missing, have another shape or
+    are not used, unless `reinitialize` allows it.
+    """
+    shapes = {key: f"{key}, {tuple(saved)} instead of {tuple(own)}" for key, saved, own in loading["mismatched_keys"]}
+    kinds = {
+        "missing": {key: key for key in loading["missing_keys"]},
+        "of another shape": shapes,
+        "not used": {key: key for key in loading["unexpected_keys"]},
+    }
+    made_anew = {*kinds["missing"], *shapes}
+    parts, prefix = dict(model.base_model.named_children()), f"{model.base_model_prefix}."
+
+    def of_head(key: str) -> bool:
+        # a body without a head that reads it has no pooler
+        return "pooler." in key or not (key.startswith(prefix) or key.partition(".")[0] in parts)
+
+    must_fit = {kind: [text for key, text in keys.items() if not of_head(key)] for kind, keys in kinds.items()}
+    if complete:
+        must_fit |= {kind: list(kinds[kind].values()) for kind in ("missing", "of another shape")}
+    found = "; ".join(f"{kind}: {listed(keys)}" for kind, keys in must_fit.items() if keys)
+    name = settings.model["checkpoint"]
+    if found and complete:
+        raise InputError(
+            f"The checkpoint {name!r} lacks weights of the trained model ({found}): copy the folder again."
+        )
+    if found and not settings.reinitialize:
+        raise InputError(
+            f"The checkpoint {name!r} does not fit the model ({found}). Correct the fields of the model section, or "
+            "set reinitialize to true to train with random values in the first two and without the third."
+        )
+    if made_anew:
+        note = f"New weights, which {name} does not bring: {listed(sorted(made_anew))}."
+        PartialState().print(note)
+    return made_anew
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names for a message, the first `most` of them."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def model_facts(model: PreTrainedModel, max_length: int) -> dict[str, Any]:

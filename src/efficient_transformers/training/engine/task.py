@@ -88,10 +88,18 @@ class Task(Generic[S]):
         return build_config(settings, tokenizer, **fields)
 
     def build_model(
-        self, settings: S, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+        self,
+        settings: S,
+        config: PreTrainedConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        complete: bool = False,
     ) -> PreTrainedModel:
-        """The model to train; it may add to the tokenizer what the model needs."""
-        return build_model(settings, config, self.auto_class)
+        """The model to train; it may add to the tokenizer what the model needs.
+
+        `complete` says that the checkpoint is a finished run, which brings all weights.
+        """
+        return build_model(settings, config, self.auto_class, complete=complete)
 
     def longest(self, settings: S, config: PreTrainedConfig) -> int:
         """Tokens of an example that the model sees."""
@@ -200,7 +208,7 @@ class Task(Generic[S]):
         preparation, collate = self.preparation(settings, source, config)
         length = self.longest(settings, config)
         set_seed(settings.seed)
-        model = self.build_model(settings, config, source.tokenizer)
+        model = self.build_model(settings, config, source.tokenizer, complete=folder is not None)
         return Ready(
             model, length, source.labels, preparation, collate, lambda name: source.encode(name, length, model)
         )

@@ -143,8 +143,10 @@ class LanguageModelTask(Task[S]):
 
         return Source(tokenizer, [], encode)
 
-    def build_model(self, settings: S, config: PreTrainedConfig, tokenizer: Any) -> PreTrainedModel:
-        model = super().build_model(settings, config, tokenizer)
+    def build_model(
+        self, settings: S, config: PreTrainedConfig, tokenizer: Any, *, complete: bool = False
+    ) -> PreTrainedModel:
+        model = super().build_model(settings, config, tokenizer, complete=complete)
         check_packing(model, settings)
         return model
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
@@ -207,15 +208,22 @@ def load_head(folder: Path) -> MatchingHead:
     return head
 
 
-def build_matcher(settings: MatchSettings, config: PreTrainedConfig, auto_class: Any) -> DocumentMatcher:
-    """A new model, or a checkpoint with its head if it has one that fits."""
-    encoder = build_model(settings, config, auto_class)
+def build_matcher(
+    settings: MatchSettings, config: PreTrainedConfig, auto_class: Any, complete: bool = False
+) -> DocumentMatcher:
+    """A new model, or a checkpoint with its head if it has one that fits; with `complete` it must."""
+    encoder = build_model(settings, config, auto_class, complete=complete)
     folder = find_path(settings.model.get("checkpoint") or "")
     wanted = MatchingHead(config.hidden_size, settings.head_size, settings.interaction)
     if "checkpoint" in settings.model and folder is not None and (folder / HEAD).exists():
         saved = load_head(folder)
         if saved.sizes == wanted.sizes:
             return DocumentMatcher(encoder, saved)
+        if complete:
+            raise InputError(f"The head of {folder} has {saved.sizes} and the settings {wanted.sizes}: correct these.")
+        PartialState().print(f"New head of {wanted.sizes}: that of {folder} has {saved.sizes}.")
+    elif complete:
+        raise InputError(f"{folder} has no {HEAD}, the trained model's head: copy the folder again.")
     for parameter in wanted.parameters():
         parameter.made_anew = "checkpoint" in settings.model  # type: ignore[attr-defined]
     return DocumentMatcher(encoder, wanted)
@@ -235,9 +243,14 @@ class MatchTask(Task[MatchSettings]):
         return Source.of_texts(settings, load_pairs, pair_rows)
 
     def build_model(
-        self, settings: MatchSettings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+        self,
+        settings: MatchSettings,
+        config: PreTrainedConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        complete: bool = False,
     ) -> DocumentMatcher:
-        return build_matcher(settings, config, self.auto_class)
+        return build_matcher(settings, config, self.auto_class, complete)
 
     def limits(self, settings: MatchSettings) -> list[str]:
         made = f"Its pairs have the same {settings.group_column!r} or not, in excerpts of texts that training has not "

@@ -104,7 +104,9 @@ class ClmTask(LanguageModelTask[ClmSettings]):
     def load_tokenizer(self, settings: ClmSettings, texts: list[str]) -> PreTrainedTokenizerBase:
         return load_open_tokenizer(settings, texts)
 
-    def build_model(self, settings: ClmSettings, config: PreTrainedConfig, tokenizer: Any) -> PreTrainedModel:
+    def build_model(
+        self, settings: ClmSettings, config: PreTrainedConfig, tokenizer: Any, *, complete: bool = False
+    ) -> PreTrainedModel:
         """Raises InputError unless the model predicts each token from those before it alone."""
         causal = ", ".join(variant.model_type for variant in VARIANTS.values() if variant.causal)
         on_hub = getattr(config, "auto_map", None) or {}
@@ -124,7 +126,7 @@ class ClmTask(LanguageModelTask[ClmSettings]):
         if config.pad_token_id == config.eos_token_id:
             # some models never train the embedding of padding, and that of the end must be trained
             config.pad_token_id = None
-        model = super().build_model(settings, config, tokenizer)
+        model = super().build_model(settings, config, tokenizer, complete=complete)
         if reads_ahead(model):
             remedy = "is_decoder true" if is_encoder else f"model_type to a causal one, e.g. {causal}"
             raise InputError(

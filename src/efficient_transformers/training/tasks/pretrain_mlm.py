@@ -51,8 +51,10 @@ class MlmTask(LanguageModelTask[MlmSettings]):
             )
         return tokenizer
 
-    def build_model(self, settings: MlmSettings, config: PreTrainedConfig, tokenizer: Any) -> PreTrainedModel:
-        model = super().build_model(settings, config, tokenizer)
+    def build_model(
+        self, settings: MlmSettings, config: PreTrainedConfig, tokenizer: Any, *, complete: bool = False
+    ) -> PreTrainedModel:
+        model = super().build_model(settings, config, tokenizer, complete=complete)
         add_mask_token(tokenizer, model, settings)
         return model
 
