@@ -1,18 +1,18 @@
-"""All variants beside full attention and the layers of transformers: time and memory against length, in one command.
+"""Measure all variants, full attention and the layers of transformers against sequence length, in one command.
 
     python benchmarks/all.py --out docs/benchmarks [--lengths 512 … 32768] [--devices cpu cuda] [--runs …]
 
-Layers with their projections (hidden size 256, 4 heads, batch 1, no padding), forward and training step; and a
-generated token of decoders of 2 layers behind `length` others. Contenders take turns within a round, and rounds are
-repeated, so that a slow moment of the machine meets all of them (benchmarks/attention.py).
+Layers with their projections (hidden size 256, 4 heads, batch 1, no padding): forward pass and training step. Decoders
+of 2 layers: one generated token after `length` others. Contenders take turns within a round, and rounds are repeated,
+so that temporary slowdowns of the machine affect all of them (benchmarks/attention.py).
 
-<out>.json holds every single time and grows with each length: the same command goes on where the last one stopped, and
-measures what is missing beside full attention. What would not fit into memory is noted and left out. <out>.md has the
-tables and the exponents of time in the length, fitted where arithmetic takes the time, beside those of the arithmetic;
-<out>_<device>_<mode>.png the curves; and <out>_<device>_bubbles.png quality against speed, the quality read from
-finished runs (`--runs docs/results.json --task zoo_era`). Where nothing is missing, the pages are made again, on any
-machine, and what somebody has written between the two lines of notes in <out>.md stays. `--quick` measures two short
-lengths only, to try it.
+<out>.json holds every single time and grows with each length: running the command again resumes an interrupted
+measurement, and measures what is missing together with full attention. Configurations that do not fit into memory are
+recorded and skipped. <out>.md has the tables, and the exponents of time in the length, fitted where arithmetic
+dominates, next to those of the arithmetic; <out>_<device>_<mode>.png has the curves, and <out>_<device>_bubbles.png
+quality against speed, with the quality taken from finished runs (`--runs docs/results.json --task zoo_era`). If nothing
+is missing, the pages are rewritten, on any machine. Text between the two `notes` marks in <out>.md is kept. `--quick`
+tries the script on two short lengths.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from torch import nn
 from efficient_transformers import VARIANTS, costs
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-FITTED = {"cpu": (2048, 16384), "cuda": (16384, 65536)}  # shorter ones take a GPU the time of its launches
+FITTED = {"cpu": (2048, 16384), "cuda": (16384, 65536)}  # below, kernel launches dominate on a GPU
 MODES = ("forward", "training", "generation")
 NOTES = ("<!-- begin:notes -->", "<!-- end:notes -->")
 Law = Callable[[int], float]
@@ -61,13 +61,13 @@ Law = Callable[[int], float]
 class Contender:
     """One row of the tables.
 
-    make: a layer for a length.
-    law: multiplications of the mixer at a length, up to a constant.
+    make: builds a layer for a length.
+    law: multiplications of the mixer at a length, up to a constant factor.
     family: the panel of the plots.
-    slug, fields: of a variant, which has a decoder if it can.
-    squares: matrices of n² numbers that a pass holds at least; what would not fit is not tried.
-    shortest: tokens below which it cannot be called.
-    cuda_only: can it not be trained on a CPU?
+    slug, fields: variant and its config fields; it is measured in generation if it can be a decoder.
+    squares: number of n² matrices that a pass holds at least; used to skip what does not fit into memory.
+    shortest: least length that the layer supports.
+    cuda_only: the layer cannot be trained on a CPU.
     """
 
     make: Callable[[int], nn.Module]
@@ -84,27 +84,27 @@ class Contender:
         return self.slug is not None and VARIANTS[self.slug].causal
 
     def least_bytes(self, length: int, itemsize: int, mode: str) -> int:
-        """A lower bound on the memory of a run: matrices written out, and parameters, which may be as large."""
+        """Lower bound on the memory of a run: materialised matrices, and parameters, which may be as large."""
         numbers = self.squares * length**2 * (mode != "generation")
         if self.slug is not None:
             with torch.device("meta"):
                 parameters = self.make(length).parameters()
-            # each with its gradient and the draw that it is initialised from
+            # each has a gradient and the random numbers it is initialised from
             numbers += 3 * sum(parameter.numel() for parameter in parameters)
         return numbers * itemsize
 
 
 def ours(slug: str, changes: dict | None = None, squares: int = 0, implementation: str = "sdpa") -> Contender:
-    """A layer of a variant, with the benchmark settings of its row in the registry and `changes` to them."""
+    """A layer of a variant, with the benchmark settings of its row in the registry, updated with `changes`."""
     variant = VARIANTS[slug]
     fields = {**variant.benchmark, **(changes or {})}
     sizes = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_hidden_layers": 1}
 
     def law(length: int) -> float:
-        if slug == "fnet":  # fast transforms are not matrix products
+        if slug == "fnet":  # fast Fourier transforms are not matrix products
             return length * log2(length)
         config = variant.config_class(**sizes, **fields, max_position_embeddings=length)
-        # a mixer without matrix products touches each token
+        # a mixer without matrix products is linear in the tokens
         return costs.attention_flops(config, length) or length
 
     make: Callable[[int], nn.Module] = lambda length: Ours(slug, fields, length, implementation)  # noqa: E731
@@ -122,7 +122,7 @@ CONTENDERS = {
     "local, flex": ours("local", implementation="flex_attention"),
     **{slug: ours(slug) for slug in VARIANTS if slug != YARDSTICK},
     "transformers longformer": theirs(lambda n: TheirLongformer(n, 256), lambda n: n, shortest=256),
-    # writes out the weights that it gives out, asked or not
+    # always materialises and returns its weights
     "transformers big_bird": theirs(TheirBigBird, lambda length: length, squares=HEADS, shortest=1024),
     "transformers reformer": theirs(TheirReformer, lambda length: length),
     "transformers fnet": theirs(TheirFnet, lambda length: length * log2(length)),
@@ -131,7 +131,7 @@ CONTENDERS = {
 
 
 def projections(name: str) -> float:
-    """Products of e×e that each token takes in the linear layers of a contender's mixer, four if it is not ours."""
+    """Number of e×e products per token in the linear layers of a contender's mixer; four for those not in the zoo."""
     variant = VARIANTS.get(name.removeprefix("transformers ").partition(",")[0])
     if variant is None:
         return 4
@@ -148,7 +148,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def able(names: Iterable[str], length: int, mode: str, device: str) -> list[str]:
-    """Those that can be run at all."""
+    """Contenders that can run at this length and mode on this device."""
 
     def is_able(contender: Contender) -> bool:
         there = not contender.cuda_only or device == "cuda"
@@ -158,7 +158,7 @@ def able(names: Iterable[str], length: int, mode: str, device: str) -> list[str]
 
 
 def missing(rows: Iterable[dict], wanted: Iterable[str], where: dict[str, Any]) -> list[str]:
-    """Contenders without a row at `where`; the yardstick in front, if there are any."""
+    """Contenders without a row at `where`, preceded by the yardstick if there are any."""
     there = {row["layer"] for row in rows if where.items() <= row.items()}
     names = [name for name in wanted if name not in there]
     return [YARDSTICK, *(name for name in names if name != YARDSTICK)] if names else []
@@ -169,7 +169,7 @@ def skipped(name: str, where: dict[str, Any], reason: str) -> dict:
 
 
 def tried(name: str, build: Callable[[], Any], where: dict[str, Any], device: torch.device) -> tuple[Any, dict | None]:
-    """What `build` makes, or a row that says why not: there is no memory for it, or a layer of transformers fails."""
+    """Return the result of `build`, or a row with the reason for skipping it: memory, or an error in transformers."""
     dtype = getattr(torch, where["dtype"])
     needed, free = CONTENDERS[name].least_bytes(where["length"], dtype.itemsize, where["mode"]), free_bytes(device)
     if needed > 0.7 * free:
@@ -186,14 +186,14 @@ def tried(name: str, build: Callable[[], Any], where: dict[str, Any], device: to
 
 
 def made_on(device: torch.device, dtype: torch.dtype, make: Callable[[], nn.Module]) -> nn.Module:
-    """There from the beginning: a gate over 65,536 tokens has 4 billion weights, which take a CPU a minute to draw."""
+    """Build on the device: a gate over 65,536 tokens has 4 billion weights, which take a CPU a minute to draw."""
     with device:
         module = make()
     return module.to(device, dtype)
 
 
 def measure_layers(names: list[str], where: dict[str, Any], device: torch.device, repeats: int, budget: float):
-    """Rows of forward or training, by `where["mode"]`."""
+    """Rows of forward passes or training steps, by `where["mode"]`."""
     torch.manual_seed(0)
     length, dtype, mode = where["length"], getattr(torch, where["dtype"]), where["mode"]
     hidden = torch.randn(1, length, HIDDEN, dtype=dtype, device=device)
@@ -217,7 +217,7 @@ def measure_layers(names: list[str], where: dict[str, Any], device: torch.device
 
 @torch.no_grad()
 def measure_generation(names: list[str], where: dict[str, Any], device: torch.device, repeats: int, budget: float):
-    """Rows of a token behind `length` others, which a forward pass over random tokens has put into the cache."""
+    """Rows for one token after `length` others, which a forward pass over random tokens has put into the cache."""
     torch.manual_seed(0)
     length, dtype = where["length"], getattr(torch, where["dtype"])
     ids, token = torch.randint(VOCABULARY, (1, length), device=device), torch.tensor([[7]], device=device)
@@ -248,7 +248,7 @@ def measure_generation(names: list[str], where: dict[str, Any], device: torch.de
 
 
 def write_json(path: Path, found: dict) -> None:
-    """Whole or not at all: a run that is killed leaves what was there."""
+    """Write atomically: a killed run leaves the previous file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".json.part")
     part.write_text(json.dumps(found, indent=1) + "\n")
@@ -256,15 +256,15 @@ def write_json(path: Path, found: dict) -> None:
 
 
 def note_machine(found: dict, device: str, described: dict, path: Path) -> None:
-    """Notes the machine in `found`. Raises SystemExit if it holds times of another: they would not compare."""
+    """Record the machine in `found`. Raises SystemExit if it holds times of another, which are not comparable."""
     if (before := found["machines"].setdefault(device, described)) != described:
         raise SystemExit(
-            f"{path} holds times of {before}, and this is {described}: give another --out, or remove the file."
+            f"{path} holds times of {before}, but this is {described}: choose another --out, or remove the file."
         )
 
 
 def measure_all(arguments: argparse.Namespace) -> dict:
-    """All rows, of which those that are missing are measured. If none is, this may be another machine."""
+    """Measure the missing rows and return all rows. If none is missing, the machine may be another one."""
     path = arguments.out.with_suffix(".json")
     found = json.loads(path.read_text()) if path.exists() else {"machines": {}, "rows": []}
     for device in arguments.devices:
@@ -286,13 +286,13 @@ def measure_all(arguments: argparse.Namespace) -> dict:
 
 
 def exponent(points: Iterable[tuple[float, float]]) -> float | None:
-    """b of y = a·n^b through (n, y), by least squares of logarithms; None for less than two."""
+    """Exponent b of y = a·n^b fitted to (n, y) by least squares of logarithms; None for fewer than two points."""
     logs = [(log(n), log(y)) for n, y in points]
     return statistics.linear_regression(*zip(*logs, strict=True)).slope if len(logs) > 1 else None
 
 
 def exponents(rows: list[dict], name: str) -> tuple[float | None, float | None, float | None]:
-    """Of the time, of all multiplications of the layer with its projections, of the mixer's own; between FITTED."""
+    """Exponents of the time, of all multiplications of the layer, and of those of the mixer alone; within FITTED."""
     first, last = FITTED[rows[0]["device"]]
     fitted = {row["length"]: row["median"] for row in rows if row["layer"] == name and "median" in row}
     fitted = {n: y for n, y in fitted.items() if first <= n <= last}
@@ -319,7 +319,7 @@ def exponent_table(rows: list[dict], mode: str) -> str:
 
 
 def groups(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
-    """Rows that were measured, by device, dtype and mode, lengths ascending."""
+    """Measured rows by device, dtype and mode, in ascending order of length."""
     found: dict[tuple[str, str, str], list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["length"]):
         if "median" in row:
@@ -328,20 +328,21 @@ def groups(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
 
 
 def written_notes(path: Path) -> str:
-    """What stands between the lines of notes of a page that was made before, if there is one."""
+    """Return the text between the `notes` marks of an existing page, or an empty string."""
     text = path.read_text() if path.exists() else ""
     return text.partition(NOTES[0])[2].partition(NOTES[1])[0].strip()
 
 
 def report(found: dict, pictures: list[Path], notes: str) -> str:
-    """The page: machines, notes, tables, exponents, what was left out, pictures."""
+    """The page: machines, notes, tables, exponents, skipped configurations, pictures."""
     parts = ["# All variants, side by side"]
     for device, described in found["machines"].items():
         parts.append(f"{device}: " + ", ".join(f"{key} {value}" for key, value in described.items()))
     parts.append(
-        "By `python benchmarks/all.py`: milliseconds ± half the distance of the quartiles, in brackets the share of "
-        "full attention (SDPA) in the same run, MB over the input; of generation, for a token behind N others, the "
-        "cache. Projections are linear in N and part of each layer."
+        "Measured by `python benchmarks/all.py`: milliseconds ± half the interquartile range, in brackets the time "
+        "relative to full attention (SDPA) in the same run, and peak memory in MB above that of the input. Generation: "
+        "the time of one token after N others, and the size of the cache. Every layer includes its projections, which "
+        "are linear in N."
     )
     parts += [part for part in (NOTES[0], notes, NOTES[1]) if part]
     for (device, dtype, mode), rows in groups(found["rows"]).items():
@@ -351,15 +352,15 @@ def report(found: dict, pictures: list[Path], notes: str) -> str:
     left = [row for row in found["rows"] if "skipped" in row]
     if left:
         keys = ("device", "mode", "dtype", "length", "layer", "skipped")
-        parts.append("## Left out\n\n" + "\n".join("- " + ", ".join(str(row[key]) for key in keys) for row in left))
+        parts.append("## Skipped\n\n" + "\n".join("- " + ", ".join(str(row[key]) for key in keys) for row in left))
     parts += [f"![{picture.stem}]({picture.name})" for picture in pictures]
     return "\n\n".join(parts) + "\n"
 
 
 def draw_curves(rows: list[dict], title: str, path: Path) -> None:
-    """A panel a family, full attention in each; the legend gives fitted exponents, in brackets those of the layer.
+    """One panel per family, with full attention in each; the legend has fitted exponents, and in brackets the layer's.
 
-    A generated token has none: what it reads is measured, and no law of its length.
+    Generation has no exponents: its time follows the size of the cache, not the length.
     """
     families = list(dict.fromkeys(contender.family for contender in CONTENDERS.values()))
     rows_of_panels = -(-len(families) // 3)
@@ -396,10 +397,10 @@ def draw_curves(rows: list[dict], title: str, path: Path) -> None:
 
 
 def read_quality(runs: Path | None, task: str | None, metric: str) -> tuple[dict[str, float], int]:
-    """Mean of a test metric over the finished runs of each variant, by slug, and the longest length of any.
+    """Mean of a test metric over the finished runs of each variant, by slug, and the greatest length of any run.
 
-    Of several lengths of a variant the longest counts. `runs` is a folder of runs, or a file in which
-    training/report.py keeps them; `task` is the name of a file in configs.
+    If a variant has runs of several lengths, the longest counts. `runs` is a folder of runs, or a file written by
+    training/report.py; `task` is the name of a file in configs.
     """
     if runs is None:
         return {}, 0
@@ -418,9 +419,9 @@ def read_quality(runs: Path | None, task: str | None, metric: str) -> tuple[dict
 
 
 def draw_bubbles(rows: list[dict], quality: dict[str, float], wanted: int, metric: str, title: str, path: Path) -> None:
-    """Quality against tokens a second of a training step; areas are memory.
+    """Plot quality against tokens per second of a training step; areas are memory.
 
-    Speed is that at `wanted` tokens, of which the quality is, or at the nearest length that all were measured at.
+    The speed is that at `wanted` tokens, the length of the quality runs, or at the nearest length measured for all.
     """
     names = {row["layer"] for row in rows} & quality.keys()
     lengths = set.intersection(*({row["length"] for row in rows if row["layer"] == name} for name in names))
@@ -433,9 +434,9 @@ def draw_bubbles(rows: list[dict], quality: dict[str, float], wanted: int, metri
         axes.scatter(speed, quality[row["layer"]], s=20 + 2500 * memory / largest, alpha=0.5, edgecolors="black")
     axes.set_xscale("log")
     axes.margins(0.2)
-    figure.canvas.draw()  # from here on texts have a place
+    figure.canvas.draw()  # texts have a position from here on
     taken: list[Any] = []
-    for row in shown:  # a text moves up or down until it lies on no other
+    for row in shown:  # move a text up or down until it overlaps no other
         at = 1e3 * length / row["median"], quality[row["layer"]]
         label = f"{row['layer']} ({row['megabytes'] or 0:,.0f} MB)"
         text = axes.annotate(label, at, (6, 0), textcoords="offset points", fontsize=8, va="center")
@@ -445,7 +446,7 @@ def draw_bubbles(rows: list[dict], quality: dict[str, float], wanted: int, metri
                 break
             text.set_position((6, (number + 1) // 2 * 3 * (-1) ** number))
         taken.append(text.get_window_extent())
-    axes.set_xlabel(f"tokens a second, training step of a layer at {length:,} tokens")
+    axes.set_xlabel(f"tokens per second, training step of a layer at {length:,} tokens")
     axes.set_ylabel(f"test {metric}, mean of the finished runs")
     axes.set_title(title)
     axes.grid(alpha=0.3)
@@ -457,7 +458,7 @@ def draw_all(found: dict, out: Path, quality: dict[str, float], wanted: int, met
     pictures = []
     for (device, dtype, mode), rows in groups(found["rows"]).items():
         pictures.append(out.with_name(f"{out.name}_{device}_{dtype}_{mode}.png"))
-        what = "a token behind others" if mode == "generation" else "measured exponents, of the arithmetic in brackets"
+        what = "one token after others" if mode == "generation" else "measured exponents, of the arithmetic in brackets"
         draw_curves(rows, f"{mode}, {device}, {dtype}: {what}", pictures[-1])
         if mode == "training" and quality.keys() & {row["layer"] for row in rows}:
             pictures.append(out.with_name(f"{out.name}_{device}_{dtype}_bubbles.png"))
@@ -473,12 +474,12 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, metavar="NAME")
     parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--budget", type=float, default=60, help="seconds a length may take beyond its three rounds")
+    parser.add_argument("--budget", type=float, default=60, help="seconds per length, beyond the first three rounds")
     parser.add_argument("--runs", type=Path, help="for the plot of quality: a folder of runs, or docs/results.json")
-    parser.add_argument("--task", help="their file in configs, e.g. zoo_era (default: all are of one)")
-    parser.add_argument("--metric", default="accuracy", help="of their test split")
+    parser.add_argument("--task", help="name of the runs' file in configs, e.g. zoo_era (default: all runs)")
+    parser.add_argument("--metric", default="accuracy", help="metric on the test split")
     parser.add_argument("--quick", action="store_true", help="64 and 128 tokens, three rounds")
-    parser.add_argument("--out", type=Path, required=True, help="write <out>.json, <out>.md and pictures beside them")
+    parser.add_argument("--out", type=Path, required=True, help="write <out>.json, <out>.md and pictures next to them")
     arguments = parser.parse_args(given)
     if arguments.quick:
         arguments.lengths, arguments.repeats = (64, 128), 3

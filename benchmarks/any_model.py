@@ -1,13 +1,14 @@
-"""Whole transformers models under `attn_implementation` "sdpa", "eager" and "efficient", with random weights.
+"""Measure whole transformers models with `attn_implementation` "sdpa", "eager" and "efficient", with random weights.
 
     python benchmarks/any_model.py [--out docs/any_model_speed] [--shapes modernbert gemma3 mistral bert]
         [--lengths 128 512 2048 4096 8192 16384] [--repeats 5] [--budget 120] [--layers N]
 
 The shapes are those of ModernBERT-base, Gemma-3-270m (without its head, with a small vocabulary), a small Mistral (8
 layers, hidden size 1,024, 16 heads over 4, window 1,024) and BERT-base, which also runs with the rule
-`local:128 | global:1`. One row of each length, and a batch of four rows of unequal lengths; forward and training step,
-above 8,192 tokens forward only; eager attention up to 4,096. The implementations take turns. Memory is the highest
-during a pass over that before it. Writes <out>.json and <out>.md, and adds to the former what it does not have.
+`local:128 | global:1`. Inputs are one row of each length, and a batch of four rows of unequal lengths. Forward pass and
+training step; above 8,192 tokens only the forward pass, and eager attention up to 4,096. The implementations take
+turns. Memory is the peak during a pass above that before it. Writes <out>.json and <out>.md; results that are already
+in <out>.json are not measured again.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def contenders(shape: str, length: int) -> list[str]:
 
 
 def choose(model: PreTrainedModel, contender: str) -> None:
-    """Give the model an implementation, or a rule."""
+    """Set an implementation, or a rule."""
     ruled = contender == RULE
     if ruled or model.config.efficient_attention is not None:
         set_attention(model, RULE if ruled else None)
@@ -76,7 +77,7 @@ def choose(model: PreTrainedModel, contender: str) -> None:
 
 
 def batch_of(length: int, unequal: bool) -> dict[str, Tensor]:
-    """One row of `length` tokens, or four of `length`, its half, its quarter and its eighth."""
+    """One row of `length` tokens, or four rows with `length`, a half, a quarter and an eighth of it."""
     lengths = torch.tensor([length, length // 2, length // 4, length // 8] if unequal else [length])
     keep = torch.arange(length) < lengths[:, None]
     return {"input_ids": torch.randint(3, VOCABULARY, keep.shape) * keep, "attention_mask": keep.long()}
@@ -124,8 +125,8 @@ def measure(shape: str, length: int, unequal: bool, layers: int | None, repeats:
 def report(found: dict[str, Any]) -> str:
     lines = [
         "# Whole transformers models, with and without `efficient`\n",
-        "Milliseconds (speed over that of sdpa), MB over the weights and the input; float32, random weights, by "
-        "`python benchmarks/any_model.py`.\n",
+        "Median milliseconds (speed relative to sdpa), MB above weights and input; float32, random weights, "
+        "measured by `python benchmarks/any_model.py`.\n",
         ", ".join(f"{name}: {value}" for name, value in found["machine"].items()) + "\n",
     ]
     rows = found["rows"]
@@ -161,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512, 2048, 4096, 8192, 16384])
     parser.add_argument("--unequal", nargs="*", type=int, default=[4096], help="longest rows of unequal batches")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds after which 3 rounds are enough")
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds after which 3 rounds are sufficient")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     options = parser.parse_args(arguments)
     path = options.out.with_suffix(".json")

@@ -1,4 +1,4 @@
-"""Every text architecture of transformers that can be built tiny from its config, collected from the Auto mappings."""
+"""Run every text architecture of transformers that can be built tiny from its config, and compare it with SDPA."""
 
 import argparse
 import logging
@@ -45,7 +45,7 @@ SIZES = {
     "embedding_dim": 32, "rotary_pct": 1.0, "ngram": 2, "num_buckets": 8,
 }  # fmt: skip
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id")
-# What some configs need besides, because their fields depend on each other: multi-latent attention shares no keys.
+# Additional fields for configs whose fields depend on each other: multi-latent attention shares no keys.
 MULTI_LATENT = (
     "axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text", "esmc",
     "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "mistral4", "youtu",
@@ -71,9 +71,9 @@ ALSO: dict[str, dict] = {kind: {"num_key_value_heads": 4} for kind in MULTI_LATE
     "gemma4_unified_text": SHARED_KEYS,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
 }
-# Older versions of these drop the padding where SDPA gets a boolean mask.
+# Older versions of these ignore the padding when SDPA receives a boolean mask.
 CHOOSE_KEYS = ("deepseek_v32", "glm_moe_dsa")
-# Rounding of float32 grows beyond the tolerance on the way through these, between SDPA's own kernels, too.
+# The float32 rounding errors of these exceed the tolerance, also between SDPA's own kernels.
 IN_FLOAT64 = ("gemma4_text", "gemma4_unified_text")
 TOLERANCE = 1e-5
 LARGEST = 3_000_000  # parameters
@@ -81,7 +81,7 @@ LARGEST = 3_000_000  # parameters
 
 @cache
 def text_types() -> tuple[str, ...]:
-    """Model types with a class for language modelling, encoder-decoders included."""
+    """Model types with a class for language modelling, including encoder-decoders."""
     names = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
              "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_PRETRAINING_MAPPING_NAMES")  # fmt: skip
     found = {kind for name in names for kind in getattr(modeling_auto, name, {})}
@@ -91,13 +91,13 @@ def text_types() -> tuple[str, ...]:
 
 
 def model_class_of(kind: str) -> type[PreTrainedModel]:
-    """The bare model of a type."""
+    """The bare model class of a type."""
     found = transformers.AutoModel._model_mapping[CONFIG_MAPPING[kind]]
     return found[0] if isinstance(found, tuple) else found  # type: ignore[reportReturnType]
 
 
 def tiny_config(kind: str) -> PreTrainedConfig:
-    """The smallest config of a type that still has windows where the architecture has them."""
+    """The smallest config of a type that still has sliding windows if the architecture has them."""
     config_class = CONFIG_MAPPING[kind]
     known = {field.name for field in fields(config_class)}
     known |= set(getattr(config_class, "attribute_map", {}))
@@ -110,7 +110,7 @@ def tiny_config(kind: str) -> PreTrainedConfig:
 
 
 def tiny_model(kind: str, implementation: str | None = "sdpa") -> PreTrainedModel:
-    """The bare model of a type, float32. Raises whatever its constructor does."""
+    """The bare model of a type, in float32. Raises any error of its constructor."""
     config = tiny_config(kind)
     model_class = model_class_of(kind)
     with torch.device("meta"):
@@ -126,10 +126,10 @@ def tiny_model(kind: str, implementation: str | None = "sdpa") -> PreTrainedMode
 
 @dataclass
 class Outcome:
-    """What became of one architecture under `attn_implementation="efficient"`.
+    """Result of one architecture with `attn_implementation="efficient"`.
 
     word: "tiled", "by rows" (SDPA row by row, without padding), "passed on", "refused" or "no attention". reasons: why
-    layers were passed on. error: largest difference to `reference` relative to the largest output.
+    layers were passed on. error: largest difference from `reference` relative to the largest output.
     """
 
     word: str
@@ -139,7 +139,7 @@ class Outcome:
 
 
 def inputs_of(model: PreTrainedModel, padding: str | None, length: int = LENGTH) -> dict[str, torch.Tensor]:
-    """Random tokens for two rows, the first shorter where there is padding ("left" or "right")."""
+    """Random tokens for two rows; with padding ("left" or "right"), the first row is shorter."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (2, length), generator=generator)
     inputs = {"input_ids": ids}
@@ -153,7 +153,7 @@ def inputs_of(model: PreTrainedModel, padding: str | None, length: int = LENGTH)
 
 
 def real_outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Last hidden states at the real tokens, (tokens, hidden)."""
+    """Last hidden states of the tokens that are not padding, (tokens, hidden)."""
     out = model(**inputs)
     hidden = out.last_hidden_state if "last_hidden_state" in out else out[0]
     mask = inputs.get("attention_mask")
@@ -163,7 +163,7 @@ def real_outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tor
 
 
 def reference_model(kind: str) -> PreTrainedModel:
-    """With sdpa, or eager attention where the model has none."""
+    """The model with SDPA, or with eager attention if it does not support SDPA."""
     try:
         return tiny_model(kind, "sdpa")
     except ValueError as error:
@@ -173,7 +173,7 @@ def reference_model(kind: str) -> PreTrainedModel:
 
 
 def usable_model(kind: str) -> PreTrainedModel:
-    """`reference_model` after one pass. Raises whatever the model raises."""
+    """`reference_model` after one forward pass. Raises any error of the model."""
     model = reference_model(kind)
     with torch.no_grad():
         real_outputs(model, inputs_of(model, None))
@@ -191,7 +191,7 @@ def can_generate(model: PreTrainedModel) -> bool:
 
 
 class Watch(logging.Handler):
-    """Counts the calls of engines, and collects the reasons why layers were passed on."""
+    """Count the calls of engines, and collect the reasons why layers were passed on."""
 
     def __init__(self):
         super().__init__()
@@ -232,12 +232,12 @@ class Watch(logging.Handler):
 
 
 def compare(kind: str, gradients: bool = True, dtype: torch.dtype = torch.float32) -> Outcome:
-    """Outputs, and gradients of one step, of "efficient" against the reference, for every padding that makes sense."""
+    """Compare outputs, and gradients of one step, of "efficient" with the reference, for every supported padding."""
     model = reference_model(kind).to(dtype=dtype)  # type: ignore[reportArgumentType]
     reference = model.config._attn_implementation or "eager"
     if not type(model)._can_set_attn_implementation():
         return Outcome("refused", reference)
-    real_outputs(model, inputs_of(model, None))  # BigBird-Pegasus exchanges its layers in its first pass
+    real_outputs(model, inputs_of(model, None))  # BigBird-Pegasus replaces its layers in its first pass
     error = 0.0
     with Watch() as watch:
         for padding in paddings(model):
@@ -255,16 +255,17 @@ def compare(kind: str, gradients: bool = True, dtype: torch.dtype = torch.float3
                     values += [p.grad.clone() for p in model.parameters() if p.grad is not None]
                 found.append(values)
             expected, actual = found
-            assert len(expected) == len(actual), f"{kind}: other parameters have a gradient"
+            assert len(expected) == len(actual), f"{kind}: the sets of parameters with a gradient differ"
             error = max(error, relative_error(actual[:1], expected[:1]), relative_error(actual[1:], expected[1:]))
     word = next((w for w in ("tiled", "by rows", "passed on") if watch.calls[w]), "no attention")
     return Outcome(word, reference, tuple(sorted(watch.reasons)), error)
 
 
 def relative_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """Largest difference of any tensor over its largest value, which counts as no less than 1 % of that of them all.
+    """Largest difference of any tensor relative to its largest value, or to 1 % of the largest of all if that is
+    larger.
 
-    Gradients of key biases are zero in exact arithmetic, and their rounding must not be compared with itself.
+    Gradients of key biases are zero in exact arithmetic, so their rounding errors must not be compared with themselves.
     """
     if not all(bool(torch.isfinite(x).all()) for x in expected):
         raise ValueError("the reference is not finite.")
@@ -284,18 +285,18 @@ WORDS = {
     "by rows": "Full or causal attention through SDPA; rows of unequal lengths one by one, without a mask.",
     "passed on": "All layers need what no engine has, and run through SDPA or the model's own eager attention.",
     "refused": "The architecture does not use transformers' attention interface; `set_attention` raises ValueError.",
-    "no attention": "Nothing to serve.",
+    "no attention": "The architecture has no attention layers.",
 }  # fmt: skip
 
 
 def page(kinds: Sequence[str]) -> str:
-    """docs/architectures.md."""
+    """The text of docs/architectures.md."""
     found: dict[str, Outcome] = {}
     unbuilt: list[str] = []
     for kind in kinds:
         try:
             usable_model(kind)
-        except Exception:  # whatever a constructor or a forward pass raises
+        except Exception:  # any error of a constructor or a forward pass
             unbuilt.append(kind)
         else:
             found[kind] = compare(kind, dtype=torch.float64 if kind in IN_FLOAT64 else torch.float32)
@@ -306,10 +307,10 @@ def page(kinds: Sequence[str]) -> str:
     lines = [
         '# Architectures under `attn_implementation="efficient"`',
         "",
-        "Written by `python benchmarks/architectures.py`, and checked by `tests/test_any_model.py`: every text",
+        "Written by `python benchmarks/architectures.py` and checked by `tests/test_any_model.py`: every text",
         f"architecture of transformers {transformers.__version__} that can be built tiny from its config and runs, "
         f"{len(found)} of {len(kinds)},",
-        "with random weights. Outputs and gradients of one step equal those of the reference within 0.00001 of their",
+        "with random weights. Outputs, and gradients of one step, equal those of the reference within 0.00001 of their",
         "largest value: without a mask, with right padding, and for decoders with left padding.",
         "",
         *(f"- **{word}** ({counts[word]}): {text}" for word, text in WORDS.items()),

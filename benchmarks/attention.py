@@ -1,16 +1,17 @@
-"""Time and memory of attention against length, side by side and interleaved.
+"""Measure time and memory of attention layers against sequence length, with all contenders interleaved.
 
-    python benchmarks/attention.py [--suite layers] [--lengths 512 1024 …] [--dtypes float32 …] [--out docs/attention]
+    python benchmarks/attention.py [--suite fixed_patterns] [--lengths 512 1024 …] [--dtypes float32 …]
+        [--out docs/fixed_patterns]
 
-`layers` compares the patterns of the zoo, one layer each with its projections; `kernels` the mixers through a feature
-map and `chosen` those that find their pattern in the data, both ways and causal; `fewer` those with fewer keys or none;
-`free` those without attention, of which gMLP is mixer and MLP in one; `peers` Longformer and BigBird with those of
-transformers in the same way, by window; `models` whole encoders of 6 layers.
-Hidden size 256, 4 heads, batch 1, no padding, no dropout, weights and inputs drawn from a seed.
-Every repeat runs all contenders one after another, so that a slow moment of the machine meets all of them; what is
-compared are medians, and times relative to full attention through torch's SDPA in the same run.
-Writes <out>.json with every single time and a description of the machine, and <out>.md with the tables; lengths and
-dtypes that <out>.json has from the same machine and versions are kept unless they are measured again.
+Suites: `fixed_patterns` compares the fixed patterns of the zoo; `feature_maps` and `content_based` those families,
+bidirectional and causal; `fewer_keys` Linformer, compressed attention and Synthesizer; `attention_free` the mixers
+without attention, of which gMLP also replaces the MLP; `longformer_big_bird` these two with the layers of transformers,
+by window; `whole_models` encoders of 6 layers. All but the last measure one layer with its projections.
+Hidden size 256, 4 heads, batch 1, no padding, no dropout, weights and inputs drawn from a fixed seed.
+Every round runs all contenders one after another, so that temporary slowdowns of the machine affect all of them.
+Results are medians, and times relative to full attention through torch's SDPA in the same run.
+Writes <out>.json with every single time and a description of the machine, and <out>.md with the tables. Results in
+<out>.json from the same machine and versions are kept unless the same length and dtype are measured again.
 """
 
 import argparse
@@ -54,18 +55,18 @@ OURS = {
     "global, 2 tokens": ("global", {"num_global_tokens": 2}),
     "mixed": ("mixed", {"head_patterns": ["local:128", "stride:64:2", "global:2", "random:3"]}),
 }
-KERNELS = {
+FEATURE_MAPS = {
     "efficient": ("efficient", {}),
     "linear": ("linear", {}),
     "rfa, 256 features": ("rfa", {"num_random_features": 128}),
     "performer, 256 features": ("performer", {"num_random_features": 256, "feature_redraw_interval": None}),
 }
-CHOSEN = {
+CONTENT_BASED = {
     "Reformer": ("reformer", {}),
     "Routing": ("routing", {}),
     "Sinkhorn": ("sinkhorn", {}),
 }
-FEWER = {
+FEWER_KEYS = {
     "Linformer, 256 keys": ("linformer", {}),
     "Linformer, a matrix per head": ("linformer", {"projection_sharing": "none"}),
     "compressed by 4": ("compressed", {"attention_layers": ["compressed"]}),
@@ -76,14 +77,14 @@ FEWER = {
     "Synthesizer, factorized dense": ("synthesizer", {"synthesizer_type": "factorized_dense"}),
     "Synthesizer, random+vanilla": ("synthesizer", {"synthesizer_type": "random+vanilla"}),
 }
-FREE = {
+ATTENTION_FREE = {
     "FNet": ("fnet", {}),
     "gMLP": ("gmlp", {}),
     "aMLP": ("gmlp", {"tiny_attention_size": 64}),
     "MLP-Mixer": ("mlp_mixer", {}),
 }
 PROJECTIONS, LONGFORMER = "projections alone", "transformers Longformer ±128"
-WINDOWS = (512, 256, 128)  # of Longformer, on both sides together; with one global token
+WINDOWS = (512, 256, 128)  # Longformer's, both sides together; with one global token
 BIG_BIRD: dict[str, Any] = dict(VARIANTS["big_bird"].benchmark)
 LAYERS = 6
 THEIR_SIZES: dict[str, Any] = {
@@ -93,7 +94,7 @@ THEIR_SIZES: dict[str, Any] = {
 
 
 class Projections(nn.Module):
-    """The four linear layers that every contender has."""
+    """The four linear layers that every contender contains."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +125,7 @@ class Ours(nn.Module):
 
 
 class TheirLongformer(nn.Module):
-    """transformers' layer with the first token global, and an output projection as the others have."""
+    """Layer of transformers with the first token global, plus an output projection as in the other contenders."""
 
     def __init__(self, length: int, window: int):
         super().__init__()
@@ -148,7 +149,7 @@ class TheirLongformer(nn.Module):
 
 
 class TheirReformer(nn.Module):
-    """transformers' LSH layer with the settings of ours, and an output projection as the others have."""
+    """LSH layer of transformers with our settings, plus an output projection as in the other contenders."""
 
     def __init__(self, length: int):
         super().__init__()
@@ -164,7 +165,7 @@ class TheirReformer(nn.Module):
 
 
 class TheirBigBird(nn.Module):
-    """transformers' block-sparse layer, and an output projection as the others have."""
+    """Block-sparse layer of transformers, plus an output projection as in the other contenders."""
 
     def __init__(self, length: int):
         super().__init__()
@@ -180,7 +181,7 @@ class TheirBigBird(nn.Module):
 
 
 class TheirFnet(nn.Module):
-    """transformers' Fourier transform, which is the whole mixer."""
+    """Fourier transform of transformers, which is the whole mixer."""
 
     def __init__(self, length: int):
         super().__init__()
@@ -191,7 +192,7 @@ class TheirFnet(nn.Module):
 
 
 class TheirNystromformer(nn.Module):
-    """transformers' Nyström layer with 64 landmarks, and an output projection as the others have."""
+    """Nyström layer of transformers with 64 landmarks, plus an output projection as in the other contenders."""
 
     def __init__(self, length: int):
         super().__init__()
@@ -203,7 +204,7 @@ class TheirNystromformer(nn.Module):
 
 
 class Model(nn.Module):
-    """A whole encoder, given hidden states."""
+    """A whole encoder that takes hidden states as input."""
 
     def __init__(self, model: nn.Module, **arguments: Tensor):
         super().__init__()
@@ -218,49 +219,52 @@ class Model(nn.Module):
 
 def our_model(slug: str, length: int, **fields) -> Model:
     sizes = {**THEIR_SIZES, "num_hidden_layers": LAYERS, "max_position_embeddings": length, "norm_first": False}
-    return Model(VARIANTS[slug].model_class()(VARIANTS[slug].config_class(**sizes, **fields), add_pooling_layer=False))  # type: ignore[call-arg]
+    return Model(VARIANTS[slug].model_class()(VARIANTS[slug].config_class(**sizes, **fields), add_pooling_layer=False))
+    # type: ignore[call-arg]
 
 
 def first_is_global(length: int) -> Tensor:
     return (torch.arange(length) == 0).long()[None]
 
 
-def mixers(length: int) -> dict[str, nn.Module]:
+def fixed_patterns(length: int) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {PROJECTIONS: Projections()}
     layers |= {name: Ours(slug, fields, length) for name, (slug, fields) in OURS.items()}
-    if length % 256 == 0:  # theirs pads to its window outside the layer
+    if length % 256 == 0:  # transformers pads to the window outside of this layer
         layers[LONGFORMER] = TheirLongformer(length, 256)
     return layers
 
 
-def kernels(length: int) -> dict[str, nn.Module]:
+def feature_maps(length: int) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {PROJECTIONS: Projections(), YARDSTICK: Ours("full", {}, length)}
-    layers |= {name: Ours(slug, fields, length) for name, (slug, fields) in KERNELS.items()}
+    layers |= {name: Ours(slug, fields, length) for name, (slug, fields) in FEATURE_MAPS.items()}
     causal = {"is_decoder": True}
     layers["full, causal"] = Ours("full", causal, length)
-    return layers | {f"{name}, causal": Ours(slug, fields | causal, length) for name, (slug, fields) in KERNELS.items()}
+    return layers | {
+        f"{name}, causal": Ours(slug, fields | causal, length) for name, (slug, fields) in FEATURE_MAPS.items()
+    }
 
 
-def chosen(length: int) -> dict[str, nn.Module]:
+def content_based(length: int) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {PROJECTIONS: Projections(), YARDSTICK: Ours("full", {}, length)}
-    for name, (slug, fields) in CHOSEN.items():
+    for name, (slug, fields) in CONTENT_BASED.items():
         layers[name] = Ours(slug, fields, length)
         layers[f"{name}, causal"] = Ours(slug, fields | {"is_decoder": True}, length)
     return layers | {"transformers Reformer": TheirReformer(length)}
 
 
-def fewer(length: int) -> dict[str, nn.Module]:
+def fewer_keys(length: int) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {PROJECTIONS: Projections(), YARDSTICK: Ours("full", {}, length)}
-    return layers | {name: Ours(slug, fields, length) for name, (slug, fields) in FEWER.items()}
+    return layers | {name: Ours(slug, fields, length) for name, (slug, fields) in FEWER_KEYS.items()}
 
 
-def free(length: int) -> dict[str, nn.Module]:
+def attention_free(length: int) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {PROJECTIONS: Projections(), YARDSTICK: Ours("full", {}, length)}
-    layers |= {name: Ours(slug, fields, length) for name, (slug, fields) in FREE.items()}
+    layers |= {name: Ours(slug, fields, length) for name, (slug, fields) in ATTENTION_FREE.items()}
     return layers | {"gMLP, causal": Ours("gmlp", {"is_decoder": True}, length)}
 
 
-def peers(length: int) -> dict[str, nn.Module]:
+def longformer_big_bird(length: int) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {PROJECTIONS: Projections(), YARDSTICK: Ours("full", {}, length)}
     for window in WINDOWS:
         fields = {"attention_window": window, "num_global_tokens": 1}
@@ -271,7 +275,7 @@ def peers(length: int) -> dict[str, nn.Module]:
     return layers
 
 
-def models(length: int) -> dict[str, nn.Module]:
+def whole_models(length: int) -> dict[str, nn.Module]:
     sizes, positions = {**THEIR_SIZES, "num_hidden_layers": LAYERS}, length + 2
     whole: dict[str, nn.Module] = {YARDSTICK: our_model("full", length)}
     for window in WINDOWS:
@@ -281,20 +285,21 @@ def models(length: int) -> dict[str, nn.Module]:
         theirs = LongformerModel(config, add_pooling_layer=False)
         whole[f"transformers Longformer {window}"] = Model(theirs, global_attention_mask=first_is_global(length))
     whole["BigBird"] = our_model("big_bird", length, **BIG_BIRD)
-    if length <= 8192:  # a training step of theirs takes some 5 GB a layer beyond
+    if length <= 8192:  # longer ones take transformers some 5 GB per layer in a training step
         config = BigBirdConfig(**sizes, **BIG_BIRD, max_position_embeddings=length)
         whole["transformers BigBird"] = Model(BigBirdModel(config, add_pooling_layer=False))
     return whole
 
 
+# Each suite with the title of its page.
 SUITES = {
-    "layers": mixers,
-    "kernels": kernels,
-    "chosen": chosen,
-    "fewer": fewer,
-    "free": free,
-    "peers": peers,
-    "models": models,
+    "fixed_patterns": ("Speed of fixed patterns", fixed_patterns),
+    "feature_maps": ("Speed of feature maps", feature_maps),
+    "content_based": ("Speed of content-based patterns", content_based),
+    "fewer_keys": ("Speed of mixers with fewer keys, and of Synthesizer", fewer_keys),
+    "attention_free": ("Speed of mixers without attention", attention_free),
+    "longformer_big_bird": ("Speed of Longformer and BigBird, next to those of transformers", longformer_big_bird),
+    "whole_models": (f"Speed of whole encoders with {LAYERS} layers", whole_models),
 }
 
 
@@ -305,7 +310,7 @@ def run_forward(layer: nn.Module, hidden: Tensor) -> None:
 
 
 def run_training(layer: nn.Module, hidden: Tensor) -> None:
-    """Forward and backward, to the inputs and all weights."""
+    """Forward and backward pass, with gradients of the inputs and all weights."""
     hidden = hidden.detach().requires_grad_()
     layer.train()
     layer(hidden).sum().backward()
@@ -326,7 +331,7 @@ def seconds(run: Callable[[], None], device: torch.device) -> float:
 
 
 def peak_megabytes(run: Callable[[], None], device: torch.device) -> float | None:
-    """Highest memory during a run over that before it; on a CPU the resident set, on Linux only."""
+    """Peak memory during a run above that before it; on a CPU the resident set size, on Linux only."""
     if device.type == "cuda":
         synchronise(device)
         before = torch.cuda.memory_allocated()
@@ -336,8 +341,8 @@ def peak_megabytes(run: Callable[[], None], device: torch.device) -> float | Non
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and kept would hide a peak
-    reset.write_text("5")  # the high-water mark starts again from here
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator retains would hide a peak
+    reset.write_text("5")  # resets the high-water mark
 
     def kilobytes(key: str) -> int:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
@@ -350,9 +355,9 @@ def peak_megabytes(run: Callable[[], None], device: torch.device) -> float | Non
 def interleave(
     runs: dict[Any, Callable[[], Any]], device: torch.device, repeats: int, budget: float
 ) -> dict[Any, list[float]]:
-    """Seconds of all `runs`, one after another in each round: `repeats` rounds, or at least 3 when `budget` is over.
+    """Seconds of all `runs`, one after another in each round: `repeats` rounds, or at least 3 once `budget` is spent.
 
-    A round before them is not counted: masks are made, memory is touched, on CUDA kernels are compiled.
+    A warm-up round is not counted: masks are built, memory is touched, and CUDA kernels are compiled.
     """
     times: dict[Any, list[float]] = {key: [] for key in runs}
     for run in runs.values():
@@ -367,7 +372,7 @@ def interleave(
 
 
 def layer_runs(layers: dict[str, nn.Module], hidden: Tensor) -> dict[tuple[str, str], Callable[[], None]]:
-    """Forward and training step of each layer, by (name, mode)."""
+    """Forward pass and training step of each layer, by (name, mode)."""
     return {
         (name, mode): (lambda layer=layer, run=run: run(layer, hidden))
         for name, layer in layers.items()
@@ -381,7 +386,8 @@ def measure(
     """Times of all contenders of a suite at one length."""
     torch.manual_seed(0)
     hidden = torch.randn(1, length, HIDDEN, dtype=dtype, device=device)
-    runs = layer_runs({name: layer.to(device, dtype) for name, layer in SUITES[suite](length).items()}, hidden)
+    contenders = SUITES[suite][1](length)
+    runs = layer_runs({name: layer.to(device, dtype) for name, layer in contenders.items()}, hidden)
     return as_rows(runs, interleave(runs, device, repeats, budget), length, dtype, device)
 
 
@@ -392,7 +398,7 @@ def as_rows(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[dict]:
-    """What is kept of each (name, mode): all times, their median, that relative to full attention, and the memory."""
+    """Results by (name, mode): all times, their median, the median relative to full attention, and the memory."""
     rows = []
     for (name, mode), values in times.items():
         rows.append({
@@ -408,14 +414,14 @@ def as_rows(
 
 
 def spread(row: dict) -> str:
-    """Half the distance between the quartiles, as a share of the median."""
+    """Half the interquartile range, as a share of the median."""
     values = row["milliseconds"]
     low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
     return f"±{50 * (high - low) / row['median']:.0f} %"
 
 
 def table(rows: list[dict], dtype: str, mode: str) -> str:
-    """Markdown: a row a layer, a column a length; milliseconds, share of full attention, megabytes."""
+    """Markdown table, a row per layer and a column per length: milliseconds, time relative to full attention, MB."""
     rows = [row for row in rows if row["dtype"] == dtype and row["mode"] == mode]
     lengths = sorted({row["length"] for row in rows})
     by_key = {(row["layer"], row["length"]): row for row in rows}
@@ -448,16 +454,29 @@ def machine(device: torch.device) -> dict:
     }  # fmt: skip
 
 
+def page(suite: str, described: dict, rows: list[dict]) -> str:
+    """The Markdown page of a suite: what was measured and where, then a table for each dtype and mode."""
+    dtypes = dict.fromkeys(row["dtype"] for row in sorted(rows, key=lambda row: row["dtype"] != "float32"))
+    return "\n\n".join([
+        f"# {SUITES[suite][0]}",
+        f"Measured by `python benchmarks/attention.py --suite {suite}`: median milliseconds ± half the interquartile "
+        "range, in brackets the time relative to full attention in the same run, and peak memory in MB above that of "
+        f"the input. Hidden size {HIDDEN}, {HEADS} heads, batch 1.",
+        ", ".join(f"{key} {value}" for key, value in described.items()),
+        *(table(rows, dtype, mode) for dtype in dtypes for mode in ("forward", "training")),
+    ])  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", default="layers", choices=SUITES)
+    parser.add_argument("--suite", default="fixed_patterns", choices=SUITES)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384, 32768])
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--budget", type=float, default=40, help="seconds a length may take beyond its three rounds")
+    parser.add_argument("--budget", type=float, default=40, help="seconds per length, beyond the first three rounds")
     parser.add_argument("--out", type=Path, help="write <out>.json and <out>.md")
     arguments = parser.parse_args()
     device, rows = torch.device(arguments.device), []
@@ -473,9 +492,7 @@ def main() -> None:
         again = {(row["length"], row["dtype"]) for row in rows}
         if earlier["machine"] == described:
             rows += [row for row in earlier["rows"] if (row["length"], row["dtype"]) not in again]
-    dtypes = dict.fromkeys(row["dtype"] for row in sorted(rows, key=lambda row: row["dtype"] != "float32"))
-    parts = [table(rows, dtype, mode) for dtype in dtypes for mode in ("forward", "training")]
-    text = "\n\n".join([", ".join(f"{key} {value}" for key, value in described.items()), *parts])
+    text = page(arguments.suite, described, rows)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.with_suffix(".json").write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")

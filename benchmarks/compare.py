@@ -1,9 +1,9 @@
-"""What got slower between two files of times, beyond the spread: `python benchmarks/compare.py OLD.json NEW.json`.
+"""List the times that became slower, beyond the spread, between two files: `python benchmarks/compare.py OLD NEW`.
 
-Takes what the other benchmarks write. A time is slower where the lower quartile of the new ones lies above the upper
-quartile of the old ones and the medians differ by more than `--tolerance`. `--relative` compares the times as shares of
-full attention's median in the same file, for files of different machines; without it those are refused. Says what got
-slower, and ends with exit code 1 if anything did; what only one file has is counted.
+The files are those written by the other benchmarks. A time is slower if the lower quartile of the new times is above
+the upper quartile of the old ones and the medians differ by more than `--tolerance`. `--relative` compares times
+relative to the median of full attention in the same file, which is required for files from different machines. Prints
+the slower times, and exits with code 1 if there are any; rows in only one file are counted.
 """
 
 import argparse
@@ -18,14 +18,14 @@ YARDSTICK = "full"
 
 
 def read(path: Path) -> tuple[Any, dict[tuple, list[float]]]:
-    """The machines and the times of each contender, in milliseconds."""
+    """Return the machines, and the times of each contender in milliseconds."""
     found = json.loads(path.read_text())
     times = {tuple(row.get(key) for key in KEYS): row.get("milliseconds") for row in found["rows"]}
     return found.get("machines") or found["machine"], {key: values for key, values in times.items() if values}
 
 
 def relative(times: dict[tuple, list[float]]) -> dict[tuple, list[float]]:
-    """As shares of the yardstick's median at the same place; those without one are left out, as is the yardstick."""
+    """Divide times by the yardstick's median at the same place; drop the yardstick, and rows without one."""
     medians = {key[:-1]: statistics.median(values) for key, values in times.items() if key[-1] == YARDSTICK}
     return {
         key: [value / medians[key[:-1]] for value in values]
@@ -42,7 +42,7 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 def slower(
     old: dict[tuple, list[float]], new: dict[tuple, list[float]], tolerance: float
 ) -> list[tuple[float, tuple, float, float]]:
-    """(ratio, key, old median, new median) of those that got slower, the worst one first."""
+    """(ratio, key, old median, new median) of the times that became slower, the largest ratio first."""
     found = []
     for key in old.keys() & new.keys():
         before, after = statistics.median(old[key]), statistics.median(new[key])
@@ -55,14 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("--tolerance", type=float, default=0.05, help="share by which a median may grow")
-    parser.add_argument("--relative", action="store_true", help="as shares of full attention")
+    parser.add_argument("--tolerance", type=float, default=0.05, help="relative increase of a median that is accepted")
+    parser.add_argument("--relative", action="store_true", help="compare times relative to full attention")
     options = parser.parse_args(arguments)
     (old_machines, old), (new_machines, new) = read(options.old), read(options.new)
     if options.relative:
         old, new = relative(old), relative(new)
     elif old_machines != new_machines:
-        print(f"error: other machines, {old_machines} and {new_machines}: give --relative.", file=sys.stderr)
+        print(f"error: different machines, {old_machines} and {new_machines}: pass --relative.", file=sys.stderr)
         return 2
     if not old.keys() & new.keys():
         print("error: the files have nothing in common.", file=sys.stderr)

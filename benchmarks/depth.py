@@ -1,11 +1,11 @@
-"""Peak memory and time of a training step against depth: ordinary layers, gradient checkpointing, reversible ones.
+"""Measure peak memory and time of a training step against depth: ordinary, with checkpointing, reversible.
 
     python benchmarks/depth.py [--out docs/depth]
 
-Local attention ±128, hidden size 256, 4 heads, MLP of 1,024, one sequence of 4,096 tokens, float32. Every point is a
-process of its own: the most memory that torch gave out at once in its second step, over that before the step, so
-without weights and their gradients, and the median time of three more. The contenders take turns at each depth.
-Writes <out>.md and <out>.png.
+Local attention ±128, hidden size 256, 4 heads, MLP of 1,024, one sequence of 4,096 tokens, float32. Every point runs in
+a separate process: the peak of torch's allocated memory in the second step, above that before the step (so without
+weights and their gradients), and the median time of three more steps. The contenders take turns at each depth. Writes
+<out>.md and <out>.png.
 """
 
 import argparse
@@ -33,13 +33,15 @@ WAYS = {
     "reversible": {"reversible": True},
     "reversible, MLP in chunks of 512": {"reversible": True, "chunk_size_feed_forward": 512},
 }
-NOTE = """Megabytes of a training step over what stands before it, weights and their gradients, and milliseconds,
-by `python benchmarks/depth.py --out docs/depth`. A reversible layer keeps nothing, so what is there at the peak is one
-layer's and the two streams; checkpointing keeps the input of every layer."""
+NOTE = """# Memory and depth
+
+Peak memory of a training step in MB, above that of weights and gradients, and milliseconds, measured by `python
+benchmarks/depth.py`. A reversible layer stores no activations, so the peak is that of one layer and the two streams;
+gradient checkpointing stores the input of every layer."""
 
 
 def peak_megabytes(run: Callable[[], None]) -> float:
-    """Most memory that torch's allocator had given out at once during a run, over that before it."""
+    """Peak of the memory allocated by torch during a run, above that before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     changes: list[tuple[int, int]] = []
@@ -63,7 +65,7 @@ def measure(way: str, depth: int) -> dict[str, float]:
     def step() -> None:
         model(ids).last_hidden_state.square().mean().backward()
 
-    step()  # gradients are there from now on, and are added to
+    step()  # allocates the gradients, which later steps add to
     megabytes = peak_megabytes(step)
     for _ in range(3):
         start = time.perf_counter()
@@ -117,7 +119,7 @@ def main() -> None:
     print(described, table(rows), sep="\n\n")
     if arguments.out:
         picture = f"![memory against depth]({arguments.out.with_suffix('.png').name})"
-        arguments.out.with_suffix(".md").write_text("\n\n".join([described, table(rows), NOTE, picture]) + "\n")
+        arguments.out.with_suffix(".md").write_text("\n\n".join([NOTE, described, table(rows), picture]) + "\n")
         draw(rows, arguments.out.with_suffix(".png"))
 
 

@@ -1,10 +1,10 @@
-"""Time and memory of a generated token against the length of what came before.
+"""Measure time and memory for one generated token against the length of the context.
 
     python benchmarks/generation.py [--contexts 1024 4096 …] [--out docs/generation]
 
-Decoders of 2 layers, hidden size 256, 4 heads, batch 1, weights drawn from a seed. The memory of the context is filled
-directly, by what the layers would have written for random keys and values, so that long contexts of full attention
-need no prefill. Every repeat takes one token through all contenders, one after another; what is given are medians.
+Decoders of 2 layers, hidden size 256, 4 heads, batch 1, weights drawn from a fixed seed. The cache is filled directly,
+with what the layers would store for random keys and values, so that long contexts of full attention need no prefill.
+Every round generates one token with each contender in turn; the results are medians.
 """
 
 import argparse
@@ -25,6 +25,13 @@ from efficient_transformers.models.attn_linear import causal_linear_attention
 from efficient_transformers.models.base_kernel_attention import KernelAttention
 
 LAYERS, VOCABULARY = 2, 1024
+NOTE = """# Generation
+
+Median milliseconds per token ± half the interquartile range, and in brackets the size of the cache in MB, after
+contexts of different lengths, measured by `python benchmarks/generation.py`. Decoders of 2 layers, hidden size 256, 4
+heads, batch
+1.
+"""
 CONTENDERS = {
     "full": ("full", {}),
     "local 128": ("local", {"window_size": 128}),
@@ -47,10 +54,10 @@ def decoder(slug: str, fields: dict, longest: int) -> PreTrainedModel:
 
 
 def filled_cache(model: PreTrainedModel, context: int) -> Cache:
-    """A cache that has seen `context` tokens."""
+    """Return a cache that holds `context` tokens."""
     mixers: list[Any] = [layer.mixer for layer in model.model.layers]
     layers: list[Any] = [mixer.new_cache_layer() for mixer in mixers]
-    piece = 1024  # a layer that forgets does so between its updates
+    piece = 1024  # bounded caches drop tokens between updates
     for start in range(0, context, piece):
         for mixer, layer in zip(mixers, layers, strict=True):
             size = min(piece, context - start)
@@ -66,7 +73,7 @@ def filled_cache(model: PreTrainedModel, context: int) -> Cache:
 
 
 def megabytes(cache: Cache) -> float:
-    """All that the cache holds, the room to grow into included."""
+    """Memory of everything the cache holds, preallocated space included."""
     storages: dict[int, int] = {}
     waiting: list[Any] = [vars(layer) for layer in cache.layers]
     while waiting:
@@ -89,7 +96,7 @@ def measure(context: int, repeats: int) -> list[dict]:
         for name, model in models.items():
             start = time.perf_counter()
             model(token, past_key_values=caches[name])
-            if number >= 2:  # the first one makes the room that the others are written into
+            if number >= 2:  # the first steps preallocate the space for the others
                 times[name].append(1e3 * (time.perf_counter() - start))
     return [
         {"layer": name, "context": context, "milliseconds": values, "megabytes": megabytes(caches[name])}
@@ -101,7 +108,7 @@ def table(rows: list[dict]) -> str:
     contexts = sorted({row["context"] for row in rows})
     by_key = {(row["layer"], row["context"]): row for row in rows}
     lines = [
-        "| ms a token, ± half the quartiles' distance (MB of cache) | " + " | ".join(f"{c:,}" for c in contexts) + " |",
+        "| context | " + " | ".join(f"{c:,}" for c in contexts) + " |",
         "|---|" + "---|" * len(contexts),
     ]
     for name in dict.fromkeys(row["layer"] for row in rows):
@@ -122,7 +129,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [row for context in arguments.contexts for row in measure(context, arguments.repeats)]
     described = machine(torch.device("cpu"))
-    text = ", ".join(f"{key} {value}" for key, value in described.items()) + "\n\n" + table(rows)
+    text = "\n\n".join([NOTE.strip(), ", ".join(f"{key} {value}" for key, value in described.items()), table(rows)])
     if arguments.out:
         arguments.out.with_suffix(".json").write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
         arguments.out.with_suffix(".md").write_text(text + "\n")

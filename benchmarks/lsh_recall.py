@@ -1,11 +1,11 @@
-"""How many of the true top keys a token finds by hashing: recall against the number of rounds, and what it costs.
+"""Measure the share of the nearest keys that LSH finds, and its cost, against the number of hashing rounds.
 
     python benchmarks/lsh_recall.py [--out docs/lsh_recall]
 
-4,096 tokens of head size 64 in 512 families of 8, each member its family's direction and noise of a given share of its
-length. What a token should find are the 7 others of its family, which are nearest to it. It looks where Reformer looks:
-in its bucket of 128, within its own chunk of 64 and the one before it, in every round of hashing. Means over 4 heads.
-Writes <out>.md and <out>.png.
+4,096 tokens of head size 64 in 512 families of 8. Each member is the direction of its family plus noise whose norm is a
+given multiple of that direction's. A token should find the 7 other members of its family, which are its nearest
+neighbours. It attends within the same limits as in Reformer: to tokens of its own bucket (of 128) in its own chunk of
+64 and the one before it, in every round of hashing. Means over 4 heads. Writes <out>.md and <out>.png.
 """
 
 import argparse
@@ -23,14 +23,17 @@ from efficient_transformers.models.ops_lsh import assign_buckets, random_rotatio
 
 FAMILIES, MEMBERS, DIM, HEADS, BUCKETS, CHUNK = 512, 8, 64, 4, 128, 64
 ROUNDS, NOISES = (1, 2, 4, 8, 16), (0.2, 0.4, 0.7, 1.0)
-NOTE = """Share of a token's 7 nearest keys that it reads, by `python benchmarks/lsh_recall.py --out docs/lsh_recall`.
-cos is the mean cosine between two members of a family. The last row is the share of all pairs of tokens that are read,
-at noise 1: what a recall no better than chance would be. Four rounds, the default, find nearly all keys at a cosine of
-0.96 and a third of those at 0.50."""
+NOTE = """# LSH recall
+
+Share of the 7 nearest keys that a token attends to, measured by `python benchmarks/lsh_recall.py`. cos is the mean
+cosine between two members of a family. The last row is the share of all pairs of tokens that attend to each other at
+noise 1, which is the recall of random pairs. Four rounds, the default, find nearly all keys at a cosine of 0.96 and a
+third of those at 0.50.
+"""
 
 
 def recall(noise: float) -> tuple[float, list[float], list[float]]:
-    """Mean cosine inside a family, and for each number of rounds the recall and the share of pairs that are read."""
+    """Mean cosine within a family and, by number of rounds, the recall and the share of pairs attended to."""
     generator = torch.Generator().manual_seed(0)
     centre = F.normalize(torch.randn(1, HEADS, FAMILIES, 1, DIM, generator=generator), dim=-1)
     offset = F.normalize(torch.randn(1, HEADS, FAMILIES, MEMBERS, DIM, generator=generator), dim=-1)
@@ -60,22 +63,22 @@ def main() -> None:
     lines = ["| recall after rounds: | " + " | ".join(map(str, ROUNDS)) + " |", "|---|" + "---|" * len(ROUNDS)]
     for noise, (cosine, found, _) in curves.items():
         lines.append(f"| noise {noise:g}, cos {cosine:.2f} | " + " | ".join(f"{share:.3f}" for share in found) + " |")
-    lines.append("| pairs read | " + " | ".join(f"{share:.3f}" for share in curves[NOISES[-1]][2]) + " |")
+    lines.append("| pairs attended to | " + " | ".join(f"{share:.3f}" for share in curves[NOISES[-1]][2]) + " |")
     print("\n".join(lines))
     if out is None:
         return
     picture = f"![recall against rounds of hashing]({out.with_suffix('.png').name})"
-    out.with_suffix(".md").write_text("\n".join([*lines, "", NOTE, "", picture]) + "\n")
+    out.with_suffix(".md").write_text("\n".join([NOTE, *lines, "", picture]) + "\n")
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for cosine, found, _ in curves.values():
         axes.plot(ROUNDS, found, marker="o", label=f"cosine {cosine:.2f}")
-    axes.plot(ROUNDS, curves[NOISES[-1]][2], "k--", label="pairs read")
+    axes.plot(ROUNDS, curves[NOISES[-1]][2], "k--", label="pairs attended to")
     axes.set_xscale("log", base=2)
     axes.set_xticks(ROUNDS, [str(rounds) for rounds in ROUNDS])
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("rounds of hashing (num_hashes)")
-    axes.set_ylabel("share of the 7 nearest keys that are read")
-    axes.legend(title="inside a family")
+    axes.set_ylabel("share of the 7 nearest keys that are attended to")
+    axes.legend(title="within a family")
     axes.grid(alpha=0.3)
     figure.savefig(out.with_suffix(".png"), dpi=150)
 

@@ -1,11 +1,10 @@
-"""Multiplications of one head: the theory, what costs.py says, and what torch's counter sees.
+"""Compare the multiplications of one head: in theory, by costs.py, and by torch's counter.
 
     python benchmarks/operations.py [--out docs/operations]
 
 Theory: (d + d')·N² for QKᵀ and the product with V in the order (QKᵀ)V, and 2·d'·d·N for the order Q(φ(K)ᵀV), where d is
-the head size and d' the number of features. A multiplication with its addition counts as one. The difference between
-the theory and the rest is what the order Q(KᵀV) needs besides: the features' own projection, and for decoders the
-weights that are written out within a chunk.
+the head size and d' the number of features. A multiplication with its addition counts as one. The additional operations
+of the order Q(KᵀV) are the projection of the features and, in decoders, the weights materialised within a chunk.
 """
 
 import argparse
@@ -18,6 +17,12 @@ from efficient_transformers import VARIANTS, costs
 from efficient_transformers.models.base_mixer import SequenceInfo
 
 DIM, HEADS = 64, 4
+NOTE = """# Operations
+
+Millions of multiplications of one head, measured by `python benchmarks/operations.py`: in theory, by `costs.py`, and
+counted by torch. Costs beyond the theory are the projection of the features and, in decoders, the weights materialised
+within a chunk.
+"""
 ROWS = {
     "full": ("full", {}),
     "efficient": ("efficient", {}),
@@ -31,10 +36,11 @@ ROWS = {
 
 
 def row(slug: str, fields: dict, length: int) -> tuple[int, int, int]:
-    """Of one head: theory, costs.py, the counter."""
+    """Return the multiplications of one head: theory, costs.py, counter."""
     sizes = {"hidden_size": DIM * HEADS, "num_attention_heads": HEADS, "num_hidden_layers": 1}
     config = VARIANTS[slug].config_class(**sizes, max_position_embeddings=length, **fields)
-    config._attn_implementation = "eager" if slug == "full" else "sdpa"  # the counter does not know the CPU's kernel
+    # the counter does not support the CPU kernel
+    config._attn_implementation = "eager" if slug == "full" else "sdpa"
     mixer = VARIANTS[slug].model_class().mixer_class(config, 0).eval()  # type: ignore[attr-defined]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         mixer(torch.randn(1, length, DIM * HEADS), SequenceInfo(torch.arange(length)[None]))
@@ -54,13 +60,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write <out>.md")
     arguments = parser.parse_args()
     heads = [f"N = {length:,}: {what}" for length in arguments.lengths for what in ("theory", "costs.py", "counted")]
-    lines = ["| million multiplications of a head | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    lines = ["| million multiplications | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for name, (slug, fields) in ROWS.items():
         numbers = [number for length in arguments.lengths for number in row(slug, fields, length)]
         lines.append(f"| {name} | " + " | ".join(f"{number / 1e6:,.1f}" for number in numbers) + " |")
     print("\n".join(lines))
     if arguments.out:
-        arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        arguments.out.with_suffix(".md").write_text("\n".join([NOTE, *lines]) + "\n")
 
 
 if __name__ == "__main__":

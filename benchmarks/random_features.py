@@ -1,11 +1,11 @@
-"""How well random features estimate their kernels, and Performer softmax attention: error against their number.
+"""Measure the error of random features for their kernels, and of Performer for softmax attention, by their number.
 
     python benchmarks/random_features.py [--out docs/random_features]
 
-256 queries and keys of head size 64, N(0, σ²) in every feature, and values N(0, 1). Performer: the softmax kernel of a
-query and a key, and the output of softmax attention. RFA: the Gaussian kernel of the two at norm 1. Given are root mean
-squares over pairs and 64 draws of the features, as a share of the root mean square of what is estimated.
-Writes <out>.md and <out>.png.
+256 queries and keys of head size 64 with features from N(0, σ²), and values from N(0, 1). Performer: the softmax kernel
+of a query and a key, and the output of softmax attention. RFA: the Gaussian kernel of queries and keys of norm 1.
+Errors are root mean squares over pairs and 64 draws of the features, relative to the root mean square of the exact
+values. Writes <out>.md and <out>.png.
 """
 
 import argparse
@@ -30,10 +30,13 @@ from efficient_transformers.models.ops_feature_maps import (
 )
 
 DIM, DRAWS, COUNTS = 64, 64, (16, 32, 64, 128, 256, 512, 1024)
-NOTE = """Root mean square errors as a share of what is estimated, by `python benchmarks/random_features.py --out
-docs/random_features`. Every estimate is unbiased and falls as 1/√m in the end; but the variance of the softmax kernel's
-grows as the exponential of the squared norms, so for queries and keys N(0, 1), which a trained layer may well have, a
-thousand features are far from enough."""
+NOTE = """# Random features
+
+Root mean square error relative to the exact values, measured by `python benchmarks/random_features.py`. Every estimate
+is unbiased, and its error eventually decreases as 1/√m. But the variance of the softmax kernel grows exponentially with
+the squared norms: for queries and keys from N(0, 1), which occur in trained layers, a thousand features are far from
+sufficient.
+"""
 
 
 def share(found: Tensor, exact: Tensor) -> float:
@@ -82,7 +85,7 @@ def curves() -> dict[str, list[float]]:
 
 
 def slope(errors: list[float]) -> float:
-    """Of log error against log m, by least squares."""
+    """Slope of log error against log m, by least squares."""
     design = torch.stack([torch.tensor(COUNTS, dtype=torch.float64).log(), torch.ones(len(COUNTS)).double()], 1)
     return torch.linalg.lstsq(design, torch.tensor(errors, dtype=torch.float64).log()[:, None]).solution[0].item()
 
@@ -98,7 +101,7 @@ def main() -> None:
     if out is None:
         return
     picture = f"![error against the number of features]({out.with_suffix('.png').name})"
-    out.with_suffix(".md").write_text("\n".join([*lines, "", NOTE, "", picture]) + "\n")
+    out.with_suffix(".md").write_text("\n".join([NOTE, *lines, "", picture]) + "\n")
     figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
     for name, errors in found.items():
         if "independent" not in name:
@@ -109,8 +112,8 @@ def main() -> None:
     axes.loglog(COUNTS, [reference * (COUNTS[0] / m) ** 0.5 for m in COUNTS], "k--", label="1/√m")
     axes.set_xticks(COUNTS, [str(m) for m in COUNTS])
     axes.minorticks_off()
-    axes.set_xlabel("random features m (of RFA: pairs of sine and cosine)")
-    axes.set_ylabel("root mean square error, as a share")
+    axes.set_xlabel("random features m (for RFA: pairs of sine and cosine)")
+    axes.set_ylabel("relative root mean square error")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="slope of the logarithms")
     axes.grid(alpha=0.3)
     figure.savefig(out.with_suffix(".png"), dpi=150)

@@ -58,7 +58,7 @@ def test_other_machines_are_compared_by_full_attention_alone(tmp_path, capsys):
     new = [row("full", [20.0] * 3), row("local", [2.0] * 3), row("linear", [6.0] * 3)]
     before, after = file(tmp_path, "old.json", old), file(tmp_path, "new.json", new, "another CPU")
     assert compare.main([before, after]) == 2
-    assert "give --relative" in capsys.readouterr().err
+    assert "pass --relative" in capsys.readouterr().err
     assert compare.main([before, after, "--relative"]) == 1
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("1.50 times as slow: cpu, float32, training, 4096, linear: 0.2 -> 0.3 of full attention")
@@ -68,7 +68,7 @@ def test_other_machines_are_compared_by_full_attention_alone(tmp_path, capsys):
 
 def test_files_of_the_other_benchmarks_can_be_compared(capsys):
     docs = Path(__file__).parents[1] / "docs"
-    assert compare.main([str(docs / "kernels.json")] * 2) == 0
+    assert compare.main([str(docs / "feature_maps.json")] * 2) == 0
     assert compare.main([str(docs / "generation.json")] * 2) == 0
 
 
@@ -157,7 +157,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
         assert (tmp_path / f"times_cpu_float32_{name}.png").stat().st_size > 10_000
         assert f"(times_cpu_float32_{name}.png)" in text
 
-    with pytest.raises(SystemExit, match=r"holds times of .*another.*give another --out"):
+    with pytest.raises(SystemExit, match=r"holds times of .*another.*choose another --out"):
         everything.main(few)
 
 
