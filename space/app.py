@@ -1,8 +1,8 @@
-"""A page that shows what a token reads in each variant, what it costs and how long it takes.
+"""A page that shows the tokens that a token attends to in each variant, the cost and the time.
 
     pip install -e '.[space]' && python space/app.py
 
-Everything comes from the package: matrices are read from small untrained models, times are measured when asked for.
+Matrices come from small untrained models of the package; times are measured on request.
 """
 
 import statistics
@@ -22,7 +22,7 @@ HEAD_SIZE, SPEED_SIZE, ROUNDS = 16, 256, 5
 
 
 def fields(slug: str, knob: int, heads: int, causal: bool) -> dict[str, Any]:
-    """The config's fields that the page sets. Raises gr.Error for a decoder of an encoder."""
+    """Config fields that the page sets. Raises gr.Error if `causal` is set for a variant that is not causal."""
     if causal and not VARIANTS[slug].causal:
         raise gr.Error(f"{VARIANTS[slug].title} cannot be causal.")
     return {"num_attention_heads": heads, "is_decoder": causal, **VARIANTS[slug].knob_fields(knob, heads)}
@@ -43,14 +43,14 @@ def small_model(slug: str, words: list[str], changes: dict[str, Any]) -> tuple[P
 
 
 def weights_of(model: PreTrainedModel, ids: Tensor, token: int, head: int) -> Tensor:
-    """(n,) how strongly one token reads each, from 0 to 1: of weights of attention, or else of positions."""
+    """(n,) relative weight of each token for `token`, from 0 to 1, from attention weights or else position weights."""
     variant = VARIANTS[model.config.model_type.removeprefix("et_")]
     if variant.attention:
         with torch.no_grad():
             row = model(ids, output_attentions=True, use_cache=False).attentions[-1][0, head, token]
     else:
         matrix = read_matrices(model, ids)[0].values
-        # a hidden layer between the positions, which reads them all
+        # a hidden layer between the positions mixes all of them
         row = matrix[token] if len(matrix) == matrix.shape[1] == ids.shape[1] else torch.ones(ids.shape[1])
     return row.abs() / row.abs().max().clamp(min=1e-12)
 
@@ -58,23 +58,23 @@ def weights_of(model: PreTrainedModel, ids: Tensor, token: int, head: int) -> Te
 def show(
     slug: str, length: int, knob: int, heads: int, causal: bool, text: str, token: int, head: int, tokens: int
 ) -> tuple[Figure, str, list[tuple[str, float | None]], str]:
-    """The picture, the cost, the text coloured by what the chosen token reads, and a sentence about it."""
+    """The picture, the cost, the text coloured by the weights of the chosen token, and a summary."""
     words, changes = read_text(text, length), fields(slug, knob, heads, causal)
     model, ids = small_model(slug, words, changes)
     figure = plots.pattern_figure(read_matrices(model, ids), VARIANTS[slug].title)
     place, head = min(token, len(words) - 1), min(head, heads - 1)
     weights = weights_of(model, ids, place, head).tolist()
-    coloured = [  # the least weight can still be seen
+    coloured = [  # the smallest weight is still visible
         (f"▶{word}◀ " if number == place else f"{word} ", 0.15 + 0.85 * weight if weight else None)
         for number, (word, weight) in enumerate(zip(words, weights, strict=True))
     ]
     count = sum(weight > 0 for weight in weights)
-    said = f"Token {place}, “{words[place]}”, reads {count} of {len(words)} tokens in head {head}."
+    said = f"Token {place}, “{words[place]}”, attends to {count} of {len(words)} tokens in head {head}."
     return figure, cost(slug, changes, heads, tokens), coloured, said
 
 
 def large_config(slug: str, changes: dict[str, Any], heads: int, tokens: int) -> Any:
-    """The same at a hidden size of 256 or, if the heads do not divide it, the next that they do."""
+    """The config with a hidden size of 256, or the next size that the heads divide."""
     hidden = -(-SPEED_SIZE // (2 * heads)) * 2 * heads
     sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": 1}
     return VARIANTS[slug].config_class(**sizes, max_position_embeddings=tokens, **changes)
@@ -88,7 +88,7 @@ def cost(slug: str, changes: dict[str, Any], heads: int, tokens: int) -> str:
 
 
 def speed(slug: str, knob: int, heads: int, causal: bool, tokens: int) -> str:
-    """Median milliseconds of a layer's forward pass, and of full attention's, measured in turns."""
+    """Median milliseconds of the forward pass of a layer and of full attention, measured in turns."""
     changes = fields(slug, knob, heads, causal)
     own = large_config(slug, changes, heads, tokens)
     full = large_config("full", {"num_attention_heads": heads, "is_decoder": causal}, heads, tokens)
@@ -101,7 +101,7 @@ def speed(slug: str, knob: int, heads: int, causal: bool, tokens: int) -> str:
                 start = time.perf_counter()
                 model(ids, use_cache=False)
                 found.append(1e3 * (time.perf_counter() - start))
-    mine, theirs = (statistics.median(found[1:]) for found in times)  # the first round makes masks
+    mine, theirs = (statistics.median(found[1:]) for found in times)  # the first round builds the masks
     return (
         f"**{mine:.1f} ms** for {tokens:,} tokens in a model of one layer, full attention {theirs:.1f} ms "
         f"({theirs / mine:.1f} times as long), median of {ROUNDS} on {torch.get_num_threads()} threads."
@@ -125,14 +125,16 @@ def page() -> gr.Blocks:
                 measure = gr.Button("Measure the speed", elem_id="measure")
                 said_speed = gr.Markdown(elem_id="speed")
             with gr.Column(scale=2):
-                picture = gr.Plot(label="Who reads whom", elem_id="picture")
+                picture = gr.Plot(label="Which tokens attend to which", elem_id="picture")
                 price = gr.Markdown(elem_id="cost")
         text = gr.Textbox(plots.TEXT.replace("\n", " "), lines=3, label="Your document", elem_id="document")
         with gr.Row():
-            token = gr.Slider(0, 255, value=30, step=1, label="Token that reads", elem_id="token")
-            head = gr.Slider(0, 7, value=0, step=1, label="Head that reads")
+            token = gr.Slider(0, 255, value=30, step=1, label="Query token", elem_id="token")
+            head = gr.Slider(0, 7, value=0, step=1, label="Head")
         said = gr.Markdown(elem_id="said")
-        reads = gr.HighlightedText(label="What it reads: the darker, the more", elem_id="reads", combine_adjacent=False)
+        reads = gr.HighlightedText(
+            label="Tokens it attends to (darker means more)", elem_id="reads", combine_adjacent=False
+        )
         given: list[Any] = [slug, length, knob, heads, causal, text, token, head, tokens]
         results: list[Any] = [picture, price, reads, said]
         blocks.load(show, given, results)

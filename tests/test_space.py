@@ -43,7 +43,7 @@ def test_every_variant_can_be_picked(app, slug):
         assert "| 512 | " in price
         assert [word.strip("▶◀ ") for word, _ in coloured] == words[:12]
         read = [weight is not None for _, weight in coloured]
-        assert said.startswith(f"Token 5, “mat”, reads {sum(read)} of 12 tokens")
+        assert said.startswith(f"Token 5, “mat”, attends to {sum(read)} of 12 tokens")
         assert not (causal and any(read[6:]))
         assert slug != "local" or read == [abs(j - 5) <= knob and not (causal and j > 5) for j in range(12)]
     assert "full attention" in app.speed(slug, 4, 2, False, 64)
@@ -102,7 +102,7 @@ def test_the_page_in_a_browser(address, tmp_path):
         def wait(condition) -> None:
             WebDriverWait(browser, 120).until(lambda _: condition())
 
-        wait(lambda: "reads 12 of 64 tokens" in text("said"))
+        wait(lambda: "attends to 12 of 64 tokens" in text("said"))
         first = browser.find_element(By.CSS_SELECTOR, "#picture img").get_attribute("src")
         choice = browser.find_element(By.CSS_SELECTOR, "#variant input")
         choice.send_keys(Keys.CONTROL, "a")

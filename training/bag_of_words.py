@@ -1,4 +1,4 @@
-"""What a bag of words knows: a linear SVM of TF-IDF, trained and tested on the windows of a classifier's config."""
+"""Bag-of-words baseline: train and test a linear SVM on TF-IDF features of the windows of a classifier's config."""
 
 from efficient_transformers.training.runs.bag_of_words import main
 

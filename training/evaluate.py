@@ -1,4 +1,4 @@
-"""Evaluate a finished run on its test split, also with other settings."""
+"""Evaluate a finished run on its test split, optionally with other settings."""
 
 from efficient_transformers.training.runs.evaluate import main
 

@@ -1,4 +1,4 @@
-"""Make the folder of the zoo from a finished run, write its card again, or check it."""
+"""Publish a finished run as a folder of the zoo, rewrite its card, or check it."""
 
 from efficient_transformers.training.runs.publish import main
 

@@ -1,4 +1,4 @@
-"""Tables, and pictures, of finished runs, written into docs/results.md between the marks of their own."""
+"""Write tables and pictures of finished runs into docs/results.md."""
 
 from efficient_transformers.training.runs.report import main
 

@@ -1,4 +1,4 @@
-"""Train a model of any task: evaluates it on the test split and saves it ready for the Hub."""
+"""Train a model on any task, evaluate it on the test split and save it for the Hub."""
 
 from efficient_transformers.training.runs.train import main
 

@@ -1,4 +1,4 @@
-"""Several configs, one after another: the runs of a table."""
+"""Train several variants or seeds, one after another."""
 
 from efficient_transformers.training.runs.train_all import main
 
