@@ -307,7 +307,7 @@ def page(kinds: Sequence[str]) -> str:
     lines = [
         '# Architectures under `attn_implementation="efficient"`',
         "",
-        "Written by `python benchmarks/architectures.py` and checked by `tests/test_any_model.py`: every text",
+        "Written by `python benchmarks/architectures.py` and checked by `tests/any_model`: every text",
         f"architecture of transformers {transformers.__version__} that can be built tiny from its config and runs, "
         f"{len(found)} of {len(kinds)},",
         "with random weights. Outputs, and gradients of one step, equal those of the reference within 0.00001 of their",

@@ -47,10 +47,10 @@ def same_choices(monkeypatch):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]):
-    """Modules that share something dear, as a finished training run, keep their tests in one process."""
+    """Run each file of training/ and hub/ in one process: its tests share a finished training run, or a Hub."""
     for item in items:
-        if item.path.stem.startswith(("test_training", "test_data", "test_hub")):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if item.path.parent.name in ("training", "hub"):
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
     tables: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("sampled"):

@@ -2,7 +2,7 @@
 
 A row holds everything the project says of a variant. The README table, the gallery, the benchmark of all variants, the
 demo, the cost tables and the tests are derived from it: a new variant is its modeling file, a row here, a row in
-`tests/zoo.py` and its own test. `make pages` then updates the README and the gallery.
+`tests/helpers/zoo.py` and its own test. `make pages` then updates the README and the gallery.
 """
 
 from collections.abc import Callable, Mapping
