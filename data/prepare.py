@@ -34,7 +34,7 @@ def era_of(year: int) -> str:
         if first <= year <= last:
             return f"{first}\N{EN DASH}{last}"
         first = last + 1
-    raise ValueError(f"year ({year}) must be between {FIRST_YEAR} and {LAST_YEARS[-1]}: add an era to LAST_YEARS.")
+    raise ValueError(f"year ({year}) must lie between {FIRST_YEAR} and {LAST_YEARS[-1]}: add an era to LAST_YEARS.")
 
 
 def read_source(path: Path) -> list[Address]:

@@ -1,6 +1,6 @@
-"""The costs of a config at a length, by arithmetic: pairs of its pattern, FLOPs of its matrix products, its memory.
+"""Compute the costs of a config at a length: pairs of its pattern, FLOPs of its matrix products, and its memory.
 
-The counts of each mixer are in `mixer_costs`; this module adds the rest of the model. See there for what counts.
+`mixer_costs` counts the token mixers and defines what is counted; this module adds the rest of the model.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ from .registry import Variant, variant_of
 
 
 def pairs(pattern: AttentionPattern, length: int) -> int:
-    """The number of (query, key) pairs in one head's pattern over `length` tokens: the ones in its matrix."""
+    """The number of (query, key) pairs in one head's pattern over `length` tokens."""
     window = length if pattern.window is None else pattern.window
     total = 0
     for residue in range(min(pattern.dilation, length)):
@@ -28,13 +28,13 @@ def pairs(pattern: AttentionPattern, length: int) -> int:
         total += count + one_side * (1 if pattern.causal else 2)
     if not pattern.global_spans(length) and not pattern.num_random_blocks and not pattern.in_blocks:
         return total
-    # global tokens and random blocks overlap with the window and each other: count row by row
+    # global tokens and random blocks overlap with the window and with each other: count row by row
     position = torch.arange(length)
     return sum(int(pattern.allows(torch.zeros(1, dtype=torch.long), i, position, length).sum()) for i in position)
 
 
 def attention_flops(config: EtConfig, length: int) -> int:
-    """FLOPs between the projections and the output, in all layers, for one sequence of `length` tokens."""
+    """FLOPs between the projections and the output in all layers, for one sequence of `length` tokens."""
     return variant_of(config).flops(config, length)
 
 
@@ -51,7 +51,7 @@ def forward_flops(model: PreTrainedModel, length: int) -> int:
 
 
 def linears(module: torch.nn.Module, variant: Variant) -> Iterator[tuple[str, torch.nn.Linear | PoolerDense]]:
-    """The linear layers of a module of `variant`, with their names, but for those that `variant.flops` counts."""
+    """Yield the linear layers of a module of `variant` with their names, except those counted by `variant.flops`."""
     for name, part in module.named_modules():
         if isinstance(part, (torch.nn.Linear, PoolerDense)) and not any(
             counted in name for counted in variant.linears_in_flops
@@ -60,26 +60,26 @@ def linears(module: torch.nn.Module, variant: Variant) -> Iterator[tuple[str, to
 
 
 def state_size(config: EtConfig, length: int) -> int:
-    """Numbers that a decoder's cache must hold after `length` tokens to predict the next one; batch size 1.
+    """Number of values that a decoder's cache must hold after `length` tokens to predict the next one, at batch size 1.
 
-    Positions, buckets and spare capacity are not counted. Where the span of a pattern is finite, a cache forgets in
-    steps: between two of them, it holds up to one span more. Raises ValueError for an encoder.
+    Positions, buckets and spare capacity are not counted. If the span of a pattern is finite, a cache drops tokens in
+    steps and holds up to one span more between two steps. Raises ValueError for an encoder.
     """
     if not config.is_decoder:
-        raise ValueError(f"is_decoder ({config.is_decoder}) must be True: an encoder keeps nothing between tokens.")
+        raise ValueError(f"is_decoder ({config.is_decoder}) must be True: an encoder has no cache.")
     return sum(layer_state_size(config, layer, length) for layer in range(config.num_hidden_layers))
 
 
 def layer_state_size(config: EtConfig, layer: int, length: int) -> int:
-    """The share of one layer in `state_size`. Raises ValueError for a variant without decoder."""
+    """The contribution of one layer to `state_size`. Raises ValueError for a variant without a decoder."""
     variant = variant_of(config)
     if variant.state is None:
-        raise ValueError(f"the variant ({variant.model_type}) must have a decoder: it keeps nothing between tokens.")
+        raise ValueError(f"the variant ({variant.model_type}) has no decoder and therefore no cache.")
     return variant.state(config, layer, length)
 
 
 def as_decoder(config: EtConfig) -> EtConfig | None:
-    """The config of the decoder with the same fields, or None if there is none."""
+    """The config of a decoder with the same fields, or None if the variant has no decoder."""
     if "CausalLM" not in config.heads:
         return None
     config = deepcopy(config)
@@ -92,23 +92,23 @@ def as_decoder(config: EtConfig) -> EtConfig | None:
 
 
 def costs_table(config: EtConfig, lengths: Sequence[int]) -> str:
-    """Markdown: a row for each length with the multiplications of a forward pass and the state of a decoder.
+    """Markdown table with a row per length: the multiplications of a forward pass and the state of a decoder.
 
     A multiplication with its addition counts as one. The columns are the whole bare model, its mixers, and full
-    attention in a model of the same sizes. Bytes are of float32. Raises ValueError for a length beyond
+    attention in a model of the same sizes. Bytes are those of float32. Raises ValueError for a length beyond
     `max_position_embeddings`.
     """
     for length in lengths:
         if not 1 <= length <= config.max_position_embeddings:
             raise ValueError(
                 f"length ({length}) must lie between 1 and max_position_embeddings "
-                f"({config.max_position_embeddings}): set the latter."
+                f"({config.max_position_embeddings}): increase max_position_embeddings."
             )
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     parameters = sum(p.numel() for p in model.parameters())
     decoder = as_decoder(config)
-    heads = "length", "multiplications, M", "of the mixers, M", "of full attention, M", "decoder's state, KB"
+    heads = "length", "multiplications, M", "of the mixers, M", "of full attention, M", "decoder state, KB"
     rows: list[Iterable[str]] = [heads, ["---"] * len(heads)]
     same = "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "is_decoder"
     full = EtFullConfig(**{name: getattr(config, name) for name in same})

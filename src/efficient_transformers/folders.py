@@ -1,4 +1,4 @@
-"""Folders with a saved model: what each must have, and checks of folders that come from elsewhere."""
+"""Folders with a saved model: adjustments after saving, and checks of folders that come from elsewhere."""
 
 import json
 from collections.abc import Mapping
@@ -15,15 +15,15 @@ from .models.base_configuration import EtConfig
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 
-# arguments of `from_pretrained` and of an earlier encoding, which transformers would save with the tokenizer
+# arguments of `from_pretrained` and of earlier calls, which transformers would save with the tokenizer
 NOT_SAVED = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only")
 
 
 def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, max_length: int | None = None) -> None:
-    """Set `model_max_length`, in tokens, to what the model of `config` takes, in place.
+    """Set `model_max_length`, in tokens, to the maximum input length of the model of `config`, in place.
 
-    Pipelines truncate and divide long texts by it. A variant takes `max_position_embeddings` tokens; for another model
-    `max_length` is used if the tokenizer has no limit of its own. Arguments of earlier calls are not saved with it.
+    Pipelines truncate or split long texts by it. A variant accepts `max_position_embeddings` tokens; for other models,
+    `max_length` is used if the tokenizer has no limit. Arguments of earlier calls are not saved with the tokenizer.
     """
     if isinstance(config, EtConfig):
         tokenizer.model_max_length = config.max_position_embeddings
@@ -34,10 +34,10 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, 
 
 
 def load_as_float32(folder: str | Path) -> None:
-    """Let a model saved in half precision load in float32, by the `dtype` in its config.json.
+    """Make a model that is saved in half precision load in float32, by setting the `dtype` in its config.json.
 
-    transformers loads a model in the precision that its config names, and in bfloat16 weights most steps of
-    fine-tuning are lost in rounding. `from_pretrained(…, dtype=torch.bfloat16)` loads the stored precision.
+    transformers loads a model in the precision that its config names, and most updates of fine-tuning would be lost to
+    rounding in bfloat16 weights. `from_pretrained(…, dtype=torch.bfloat16)` loads the stored precision.
     """
     path = Path(folder) / CONFIG
     config = read_json(path)
@@ -47,7 +47,7 @@ def load_as_float32(folder: str | Path) -> None:
 
 
 def parse_json(path: str | Path) -> Any:
-    """What a JSON file holds. Raises ValueError, which names the file and the place, if it is no JSON."""
+    """Parse a JSON file. Raises ValueError with the file name and the position if it is not valid JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON or of UTF-8
@@ -55,7 +55,7 @@ def parse_json(path: str | Path) -> Any:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises ValueError, which names the file, if it holds anything else."""
+    """Parse a JSON file that holds an object. Raises ValueError with the file name if it holds anything else."""
     value = parse_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
@@ -63,7 +63,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def parse_yaml(path: str | Path) -> Any:
-    """What a YAML file holds. Raises ValueError, which names the file and the place, if it is no YAML."""
+    """Parse a YAML file. Raises ValueError with the file name and the position if it is not valid YAML."""
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -71,7 +71,7 @@ def parse_yaml(path: str | Path) -> Any:
 
 
 def load_card(path: str | Path, **arguments: Any) -> ModelCard:
-    """A model card. Raises ValueError, which names the file, if its metadata cannot be read."""
+    """Load a model card. Raises ValueError with the file name if its metadata cannot be read."""
     try:
         return ModelCard.load(path, **arguments)
     except (ValueError, yaml.YAMLError) as error:
@@ -79,9 +79,9 @@ def load_card(path: str | Path, **arguments: Any) -> ModelCard:
 
 
 def check_weights(folder: str | Path) -> None:
-    """Raise ValueError, which names the file, unless every file of weights in `folder` is whole.
+    """Raise ValueError with the file name if any file of weights in `folder` is incomplete.
 
-    Opening reads the header and compares the size that it promises with that of the file; no tensor is loaded.
+    Opening a file reads its header and compares the size stated there with that of the file; no tensor is loaded.
     """
     root = Path(folder)
     tensors: dict[str, set[str]] = {}
@@ -91,8 +91,8 @@ def check_weights(folder: str | Path) -> None:
                 tensors[path.name] = set(file.keys())
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{path} ({path.stat().st_size:,} bytes) is no complete safetensors file: {error}. Copy or download it "
-                "again."
+                f"{path} ({path.stat().st_size:,} bytes) is not a complete safetensors file: {error}. Copy or download "
+                "it again."
             ) from None
     if not (root / INDEX).exists():
         return
@@ -101,11 +101,11 @@ def check_weights(folder: str | Path) -> None:
         raise ValueError(f"{root / INDEX} has no weight_map: save the model again.")
     for name, shard in index.items():
         if name not in tensors.get(shard, ()):
-            raise ValueError(f"{root / INDEX} names {name} in {shard}, where it is not: copy that file again.")
+            raise ValueError(f"{root / INDEX} lists {name} in {shard}, which does not have it: copy that file again.")
 
 
 def check_folder(folder: str | Path) -> None:
-    """Raise ValueError, which names the file, unless the JSON, the YAML and the weights in `folder` can be read."""
+    """Raise ValueError with the file name if any JSON, YAML or weights file in `folder` cannot be read."""
     for path in sorted(Path(folder).glob("*.json")):
         (read_json if path.name == CONFIG else parse_json)(path)
     for path in sorted(Path(folder).glob("*.yaml")):

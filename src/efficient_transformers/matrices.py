@@ -1,4 +1,4 @@
-"""Read the matrices by which a model mixes positions, while it runs on an input."""
+"""Compute the matrices by which a model mixes positions, while it runs on an input."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,11 +17,11 @@ __all__ = ["KINDS", "Matrix", "read_matrices"]
 
 @torch.no_grad()
 def read_matrices(model: PreTrainedModel, input_ids: Tensor, layer: int | None = None) -> list[Matrix]:
-    """The matrices of a bare model on one input (1, n), head by head; heads with the same pattern are one matrix.
+    """The matrices of a bare model on one input (1, n), by head; heads with the same pattern share one matrix.
 
-    layer: None takes the first layer and those whose patterns differ from all before them. Weights are computed in
-    float64, where none is rounded to zero unless the formula makes it zero. External tokens come first, as in the
-    model. Raises ValueError for a layer that the model does not have.
+    layer: None selects the first layer and all layers with patterns that no earlier layer has. Weights are computed in
+    float64, so that a weight is zero only if the formula makes it zero. External tokens come first, as in the model.
+    Raises ValueError if the model does not have the layer.
     """
     config: EtConfig = model.config  # type: ignore[reportAssignmentType]
     layers = different_layers(config) if layer is None else [layer]
@@ -37,7 +37,7 @@ def read_matrices(model: PreTrainedModel, input_ids: Tensor, layer: int | None =
     dtype, training = model.dtype, model.training
     model.eval().double()
     try:
-        # without a cache, which would hold this pass when the mixer is called again for its weights
+        # without a cache, which would still hold this pass when the mixer is called again for its weights
         model(input_ids.to(model.device), use_cache=False)
         found = []
         for number in layers:
@@ -55,7 +55,7 @@ def read_matrices(model: PreTrainedModel, input_ids: Tensor, layer: int | None =
 
 
 def different_layers(config: EtConfig) -> list[int]:
-    """The first layer, and those with patterns that no layer before has; seeds do not count."""
+    """The first layer, and all layers with patterns that no earlier layer has; seeds are ignored."""
     if not isinstance(config, PatternConfig):
         return [0]
     first: dict[tuple, int] = {}

@@ -1,12 +1,12 @@
-"""The arithmetic of each token mixer: FLOPs and decoder state. Every row of `registry.VARIANTS` names two functions.
+"""FLOPs and decoder state of each token mixer. Every row of `registry.VARIANTS` refers to two of these functions.
 
-`…_flops(config, length)` counts everything between the projections and the output, in all layers, for one sequence of
+`…_flops(config, length)` counts everything between the projections and the output in all layers, for one sequence of
 `length` tokens. A multiplication and an addition are two FLOPs. Only matrix products count, as in torch's own counter:
-softmax, norms and elementwise products are a few percent. Linear layers that a row names in `linears_in_flops` are
-counted here, too.
+softmax, norms and elementwise products are a few percent. Linear layers that a row lists in `linears_in_flops` are
+included.
 
-`…_state(config, layer, length)` counts the numbers that the cache of one layer must hold after `length` tokens, for
-batch size 1. Positions, buckets and spare capacity are not counted.
+`…_state(config, layer, length)` counts the values that the cache of one layer must hold after `length` tokens, at batch
+size 1. Positions, buckets and spare capacity are not counted.
 
 The tests compare both with torch's counter and with the caches of real models.
 """
@@ -56,7 +56,7 @@ def keys_and_values(config: EtConfig, layer: int, length: int) -> int:
 def tile_pairs(pattern: AttentionPattern, length: int, num_heads: int, global_rows: bool = True) -> int:
     """Query-key pairs per head that the engine multiplies: those of the pattern and the empty corners of its tiles.
 
-    `global_rows=False` leaves out the rows of global tokens, for variants that compute them separately.
+    `global_rows=False` omits the rows of global tokens, for variants that compute them separately.
     """
     if engine.is_short(pattern, length, num_heads):
         return length * length
@@ -75,7 +75,7 @@ def pattern_layer_flops(config: Any, layer: int, length: int, global_rows: bool 
 
 
 def pattern_flops(config: Any, length: int) -> int:
-    """Scores and weighted values of the pairs in the tiles."""
+    """Scores and weighted values for the pairs in the tiles."""
     inner = length + config.num_external_tokens
     return sum(pattern_layer_flops(config, layer, inner) for layer in range(config.num_hidden_layers))
 
@@ -83,7 +83,7 @@ def pattern_flops(config: Any, length: int) -> int:
 def pattern_state(config: Any, layer: int, length: int) -> int:
     """Keys and values within the span of the patterns.
 
-    A cache forgets in steps: between two of them, it holds up to one span more.
+    A cache drops tokens in steps and holds up to one span more between two steps.
     """
     kept = cache_layer(config.attention_patterns(layer))
     rows = length if kept.span is None else min(length, kept.num_prefix + kept.span)
@@ -91,7 +91,7 @@ def pattern_state(config: Any, layer: int, length: int) -> int:
 
 
 def longformer_flops(config: EtLongformerConfig, length: int) -> int:
-    """The pattern and, if they have projections of their own, the rows of global tokens with these projections."""
+    """The pattern, and the rows of global tokens with their separate projections if there are any."""
     if not config.has_global_projections:
         return pattern_flops(config, length)
     size, count = config.hidden_size, min(config.num_global_tokens or 0, length)
@@ -107,7 +107,7 @@ def longformer_flops(config: EtLongformerConfig, length: int) -> int:
 
 
 def reformer_flops(config: EtReformerConfig, length: int) -> int:
-    """The hashes, and chunks that attend to themselves and to the one before."""
+    """The hashes, and the attention of chunks to themselves and the previous chunk."""
     rounds, size = 1 if config.is_exact else config.num_hashes, min(config.chunk_length, length)
     factors = config.widest_factors
     if config.num_buckets is None and not config.is_decoder:
@@ -121,7 +121,7 @@ def routing_flops(config: EtRoutingConfig, length: int) -> int:
     """The windows of local heads, the clusters of routing heads, and the products of tokens and centroids."""
     local, routing, count = config.num_local_heads, config.num_routing_heads, config.clusters_per_head
     near = local * tile_pairs(config.window, length, local) if local else 0
-    if config.is_decoder:  # chunks of neighbours in a cluster, which also attend to the one before them
+    if config.is_decoder:  # chunks of neighbours in a cluster, which also attend to the previous chunk
         size, placed = min(config.reach, length), 1
         far = -(-length // size) * size * 2 * size
     else:
@@ -138,14 +138,14 @@ def sinkhorn_flops(config: EtSinkhornConfig, length: int) -> int:
     rows = count if config.sortcut_blocks is None else min(config.sortcut_blocks, count)
     scores = 4 * count * hidden**2 + count**2 * hidden
     mixtures = 2 * rows * count * size * hidden
-    if length % size and not config.is_decoder:  # the share of each sorted token that is not padding
+    if length % size and not config.is_decoder:  # the fraction of each sorted token that is not padding
         mixtures += rows * count * size * heads
     keys = 2 * size if config.sortcut_blocks is None else rows * size
     return config.num_hidden_layers * 2 * (scores + mixtures + 2 * count * size * keys * hidden)
 
 
 def sinkhorn_state(config: EtSinkhornConfig, layer: int, length: int) -> int:
-    """Keys and values of all blocks, and two vectors that each block is scored by."""
+    """Keys and values of all blocks, and the two vectors from which the sorting scores of a block are computed."""
     return -(-length // config.block_size) * 2 * config.hidden_size * (config.block_size + 1)
 
 
@@ -153,7 +153,7 @@ def sinkhorn_state(config: EtSinkhornConfig, layer: int, length: int) -> int:
 
 
 def linformer_flops(config: EtLinformerConfig, length: int) -> int:
-    """The sums over positions, the keys and values that they are made of, and the attention to them."""
+    """The sums over positions, the keys and values they consist of, and the attention to them."""
     hidden, rows = config.hidden_size, config.projected_length
     of_all = config.position_embedding_type == "rotary" or config.projection_sharing == "none"
     matrices = 2 if of_all or config.projection_sharing == "headwise" else 1
@@ -175,7 +175,7 @@ def compressed_flops(config: EtCompressedConfig, length: int) -> int:
 
 
 def compressed_state(config: EtCompressedConfig, layer: int, length: int) -> int:
-    """Keys and values: of the segments and of the tokens under the next kernel, or of the block of a local layer."""
+    """Keys and values of the segments and of the tokens under the next kernel, or of the block in a local layer."""
     if config.kind(layer) != "compressed":
         return pattern_state(config, layer, length)
     factor, reach = config.compression_factor, -(-config.kernel // config.compression_factor)
@@ -186,7 +186,7 @@ def compressed_state(config: EtCompressedConfig, layer: int, length: int) -> int
 
 
 def kernel_flops(config: Any, length: int) -> int:
-    """The feature map, and the sums in the order Q(φ(K)ᵀV); of a decoder, the weights within its chunks, too."""
+    """The feature map, and the sums in the order Q(φ(K)ᵀV); for a decoder also the weights within its chunks."""
     dim, features = config.head_dim, config.features_per_head
     rows = features // config.features.per_row if config.features.is_random else 0
     of_head = 2 * 2 * length * rows * dim
@@ -198,7 +198,7 @@ def kernel_flops(config: Any, length: int) -> int:
 
 
 def causal_sums_flops(config: Any, length: int) -> int:
-    """The sums of one causal head, which run over segments of chunks."""
+    """The sums of one causal head, computed over segments of chunks."""
     dim, features = config.head_dim, config.features_per_head
     total, left = 0, length
     segment = segment_tokens(config.num_attention_heads * features, torch.device("cpu"))  # longer on other devices
@@ -223,7 +223,7 @@ def kernel_state(config: Any, layer: int, length: int) -> int:
 
 
 def synthesizer_flops(config: EtSynthesizerConfig, length: int) -> int:
-    """The scores, as far as they are products, and the weighted values."""
+    """The scores, if they are matrix products, and the weighted values."""
     dim, heads, kinds = config.head_dim, config.num_attention_heads, config.kinds
     features = sum(config.factor_rank if kind == "factorized_random" else dim for kind in kinds if kind in PRODUCTS)
     if set(kinds) <= set(PRODUCTS):
@@ -237,12 +237,12 @@ def synthesizer_flops(config: EtSynthesizerConfig, length: int) -> int:
 
 
 def synthesizer_state(config: EtSynthesizerConfig, layer: int, length: int) -> int:
-    """The values of all tokens and, if they are compared, the keys."""
+    """The values of all tokens and, for the vanilla mixer, their keys."""
     return length * config.hidden_size * (2 if "vanilla" in config.kinds else 1)
 
 
 def gmlp_flops(config: EtGmlpConfig, length: int) -> int:
-    """The spatial gate, over all positions or over the earlier ones, and its tiny attention."""
+    """The spatial gate, over all positions or the earlier ones, and its tiny attention."""
     entries = length**2
     if config.is_decoder:
         entries = sum((stop - start) * stop for start, stop in row_chunks(length))
@@ -251,7 +251,7 @@ def gmlp_flops(config: EtGmlpConfig, length: int) -> int:
 
 
 def gmlp_state(config: EtGmlpConfig, layer: int, length: int) -> int:
-    """The gated half of all tokens, and the keys and values of the tiny attention."""
+    """The gated half of the features of all tokens, and the keys and values of the tiny attention."""
     return length * (config.intermediate_size // 2 + 2 * (config.tiny_attention_size or 0))
 
 

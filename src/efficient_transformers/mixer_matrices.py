@@ -1,8 +1,8 @@
-"""The matrices by which each token mixer mixes positions. Every row of `registry.VARIANTS` names one of the functions.
+"""The matrices by which each token mixer mixes positions. Every row of `registry.VARIANTS` refers to one function.
 
 `…_matrices(mixer, hidden, sequence)` yields the matrices of one mixer for its input `hidden` (1, n, e). No function
-repeats the formula of a variant: weights are those that the mixer returns, parameters are found by multiplying them by
-the identity. A new mixer needs no function of its own: see `default_matrices`.
+repeats the formula of a variant: weights are those that the mixer returns, and parameters are obtained by multiplying
+them by the identity. A new mixer does not need a function: see `default_matrices`.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from .models.base_mixer import SequenceInfo
 from .models.modeling_full import EtFullConfig, EtFullModel
 from .models.ops_patterns import AttentionPattern
 
-KINDS = ("nothing", "local", "stride", "global", "random")  # the part of a pattern that lets a query attend to a key
+KINDS = ("nothing", "local", "stride", "global", "random")  # the part of a pattern that includes a pair
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Matrix:
     """One matrix of a layer.
 
     name: its head and its meaning.
-    values: (rows, columns), float64, as multiplied by the values or, if it is a parameter, by the hidden states.
-    kinds: (rows, columns) int64, for each pair the number in KINDS of its part of the pattern; None without a pattern.
-    rows, columns: what they count.
+    values: (rows, columns), float64, as multiplied by the values or, for a parameter, by the hidden states.
+    kinds: (rows, columns) int64, for each pair the index in KINDS of its part of the pattern; None without a pattern.
+    rows, columns: what rows and columns stand for.
     """
 
     name: str
@@ -42,7 +42,7 @@ Matrices = Callable[[Any, Tensor, SequenceInfo], Iterator[Matrix]]
 
 
 def default_matrices(mixer: Any, hidden: Tensor, sequence: SequenceInfo) -> Iterator[Matrix]:
-    """Attention weights, a matrix per head; influences if the mixer returns no weights."""
+    """Attention weights, one matrix per head; influences if the mixer returns no weights."""
     weights = mixer(hidden, sequence)[1]
     if weights is None:
         yield from influence_matrices(mixer, hidden, sequence)
@@ -53,11 +53,11 @@ def default_matrices(mixer: Any, hidden: Tensor, sequence: SequenceInfo) -> Iter
 def influence_matrices(mixer: Any, hidden: Tensor, sequence: SequenceInfo) -> Iterator[Matrix]:
     """Norms of gradients: how much the output at one token changes with the input at another.
 
-    Entry (i, j) is the Frobenius norm of the Jacobian of output i with respect to input j, over √e: the weight itself
-    if all features are mixed by the same matrix.
+    Entry (i, j) is the Frobenius norm of the Jacobian of output i with respect to input j, divided by √e. If all
+    features are mixed by the same matrix, this is its absolute value.
     """
     length, size = hidden.shape[1:]
-    # output i is taken from copy i, so that one backward pass serves all tokens
+    # output i is taken from copy i, so that one backward pass covers all tokens
     copies = hidden.detach().repeat(length, 1, 1).requires_grad_()
     positions = sequence.positions.expand(length, -1)
     token = torch.arange(length, device=hidden.device)
@@ -79,7 +79,7 @@ def pattern_matrices(mixer: Any, hidden: Tensor, sequence: SequenceInfo) -> Iter
 
 def matrices_of_groups(groups: tuple, weights: Tensor) -> Iterator[Matrix]:
     for pattern, heads in groups:
-        if pattern.is_full:  # no pattern to see, but the weights of each head
+        if pattern.is_full:  # there is no pattern to show, only the weights of each head
             yield from (Matrix(f"head {head}: full", weights[head]) for head in heads)
             continue
         same: list[list[int]] = []
@@ -93,17 +93,17 @@ def matrices_of_groups(groups: tuple, weights: Tensor) -> Iterator[Matrix]:
 
 
 def spans(numbers: list[int]) -> str:
-    """`0-3` or `0, 4`."""
+    """Format head numbers as `0-3` or `0, 4`."""
     is_run = len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1))
     return f"{numbers[0]}-{numbers[-1]}" if is_run else ", ".join(map(str, numbers))
 
 
 def kinds_of(pattern: AttentionPattern, allowed: Tensor) -> Tensor:
-    """(n, n) int64 numbers in KINDS: the part of `pattern` that gives each of the `allowed` (n, n) pairs."""
+    """(n, n) int64 indices in KINDS: the part of `pattern` that includes each of the `allowed` (n, n) pairs."""
     i = torch.arange(len(allowed), device=allowed.device)[:, None]
     j, length = i.T, len(allowed)
     window = "stride" if pattern.dilation > 1 else "local"
-    # pairs of neither the window nor a global token come from random blocks
+    # pairs outside the window and without a global token come from random blocks
     kinds = torch.where(pattern.in_window(i, j), KINDS.index(window), KINDS.index("random"))
     is_global = pattern.is_global(i, length) | pattern.is_global(j, length)
     return torch.where(is_global, KINDS.index("global"), kinds) * allowed
@@ -125,7 +125,7 @@ def linformer_matrices(mixer: Any, hidden: Tensor, sequence: SequenceInfo) -> It
     weights = mixer(hidden, sequence)[1][0]  # (h, n, n)
     projections: list[Any] = [*mixer.projections] or [sequence.shared]
     matrix = projections[-1](hidden.shape[1]).expand(len(weights), -1, -1).to(weights)  # (h, k, n)
-    # the mixer returns the n×k weights times F: they are its factor, the only one if F has full rank
+    # the mixer returns the n×k weights times F; solve for the weights, which are unique if F has full rank
     factors = torch.linalg.lstsq(matrix.mT, weights.mT, driver="gelsd").solution.mT
     yield Matrix("F, the projection of the values", matrix[0], rows="projected value", columns="token")
     for head, some in enumerate(factors):
@@ -139,7 +139,7 @@ def compressed_matrices(mixer: Any, hidden: Tensor, sequence: SequenceInfo) -> I
         return
     weights, factor = mixer(hidden, sequence)[1][0], mixer.config.compression_factor
     padded = nn.functional.pad(weights, (0, -hidden.shape[1] % factor))
-    of_segments = padded.unflatten(-1, (-1, factor)).sum(-1)  # the weight of a segment is spread over its tokens
+    of_segments = padded.unflatten(-1, (-1, factor)).sum(-1)  # a segment's weight is spread over its tokens
     yield from (Matrix(f"head {head}: segments", some, columns="segment") for head, some in enumerate(of_segments))
 
 
@@ -147,7 +147,7 @@ def compressed_matrices(mixer: Any, hidden: Tensor, sequence: SequenceInfo) -> I
 
 
 def kernel_matrices(mixer: Any, hidden: Tensor, sequence: SequenceInfo) -> Iterator[Matrix]:
-    """For each head the implied weights, and those of softmax attention with the same projections."""
+    """For each head, the implied weights and those of softmax attention with the same projections."""
     implied = mixer(hidden, sequence)[1][0]
     softmax = full_attention_like(mixer)(hidden, sequence)[1][0]
     for head, (some, others) in enumerate(zip(implied, softmax, strict=True)):
@@ -168,10 +168,10 @@ def full_attention_like(mixer: Any) -> nn.Module:
 
 
 def fourier_matrices(mixer: Any, hidden: Tensor, sequence: SequenceInfo) -> Iterator[Matrix]:
-    """The transform of unit vectors of positions, at two of four frequencies of the features.
+    """The transform of one-hot positions, at two of four frequencies of the features.
 
-    With x = u_j u_f the output at feature g is Re exp(-2πi(jk/n + fg/4)): at g = f = 0 cosines, at g = f = 1, where
-    the factor of the features is -i, minus sines.
+    With x = u_j u_f, the output at feature g is Re exp(-2πi(jk/n + fg/4)): cosines at g = f = 0, and minus sines at
+    g = f = 1, where the factor of the features is -i.
     """
     length = hidden.shape[1]
     units = torch.zeros(length, length, 4, dtype=hidden.dtype, device=hidden.device)

@@ -1,8 +1,8 @@
-"""Write the pages that derive from the table of variants: the README's table and the gallery.
+"""Update the pages that are generated from the table of variants: the README's table and the gallery.
 
     python -m efficient_transformers.pages [README.md] [docs]   # `make pages`
 
-A test fails while the pages differ from the table.
+A test fails if the pages are out of date.
 """
 
 import sys
@@ -29,7 +29,7 @@ def variants_table() -> str:
 
 
 def with_table(page: str) -> str:
-    """`page` with today's table between its marks. Raises ValueError if they are missing."""
+    """`page` with the current table between its marks. Raises ValueError if the marks are missing."""
     before, begin, rest = page.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not begin or not end:

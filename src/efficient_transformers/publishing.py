@@ -1,7 +1,7 @@
-"""Push a saved model to the Hub: checked first, private by default, in one step that can be repeated.
+"""Push a saved model to the Hub: checked first, private by default, and safe to repeat.
 
-What is uploaded is what `export` writes. The token is that of `hf auth login` or HF_TOKEN; `huggingface_hub` itself
-sends it, and here it is only compared with the contents of the folder.
+The uploaded files are those that `export` writes. The token is that of `hf auth login` or HF_TOKEN. Only
+`huggingface_hub` sends it; this module compares it with the contents of the folder.
 """
 
 import tempfile
@@ -14,15 +14,15 @@ from huggingface_hub import HfApi, get_token
 from .exporting import README, code_files, export, is_variant, public_files, replace
 from .folders import CONFIG, check_folder, load_card, read_json
 
-# remote files of these kinds that are not in the folder are deleted: an old model.safetensors would be loaded instead
-# of new shards
+# Remote files of these kinds that are not in the folder are deleted, because an old model.safetensors would be loaded
+# instead of new shards.
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.py")
 
 
 def missing_for_push(folder: str | Path) -> list[str]:
-    """What a folder lacks to be of use to those who download it, each as a clause that says the way out.
+    """List what a folder lacks for publication, each item with its remedy.
 
-    The code of a variant is never missing: it is written on the way to the Hub.
+    The code of a variant is never missing, since it is added during the upload.
     """
     root, names = Path(folder), {file.path for file in public_files(folder)}
     missing = []
@@ -31,11 +31,11 @@ def missing_for_push(folder: str | Path) -> list[str]:
     except ValueError as error:
         missing.append(str(error).rstrip("."))
     if CONFIG not in names:
-        missing.append(f"there is no {CONFIG} (save the model by save_pretrained)")
+        missing.append(f"there is no {CONFIG} (save the model with save_pretrained)")
     else:
         config = read_json(root / CONFIG)
         if not is_variant(config) and (absent := sorted(code_files(config) - names)):
-            missing.append(f"its code is not there: {', '.join(absent)} (save the model by save_pretrained)")
+            missing.append(f"its code is missing: {', '.join(absent)} (save the model with save_pretrained)")
     if not any(name.endswith(".safetensors") for name in names):
         missing.append("there are no weights (*.safetensors)")
     if README not in names:
@@ -63,13 +63,14 @@ def push(
     collection: str | None = None,
     message: str = "Model, code and card",
 ) -> str:
-    """Upload the export of a folder as a model repository and return its address.
+    """Upload the export of a folder as a model repository and return its URL.
 
-    Repeated, it uploads only what is missing or has changed, also after an interruption: large files that have
-    arrived once are recognised by their SHA-256. `revision` is a branch, made if it is not there. `tag` names the
-    commit. `collection` is a title, or the slug of an existing one. An existing repository keeps its visibility.
+    Repeating the call uploads only what is missing or has changed, also after an interruption: large files that were
+    uploaded before are recognised by their SHA-256. `revision` is a branch, which is created if it does not exist.
+    `tag` names the commit. `collection` is a title, or the slug of an existing collection. An existing repository keeps
+    its visibility.
 
-    Raises ValueError if the folder is not fit to be published or nobody is signed in, and OSError as huggingface_hub.
+    Raises ValueError if the folder cannot be published or there is no token, and OSError like huggingface_hub.
     """
     if missing := missing_for_push(folder):
         raise ValueError(f"{folder} is not pushed: {'; '.join(missing)}.")
@@ -78,12 +79,12 @@ def push(
         raise ValueError(f"{folder} is not pushed: there is no token (`hf auth login`, or set HF_TOKEN).")
     for file in public_files(folder):
         if not file.is_large and token.encode() in (Path(folder) / file.path).read_bytes():
-            raise ValueError(f"{folder} is not pushed: {file.path} holds your token; remove it there.")
+            raise ValueError(f"{folder} is not pushed: {file.path} contains your token; remove it there.")
 
     api = HfApi(library_name="efficient_transformers")
     repo_id = api.create_repo(repo_id, private=not public, exist_ok=True).repo_id
     if not public and not api.model_info(repo_id).private:
-        raise ValueError(f"{repo_id} is public already: give --public to add to it, or another name.")
+        raise ValueError(f"{repo_id} is already public: pass --public to add to it, or choose another name.")
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     try:
@@ -95,12 +96,14 @@ def push(
                 commit_message=message,
                 delete_patterns=list(REPLACED),
             )
-    except RuntimeError as error:  # what huggingface_hub makes of a large file that did not get through
-        raise OSError(f"{error} What has arrived stays there: push again to upload the rest.") from error
+    except RuntimeError as error:  # raised by huggingface_hub if the upload of a large file fails
+        raise OSError(f"{error} Uploaded files are kept: push again to upload the rest.") from error
     if tag is not None:
         tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
         if tags.get(tag, commit.oid) != commit.oid:
-            raise ValueError(f"The tag {tag!r} of {repo_id} is of another commit, {tags[tag][:8]}: give another --tag.")
+            raise ValueError(
+                f"The tag {tag!r} of {repo_id} already names another commit, {tags[tag][:8]}: choose another --tag."
+            )
         if tag not in tags:
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
     if collection is not None:
@@ -124,9 +127,9 @@ def staged(folder: str | Path, repo_id: str) -> Iterator[Path]:
 
 
 def card_for(repo_id: str, path: Path) -> str:
-    """The text of a model card whose code opens the model by its name on the Hub.
+    """The text of a model card in which the code example uses the name of the model on the Hub.
 
-    A base model of the zoo (`et-linear-mlm`) is taken to be of the same owner.
+    A base model of the zoo (`et-linear-mlm`) is assumed to have the same owner.
     """
     card = load_card(path)
     owner, base = repo_id.rpartition("/")[0], card.data.base_model  # type: ignore[attr-defined]

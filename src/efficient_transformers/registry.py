@@ -1,8 +1,8 @@
 """The table of variants, and the only place that registers them with the Auto classes.
 
-A row holds everything the project says of a variant. The README table, the gallery, the benchmark of all variants, the
-demo, the cost tables and the tests are derived from it: a new variant is its modeling file, a row here, a row in
-`tests/helpers/zoo.py` and its own test. `make pages` then updates the README and the gallery.
+A row contains all facts about a variant. The README table, the gallery, the benchmark of all variants, the demo, the
+cost tables and the tests are derived from it: a new variant needs its modeling file, a row here, a row in
+`tests/helpers/zoo.py` and a test of its equation. `make pages` then updates the README and the gallery.
 """
 
 from collections.abc import Callable, Mapping
@@ -57,21 +57,22 @@ class Variant:
     Identity:
         slug: `et_<slug>` is the model type, `Et<Slug>…` the prefix of the class names.
         module: defines the config and the models. Its docstring has a headline, the formula (`.. math::`) and a
-            description, which the gallery and the model cards show.
+            description, which appear in the gallery and the model cards.
         title: name in tables and pictures.
         paper: `arXiv:<number>`.
-        family: by what the n×n matrix is made cheaper; groups the benchmark's plots.
-    In words:
+        family: the way in which the n×n matrix is made cheaper; groups the plots of the benchmark.
+    Descriptions:
         attends_to: completes "a token attends to …", as Markdown.
-        cost: law of time and memory in n tokens of d features per head; other letters are fields of the config.
+        cost: growth of time and memory in n tokens with d features per head; other letters are fields of the config.
     Facts, which the tests check:
-        any_length: are there no per-position parameters besides the embeddings?
-        chooses: does the content decide which tokens a token attends to?
-        normalised: do the rows of `output_attentions` sum to one for every input?
+        any_length: there are no per-position parameters besides the embeddings.
+        chooses: the content determines which tokens a token attends to.
+        normalised: the rows of `output_attentions` sum to one for every input.
     Arithmetic:
         flops: `(config, length)` → FLOPs of the mixers of all layers, see `mixer_costs`.
-        state: `(config, layer, length)` → numbers in a decoder's cache; None if there is no decoder.
-        linears_in_flops: parts of the names of linear layers that `flops` counts, because not all tokens pass them.
+        state: `(config, layer, length)` → number of values in a decoder's cache; None if there is no decoder.
+        linears_in_flops: parts of the names of linear layers that `flops` includes, because they do not apply to all
+            tokens.
         matrices: `(mixer, hidden, sequence)` → the matrices to draw, see `mixer_matrices`.
     Settings, as fields of the config:
         demo: for pictures of 32 or 64 tokens.
@@ -118,12 +119,12 @@ class Variant:
 
     @property
     def causal(self) -> bool:
-        """Is there a CausalLM head?"""
+        """True if there is a CausalLM head."""
         return "CausalLM" in self.heads
 
     @property
     def attention(self) -> bool:
-        """Are there attention weights?"""
+        """True if there are attention weights."""
         return self.config_class.attends
 
     def model_class(self, head: str | None = None) -> type[transformers.PreTrainedModel]:
@@ -131,7 +132,7 @@ class Variant:
         return getattr(self.module, f"{self.stem}For{head}" if head else f"{self.stem}Model")
 
     def knob_fields(self, slider: int, heads: int) -> dict[str, Any]:
-        """The config fields for a position of the demo's slider: one or none."""
+        """The config field set by a position of the demo's slider, or an empty dict."""
         return {} if self.knob is None else {self.knob: self.knob_value(slider, heads)}
 
 
@@ -226,7 +227,7 @@ VARIANTS = {
             demo={"attention_window": 12, "num_global_tokens": 3},
             benchmark={"attention_window": 256, "num_global_tokens": 1},
             knob="attention_window",
-            knob_value=lambda slider, heads: 2 * slider,  # of both sides together
+            knob_value=lambda slider, heads: 2 * slider,  # both sides together
         ),
         Variant(
             "big_bird",
@@ -428,7 +429,7 @@ VARIANTS = {
 
 
 def variant_of(config: transformers.PreTrainedConfig) -> Variant:
-    """The row of a config. Raises ValueError if its model type is in no row."""
+    """The row of a config. Raises ValueError if its model type is not a variant."""
     variant = VARIANTS.get(config.model_type.removeprefix("et_"))
     if variant is None:
         known = ", ".join(variant.model_type for variant in VARIANTS.values())
@@ -437,7 +438,7 @@ def variant_of(config: transformers.PreTrainedConfig) -> Variant:
 
 
 def register_all() -> None:
-    """Make every variant known to AutoConfig, AutoModel and AutoModelFor…; harmless when repeated."""
+    """Register every variant with AutoConfig, AutoModel and AutoModelFor…; can be called repeatedly."""
     for variant in VARIANTS.values():
         config_class = variant.config_class
         transformers.AutoConfig.register(variant.model_type, config_class, exist_ok=True)
@@ -447,12 +448,12 @@ def register_all() -> None:
             getattr(transformers, auto_name).register(config_class, variant.model_class(head), exist_ok=True)
             variant.model_class(head).register_for_auto_class(auto_name)
         if is_vision_available():
-            # transformers.AutoImageProcessor is a dummy without torchvision before transformers 5.18; this one never is
+            # before transformers 5.18, transformers.AutoImageProcessor is a dummy without torchvision; this one is not
             from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
             from .models.base_image_processing import EtImageProcessor  # imports Pillow
 
-            # transformers looks for one with torchvision first, and warns where there is none
+            # transformers first looks for a processor with torchvision, and warns if there is none
             processors: dict[str, type] = dict.fromkeys(("pil", "torchvision"), EtImageProcessor)
             AutoImageProcessor.register(config_class, image_processor_classes=processors, exist_ok=True)
             EtImageProcessor.register_for_auto_class()

@@ -66,7 +66,7 @@ def test_a_config_of_no_row_is_refused():
     foreign.model_type = "bert"
     with pytest.raises(ValueError, match=r"model_type \('bert'\) must be a variant of the zoo: et_full, et_local, "):
         costs.attention_flops(foreign, 10)
-    with pytest.raises(ValueError, match=r"variant \(et_fnet\) must have a decoder"):
+    with pytest.raises(ValueError, match=r"variant \(et_fnet\) has no decoder"):
         costs.layer_state_size(config(VARIANTS["fnet"], {}), 0, 10)
 
 

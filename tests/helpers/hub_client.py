@@ -193,7 +193,7 @@ def refusals() -> str:
     code, leak = command("push", "era-linear", "tester/era-linear")
     Path("era-linear/metrics.json").unlink()
     assert code == 2
-    assert "metrics.json holds your token" in leak
+    assert "metrics.json contains your token" in leak
     token = os.environ.pop("HF_TOKEN")
     code, unknown = command("push", "era-linear", "tester/era-linear")
     os.environ["HF_TOKEN"] = token
@@ -242,7 +242,7 @@ def pushed_to_a_branch() -> None:
     weights.rename(folder / "model-00001-of-00001.safetensors")
     code, out = command("push", str(folder), "tester/era-linear", "--revision", "next", "--tag", "v1")
     assert code == 2
-    assert "'v1' of tester/era-linear is of another commit" in out
+    assert "'v1' of tester/era-linear already names another commit" in out
     files = api.list_repo_files("tester/era-linear", revision="next")
     assert "model-00001-of-00001.safetensors" in files
     assert "model.safetensors" not in files

@@ -109,8 +109,8 @@ def a_list(path):
 
 
 DAMAGE = [
-    ("model.safetensors", cut, "no complete safetensors file"),
-    ("model.safetensors", empty, "no complete safetensors file"),
+    ("model.safetensors", cut, "not a complete safetensors file"),
+    ("model.safetensors", empty, "not a complete safetensors file"),
     ("config.json", broken, "cannot be read as JSON"),
     ("config.json", a_list, "must hold a JSON object, not a list"),
     ("metrics.json", broken, "cannot be read as JSON"),
@@ -140,7 +140,7 @@ def test_damaged_files_are_named_by_every_command(folder, tmp_path, capsys, name
 def test_an_index_that_names_absent_tensors_is_refused(folder):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"names a in model-00001-of-00002.safetensors, where it is not"):
+    with pytest.raises(ValueError, match=r"lists a in model-00001-of-00002.safetensors, which does not have it"):
         check_folder(folder)
 
 

@@ -1,8 +1,8 @@
-"""The attention function under the key "efficient": which engine serves a layer, and how it is called.
+"""The attention function registered as "efficient": choose an engine for a layer, and call it.
 
-An engine serves a layer whose mask is known (a `LazyMask`), whose scores nothing else changes, and whose queries and
-keys are the same tokens. Any other layer is passed on to SDPA, or to the model's own eager attention where the model
-has no SDPA; a rule that was set for it is then a dense mask.
+An engine can compute a layer if its mask is known (a `LazyMask`), nothing else changes its scores, and its queries and
+keys are the same tokens. All other layers are passed on to SDPA, or to the model's own eager attention if the model
+does not support SDPA; a rule that was set for such a layer becomes a dense mask.
 """
 
 import sys
@@ -29,15 +29,16 @@ from .rules import HeadRule, Rule, parse_rule
 
 logger = logging.get_logger(__name__)
 
-# Arguments that change no score. What else a model passes is left to SDPA or to the model's own function.
+# Arguments that do not change the scores. Layers with any other argument are passed on.
 HARMLESS = {
     "is_causal", "sliding_window", "position_ids", "cache_position", "output_attentions", "output_hidden_states",
     "return_dict", "use_cache", "num_items_in_batch", "deterministic", "logits_to_keep", "position_embeddings",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "token_type_ids",
 }  # fmt: skip
 ONLY_EAGER = ("softcap", "s_aux")  # SDPA raises for the first and ignores the second
-SELECTIONS = ("indices", "block_indices")  # keys that a model chooses, and folds into the mask of SDPA and eager alone
-CHUNK = 256  # least queries of a chunk, where there are fewer queries than keys
+# Keys selected by a model, which merges them only into the masks of SDPA and eager attention.
+SELECTIONS = ("indices", "block_indices")
+CHUNK = 256  # smallest number of queries in a chunk, if there are fewer queries than keys
 
 
 class Call(NamedTuple):
@@ -63,10 +64,11 @@ def efficient_attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of one layer of any model, by the rule set for it, else by what the model asks for.
+    """Attention of one layer of any model, by the rule set for it, or else as requested by the model.
 
-    `query` (b, h, q, d), `key` and `value` (b, h_kv, k, d) with h a multiple of h_kv; `attention_mask` a `LazyMask`, a
-    mask as SDPA takes it, or None. Returns (b, q, h, d) and None, or what the model's eager attention returns.
+    `query` is (b, h, q, d); `key` and `value` are (b, h_kv, k, d), where h is a multiple of h_kv; `attention_mask` is a
+    `LazyMask`, a mask in the format of SDPA, or None. Returns (b, q, h, d) and None, or the outputs of the model's
+    eager attention.
     """
     call = Call(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     rule = rule_of(call)
@@ -93,7 +95,7 @@ def efficient_attention(
 
 
 def rule_of(call: Call) -> Rule | None:
-    """The rule that `set_attention` has stored for this layer."""
+    """The rule that `set_attention` stored for this layer."""
     stored = getattr(getattr(call.module, "config", None), "efficient_attention", None)
     if stored is None:
         return None
@@ -102,7 +104,7 @@ def rule_of(call: Call) -> Rule | None:
         spec = stored["pattern"]
     else:
         if layer is None:
-            raise ValueError(f"{type(call.module).__name__} has no layer_idx: give set_attention no layers.")
+            raise ValueError(f"{type(call.module).__name__} has no layer_idx: call set_attention without layers.")
         spec = stored["layers"][layer]
     return None if spec is None else parse_rule(spec, is_causal(call), layer or 0)
 
@@ -111,13 +113,13 @@ def is_causal(call: Call) -> bool:
     if isinstance(call.mask, LazyMask):
         return call.mask.rule.causal
     if not has_sdpa(type(getattr(call.module, "config", None))):
-        return False  # eager attention is given every mask but an empty one
+        return False  # eager attention receives every mask except an empty one
     flag = call.options.get("is_causal")
     return bool(getattr(call.module, "is_causal", True) if flag is None else flag)
 
 
 def obstacle(call: Call) -> str | None:
-    """Why no engine can serve this call, in words; None if one can."""
+    """The reason why no engine can compute this call, as a phrase; None if an engine can."""
     for name, value in call.options.items():
         if value is not None and value is not False and name not in HARMLESS:
             return f"an argument {name} that may change its scores"
@@ -133,11 +135,11 @@ def warn(module: nn.Module, reason: str) -> None:
 
 
 def whole_sequences(call: Call) -> Spans | None:
-    """The sequences of each row, if queries and keys are the same tokens and padding interrupts none of them."""
+    """The sequences of each row, if queries and keys are the same tokens and padding interrupts no sequence."""
     mask, queries, keys = call.mask, call.query.shape[2], call.key.shape[2]
     if not isinstance(mask, LazyMask) or (queries, keys) != tuple(mask.shape[2:]) or mask.q_offset != mask.kv_offset:
         return None
-    if keys != queries and not (keys > queries and mask.rule.causal):  # a static cache has room after the last query
+    if keys != queries and not (keys > queries and mask.rule.causal):  # a static cache has unused space after the query
         return None
     return mask.spans
 
@@ -146,16 +148,16 @@ def whole_sequences(call: Call) -> Spans | None:
 
 
 def scaled(call: Call) -> Tensor:
-    """Queries for an engine that divides by √d, with the model's own scale."""
+    """Queries for an engine that divides by √d, multiplied so that the model's own scale results."""
     dim = call.query.shape[-1]
     factor = 1.0 if call.scaling is None else call.scaling * dim**0.5
     return call.query if abs(factor - 1) < 1e-9 else call.query * factor
 
 
 def by_spans(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
-    """`attend(q, k, v, lengths)` of each sequence alone, (b, n, h, d); zeros at padding.
+    """Apply `attend(q, k, v, lengths)` to each sequence separately, (b, n, h, d); zeros at padding.
 
-    One call for the batch if its rows start with their only sequence; else one for each sequence.
+    One call for the whole batch if each row starts with its only sequence; otherwise one call per sequence.
     """
     length = q.shape[2]
     if k.shape[2] > length:
@@ -179,7 +181,7 @@ def by_spans(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, spa
 def pattern_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], rule: HeadRule, dropout: float
 ) -> Tensor:
-    """Softmax attention over a pattern, (b, h, n, d); queries share the keys of their group without a copy of these."""
+    """Softmax attention over a pattern, (b, h, n, d); grouped queries share keys without copying them."""
     rows = batch_rows(lengths, rule, q)
     kernel = q.device.type == "cuda" and q.shape[-1] >= SMALLEST_HEAD and not rule.pattern.is_full
     implementation = "flex_attention" if kernel else "sdpa"
@@ -188,12 +190,12 @@ def pattern_attention(
         groups = q.unflatten(1, (k.shape[1], -1)).unbind(2)
         parts = [attend(group, k, v) for group in groups]
         return torch.stack([part.transpose(1, 2) for part in parts], 3).flatten(2, 3).transpose(1, 2)
-    k, v = (repeat_kv(x, q.shape[1] // x.shape[1]) for x in (k, v))  # blocks are drawn for each head
+    k, v = (repeat_kv(x, q.shape[1] // x.shape[1]) for x in (k, v))  # each head has its own random blocks
     return attend(q, k, v)
 
 
 def batch_rows(lengths: Sequence[int], rule: HeadRule, q: Tensor) -> BatchRows:
-    """The facts about rows, as numbers for the tiled engine and as masks for those of other devices."""
+    """Row lengths and global tokens, as numbers for the tiled engine and as masks for engines of other devices."""
     last = [rule.last_tokens(length) for length in lengths] if rule.last else None
     if q.device.type == "cpu":
         return BatchRows(lengths=lengths, global_tokens=last)
@@ -204,7 +206,7 @@ def batch_rows(lengths: Sequence[int], rule: HeadRule, q: Tensor) -> BatchRows:
 
 
 def by_chunks(call: Call, asked: MaskRule) -> Tensor:
-    """A window where queries and keys are not the same tokens: chunks of queries with just the keys near them."""
+    """A window where queries and keys are not the same tokens: chunks of queries, each with only the keys near it."""
     assert isinstance(call.mask, LazyMask)
     assert asked.before is not None
     mask, padding, device = call.mask, call.mask.padding, call.query.device
@@ -235,13 +237,15 @@ def by_chunks(call: Call, asked: MaskRule) -> Tensor:
 
 
 def apply_rule(call: Call, rule: Rule) -> tuple[Tensor, Tensor | None]:
-    """What `efficient_attention` returns, by a rule."""
+    """Compute the outputs of `efficient_attention` by a rule."""
     reason, spans = obstacle(call), whole_sequences(call)
     layer: BoundedLayer | None = getattr(call.key, "bounded_layer", None)
     if layer is not None:
         numbers = place_tokens(call, layer)
     elif isinstance(call.mask, LazyMask) and call.mask.q_offset + call.query.shape[2] > sum(call.mask.keys):
-        raise ValueError(f"{type(call.module).__name__} changes the keys of a BoundedCache: use a DynamicCache.")
+        raise ValueError(
+            f"{type(call.module).__name__} modifies the keys of a BoundedCache: use a DynamicCache instead."
+        )
     if call.mask is None and call.query.shape[2] == call.key.shape[2]:
         spans = [[(0, call.query.shape[2])]] * len(call.query)
     if rule.kernel:
@@ -250,23 +254,23 @@ def apply_rule(call: Call, rule: Rule) -> tuple[Tensor, Tensor | None]:
         attend = partial(heads_attention, rule=rule, dropout=call.dropout)
         return by_spans(attend, scaled(call), call.key, call.value, spans), None
     if reason is not None:
-        warn(call.module, reason + "; the rule set for it is a dense mask there")
+        warn(call.module, reason + "; its rule is computed as a dense mask")
     if layer is not None:
         return pass_on(call._replace(mask=rule_mask(rule, call.query.shape[1], *numbers)))
     return pass_on(call._replace(mask=dense_rule(call, rule)))
 
 
 def place_tokens(call: Call, layer: BoundedLayer) -> tuple[Tensor, Tensor]:
-    """Number the new tokens in a bounded cache; positions of queries and keys, (b, q) and (b, k)."""
+    """Number the new tokens in a bounded cache; return the positions of queries and keys, (b, q) and (b, k)."""
     mask = call.mask
     if not isinstance(mask, LazyMask) or mask.rule.documents is not None:
-        raise ValueError("a BoundedCache needs a mask of padding, (b, tokens so far), or none.")
+        raise ValueError("a BoundedCache needs a padding mask, (b, tokens so far), or no mask.")
     queries = mask.positions[:, mask.q_offset :][:, : call.query.shape[2]].expand(len(call.query), -1)
     return queries, layer.place(queries)
 
 
 def heads_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], rule: Rule, dropout: float) -> Tensor:
-    """Each head by its own pattern, (b, h, n, d)."""
+    """Attention of each head by its own pattern, (b, h, n, d)."""
     groups = rule.groups(q.shape[1])
     if len(groups) == 1:
         return pattern_attention(q, k, v, lengths, groups[0][0], dropout)
@@ -280,7 +284,7 @@ def heads_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], rul
 
 
 def dense_rule(call: Call, rule: Rule) -> Tensor:
-    """The rule as a mask (b, 1 or h, q, k), within what the model's mask allows but for its window."""
+    """The rule as a mask (b, 1 or h, q, k), combined with the model's mask except for its window."""
     queries, keys = positions(call, rule)
     rows, mask = len(call.query), call.mask
     allowed = rule_mask(rule, call.query.shape[1], queries.expand(rows, -1), keys.expand(rows, -1))
@@ -293,7 +297,7 @@ def dense_rule(call: Call, rule: Rule) -> Tensor:
 
 
 def rule_mask(rule: Rule, num_heads: int, queries: Tensor, keys: Tensor) -> Tensor:
-    """The rule as a mask (b, 1 or h, q, k) between positions (b, q) and (b, k), -1 at padding."""
+    """The rule as a mask (b, 1 or h, q, k) between positions (b, q) and (b, k), which are -1 at padding."""
     i, j = queries[:, None, :, None], keys[:, None, None, :]
     length = (j.amax(-1, keepdim=True) + 1).clamp(min=1)
     groups, masks = rule.groups(num_heads), []
@@ -310,7 +314,7 @@ def rule_mask(rule: Rule, num_heads: int, queries: Tensor, keys: Tensor) -> Tens
 
 
 def positions(call: Call, rule: Rule) -> tuple[Tensor, Tensor]:
-    """Numbers of the queries and of the keys among the real tokens, (b or 1, q) and (b or 1, k), -1 at padding.
+    """Positions of queries and keys among the real tokens, (b or 1, q) and (b or 1, k), -1 at padding.
 
     Raises ValueError if a cache has dropped keys that the rule needs.
     """
@@ -318,8 +322,8 @@ def positions(call: Call, rule: Rule) -> tuple[Tensor, Tensor]:
     if isinstance(mask, LazyMask):
         if mask.kv_offset and (rule.reach is None or rule.sinks or mask.q_offset - rule.reach < mask.kv_offset):
             raise ValueError(
-                f"the cache of {type(call.module).__name__} has dropped its first {mask.kv_offset} tokens, to which "
-                "the rule set for it attends: pass past_key_values=efficient_transformers.BoundedCache(model)."
+                f"the cache of {type(call.module).__name__} has dropped its first {mask.kv_offset} tokens, which "
+                "its rule attends to: pass past_key_values=efficient_transformers.BoundedCache(model)."
             )
         first = mask.positions
         return first[:, mask.q_offset :][:, :queries], first[:, mask.kv_offset :][:, :keys]
@@ -329,7 +333,7 @@ def positions(call: Call, rule: Rule) -> tuple[Tensor, Tensor]:
     allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     real = allowed.any(2).any(1)
     number = real.cumsum(1)
-    if queries == keys:  # a document starts where a real token does not attend to the one before it
+    if queries == keys:  # a document starts where a real token does not attend to the previous one
         hidden = ~allowed.any(1).diagonal(-1, 1, 2) & real[:, 1:] & real[:, :-1]
         starts = F.pad(hidden, (1, 0)) * (number - 1)
         number = number - starts.cummax(1).values
@@ -344,13 +348,14 @@ FEATURES = {"linear": "elu", "efficient": "softmax", "performer": "positive", "r
 
 
 def kernel_rule(call: Call, rule: Rule, spans: Spans | None, reason: str | None) -> Tensor:
-    """A kernel mixer instead of softmax attention, (b, q, h, d); it has no weights, so dropout does nothing."""
+    """A kernel mixer instead of softmax attention, (b, q, h, d); it has no weights, so dropout has no effect."""
     mask, (queries, keys) = call.mask, (call.query.shape[2], call.key.shape[2])
     if reason is None and mask is not None and not isinstance(mask, LazyMask):
-        reason = "a mask that is more than padding"
+        reason = "a mask that is not only padding"
     if reason is not None:
         raise ValueError(
-            f"{rule.kernel!r} cannot serve {type(call.module).__name__}, which has {reason}: choose a pattern instead."
+            f"{rule.kernel!r} cannot be used for {type(call.module).__name__}, which has {reason}: choose a pattern "
+            "instead."
         )
     causal = is_causal(call)
     attend = partial(kernel_attention, rule=rule, causal=causal, scaling=call.scaling)
@@ -360,7 +365,7 @@ def kernel_rule(call: Call, rule: Rule, spans: Spans | None, reason: str | None)
     keep = None
     if isinstance(mask, LazyMask):
         if mask.kv_offset:
-            positions(call, rule)  # raises
+            positions(call, rule)  # for its error
         keys = min(keys, mask.q_offset + queries) if causal else keys
         keep = None if mask.padding is None else mask.positions[:, :keys] >= 0
     out = attend(call.query, call.key[:, :, :keys], call.value[:, :, :keys], keep)
@@ -370,10 +375,10 @@ def kernel_rule(call: Call, rule: Rule, spans: Spans | None, reason: str | None)
 def kernel_attention(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None, *, rule: Rule, causal: bool, scaling: float | None
 ) -> Tensor:
-    """Attention through a feature map, (b, h, q, d); queries are the last of the keys, `keep` (b, k) is of these."""
+    """Attention through a feature map, (b, h, q, d). Queries belong to the last keys; `keep` (b, k) masks keys."""
     k, v = (repeat_kv(x, q.shape[1] // x.shape[1]) for x in (k, v))
     features: FeatureMap = FEATURE_MAPS[FEATURES[rule.kernel or ""]]
-    if rule.kernel == "performer":  # it estimates the softmax of q·k
+    if rule.kernel == "performer":  # estimates the softmax of q·k
         scale = (q.shape[-1] ** -0.5 if scaling is None else scaling) ** 0.5
         q, k = q * scale, k * scale
     elif rule.kernel == "rfa":
@@ -391,7 +396,7 @@ def kernel_attention(
 
 @lru_cache(maxsize=256)
 def random_projection(rule: Rule, num_heads: int, dim: int) -> Tensor:
-    """The random features of a layer, (h, features, d): a function of its number alone, so nothing is stored."""
+    """The random features of a layer, (h, features, d). They depend only on its number, so that nothing is stored."""
     make = orthogonal_projection if rule.kernel == "performer" else gaussian_projection
     return make(num_heads, rule.num_features, dim, torch.Generator("cpu").manual_seed(rule.seed))
 
@@ -400,7 +405,7 @@ def random_projection(rule: Rule, num_heads: int, dim: int) -> Tensor:
 
 
 def pass_on(call: Call) -> tuple[Tensor, Tensor | None]:
-    """SDPA, or the model's own attention where it has no SDPA or asks for what SDPA cannot compute."""
+    """Call SDPA, or the model's own attention if it has no SDPA or requests something that SDPA cannot compute."""
     module, options = call.module, call.options
     supported, eager = has_sdpa(type(getattr(module, "config", None))), eager_function(type(module))
     uses_sdpa = eager is None or (supported and all(options.get(name) is None for name in ONLY_EAGER))
@@ -409,7 +414,7 @@ def pass_on(call: Call) -> tuple[Tensor, Tensor | None]:
         mask = mask.for_sdpa if uses_sdpa else mask.dense
     picks = {name for name in SELECTIONS if options.get(name) is not None}
     if mask is None and is_causal(call) and call.query.shape[2] > 1 and (picks or not uses_sdpa):
-        queries, keys = call.query.shape[2], call.key.shape[2]  # SDPA has a flag for it
+        queries, keys = call.query.shape[2], call.key.shape[2]  # for SDPA, the flag is_causal would suffice
         mask = torch.ones(queries, keys, dtype=torch.bool, device=call.query.device).tril()[None, None]
     if picks:
         mask = selected(call, mask)
@@ -423,7 +428,7 @@ def pass_on(call: Call) -> tuple[Tensor, Tensor | None]:
 
 
 def as_float(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """A boolean mask as the numbers that eager attention adds to its scores."""
+    """Convert a boolean mask to values that eager attention adds to its scores."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     zeros = torch.zeros(mask.shape, dtype=like.dtype, device=mask.device)
@@ -431,11 +436,11 @@ def as_float(mask: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def selected(call: Call, mask: Tensor | None) -> Tensor:
-    """`mask` with the keys that a model has chosen for each query, which it folds into the mask of SDPA alone."""
+    """`mask` combined with the keys that a model selected for each query, which it merges only into masks for SDPA."""
     if call.options.get("block_indices") is not None:
         indexer = getattr(call.module, "indexer", None)
         if indexer is None or not hasattr(indexer, "build_block_mask"):
-            raise ValueError(f"{type(call.module).__name__} chooses blocks of keys: use attn_implementation='sdpa'.")
+            raise ValueError(f"{type(call.module).__name__} selects blocks of keys: use attn_implementation='sdpa'.")
         shape = call.key.shape[2], call.query.dtype, call.query.device
         return indexer.build_block_mask(call.options["block_indices"], mask, *shape, None)
     indices = call.options["indices"]  # (b, q, chosen)
@@ -448,5 +453,5 @@ def selected(call: Call, mask: Tensor | None) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def eager_function(module_class: type[nn.Module]) -> Callable[..., Any] | None:
-    """The eager attention of the file that defines this module."""
+    """The eager attention function in the file that defines this module, if there is one."""
     return getattr(sys.modules[module_class.__module__], "eager_attention_forward", None)

@@ -1,4 +1,4 @@
-"""A cache for decoders whose rules are windows with sinks: its size does not grow with the text."""
+"""A cache for decoders whose rules are windows with sinks; its size does not grow with the text."""
 
 import torch
 from torch import Tensor
@@ -12,23 +12,23 @@ UNPLACED = -2  # position of tokens that attention has not numbered yet
 
 
 class BoundedLayer(PatternCacheLayer):
-    """Keys and values of the sinks and of the window.
+    """Keys and values of the sinks and the window.
 
-    A model hands keys to its cache without saying which of them are padding. So they are stored first, and numbered
-    when attention, which has the mask, finds this layer attached to the keys it is given.
+    A model passes keys to its cache without information about padding. Therefore they are stored first, and numbered
+    when the attention function, which has the mask, finds this layer attached to its keys.
     """
 
     pending: int
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):  # type: ignore[override]
-        """Append (b, h, n, d) keys and values and return all there are."""
+        """Append (b, h, n, d) keys and values and return all stored ones."""
         if self.pending:
             raise ValueError(
-                f"{self.pending} tokens of a BoundedCache were never attended to: it needs a model whose layers run "
+                f"{self.pending} tokens of a BoundedCache were never attended to: use it with a model whose layers run "
                 'with attn_implementation="efficient".'
             )
         rows, _, self.pending, _ = key_states.shape
-        recorded, self.records_past = self.records_past, True  # nothing can be dropped before it has a number
+        recorded, self.records_past = self.records_past, True  # nothing can be dropped before it is numbered
         unplaced = torch.full((rows, self.pending), UNPLACED, device=key_states.device)
         keys, values, _ = super().update(key_states, value_states, unplaced)
         self.records_past = recorded
@@ -53,11 +53,11 @@ class BoundedLayer(PatternCacheLayer):
 
 
 class BoundedCache(Cache):
-    """The cache of a decoder each of whose layers has a rule with a finite window, such as "local:1024 | global:4".
+    """A cache for decoders in which every layer has a rule with a finite window, such as "local:1024 | global:4".
 
-    Pass a new one to `generate(past_key_values=BoundedCache(model))` or to the model. It keeps the sinks and at most
-    twice the window of each row, so memory and time for a token do not grow with the text; the text is that without a
-    cache, under left padding and with beams, too. Raises ValueError if a layer has no such rule.
+    Pass a new one to `generate(past_key_values=BoundedCache(model))` or to the model. It stores the sinks and at most
+    twice the window of each row, so that memory and time per token do not grow with the text. The generated text is the
+    same as without a cache, also with left padding and beam search. Raises ValueError if a layer has no such rule.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -69,8 +69,8 @@ class BoundedCache(Cache):
             if rule is None or rule.reach is None:
                 asked = "no rule" if rule is None else f"{spec!r}, which attends to the whole past"
                 raise ValueError(
-                    f"layer {number} has {asked}: call set_attention(model, pattern) with a window for all layers "
-                    "first, e.g. 'local:1024 | global:4'."
+                    f"layer {number} has {asked}: first call set_attention(model, pattern) with a window for all "
+                    "layers, e.g. 'local:1024 | global:4'."
                 )
             layers.append(BoundedLayer(rule.sinks, rule.reach + 1))
         super().__init__(layers=layers)

@@ -1,4 +1,4 @@
-"""Choose the rule of a model's layers, and where it is stored."""
+"""Set the rules of a model's layers, and store them in its config."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +15,10 @@ NO_CODE = (lambda: None).__code__
 
 
 def register() -> None:
-    """Make `attn_implementation="efficient"` known to transformers, and its rules part of every config.
+    """Register `attn_implementation="efficient"` with transformers, and add its rules to every config.
 
-    The setter writes `attn_implementation` beside the rule, since transformers saves none: loaded without this package,
-    the model raises instead of computing full attention.
+    The setter also writes `attn_implementation`, which transformers does not save: without this package, loading the
+    model raises an error instead of silently computing full attention.
     """
     AttentionInterface.register(KEY, efficient_attention)
     AttentionMaskInterface.register(KEY, efficient_mask)
@@ -38,11 +38,11 @@ def register() -> None:
 def set_attention(
     model: PreTrainedModel, pattern: Spec | None, layers: Iterable[int] | slice | Callable[[int], bool] | None = None
 ) -> None:
-    """Let layers of a model attend by another rule, in place and in its config.
+    """Set the rule by which layers of a model attend, in place and in its config.
 
     `pattern`: "local:128 | global:1", "global:1:1" (the first and the last token), "longformer", "big_bird", a list
     with one pattern per head, or a kernel mixer: "linear", "efficient", "performer:256", "rfa:128"; see `parse_rule`.
-    None restores what the model asks for. `layers`: their numbers, a slice, or a function of the number; None means
+    None restores the model's own attention. `layers`: their numbers, a slice, or a function of the number; None means
     all. A rule replaces a layer's own window, but neither causality nor padding. Kernel mixers ignore attention
     dropout.
     Raises ValueError for a model that does not dispatch through transformers' attention interface, for an
@@ -73,7 +73,7 @@ def set_attention(
 
 
 def chosen_layers(layers: Iterable[int] | slice | Callable[[int], bool] | None, count: int) -> list[int]:
-    """Numbers of layers, ascending. Raises ValueError for one that is not there."""
+    """Layer numbers, ascending. Raises ValueError for a layer that does not exist."""
     if layers is None:
         return list(range(count))
     if isinstance(layers, slice):
@@ -83,7 +83,7 @@ def chosen_layers(layers: Iterable[int] | slice | Callable[[int], bool] | None, 
     chosen = list(layers)
     for layer in chosen:
         if not -count <= layer < count:
-            raise ValueError(f"layers has {layer}, and the layers of the model are numbered from 0 to {count - 1}.")
+            raise ValueError(f"layers contains {layer}, but the layers of the model are numbered 0 to {count - 1}.")
     return sorted({layer % count for layer in chosen})
 
 
@@ -95,27 +95,27 @@ def attention_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]
 
 
 def is_causal_model(model: PreTrainedModel) -> bool:
-    """Do the layers attend to the past only?"""
+    """True if the layers attend to the past only."""
     asked = getattr(model.config.get_text_config(), "is_causal", True)
     return asked and any(getattr(module, "is_causal", True) for _, module in attention_modules(model))
 
 
 def check_interface(model: PreTrainedModel) -> None:
-    """Raise ValueError for a model whose attention cannot be exchanged."""
+    """Raise ValueError for a model whose attention cannot be replaced."""
     if not type(model)._can_set_attn_implementation():
         raise ValueError(
-            f"{type(model).__name__} does not use transformers' attention interface, which alone can exchange attention"
+            f"{type(model).__name__} does not use transformers' attention interface, so it cannot be replaced"
             + alternative(model.config.model_type)
         )
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise ValueError for a model for whose layers no rule can be set."""
+    """Raise ValueError for a model that does not support rules."""
     check_interface(model)
     if model.config.is_encoder_decoder or getattr(model.config, "add_cross_attention", False):
         raise ValueError(
-            f"{type(model).__name__} has cross-attention, for which no rule is defined: set_attention serves encoders "
-            'and decoders alone. attn_implementation="efficient" without a rule works.'
+            f"{type(model).__name__} has cross-attention, for which no rule is defined: set_attention supports only "
+            'encoders and decoders. attn_implementation="efficient" works without a rule.'
         )
 
 
@@ -123,17 +123,15 @@ def alternative(model_type: str) -> str:
     from ..conversion import SOURCES
 
     if model_type in SOURCES:
-        return (
-            f": efficient_transformers.convert makes a {model_type} checkpoint into a variant that has these patterns."
-        )
+        return f": efficient_transformers.convert turns a {model_type} checkpoint into a variant with these patterns."
     return "."
 
 
 def check_numbered(model: PreTrainedModel) -> None:
-    """Raise ValueError if its attention modules do not carry the number of their layer."""
+    """Raise ValueError if the attention modules do not have the number of their layer."""
     for name, module in attention_modules(model):
         if getattr(module, "layer_idx", None) is None:
             raise ValueError(
                 f"{name} ({type(module).__name__}) has no layer_idx, so the layers of this model cannot have different "
-                "rules: leave layers out."
+                "rules: omit layers."
             )

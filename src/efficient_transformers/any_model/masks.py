@@ -1,8 +1,8 @@
-"""Masks: recognise what a transformers model asks for, without writing the matrix out.
+"""Recognise the mask that a transformers model requests, without materialising the matrix.
 
-transformers calls `efficient_mask` once for each kind of layer, with a function of index pairs. Where that function is
-built of parts whose meaning is known, and agrees with that meaning on sampled rows, the answer is a `LazyMask`: a
-tensor that holds the description and becomes the boolean matrix as soon as any operation needs it.
+transformers calls `efficient_mask` once for each kind of layer, with a function of index pairs. If that function is
+composed of known parts, and agrees with their meaning on sampled rows, the result is a `LazyMask`: a tensor that holds
+the description, and becomes the boolean matrix as soon as an operation needs it.
 """
 
 import sys
@@ -22,19 +22,19 @@ from ..models.ops_tracing import is_traced
 
 logger = logging.get_logger(__name__)
 
-# Keys up to which the matrix is no burden, and SDPA with it as fast as anything; by measurement.
+# Up to this many keys, SDPA with the matrix is as fast as any alternative (measured).
 SHORT_LENGTH = 512
 # Pairs on which a mask function is compared with its description.
 SAMPLED_PAIRS = 2**17
-Spans = list[list[tuple[int, int]]]  # of each row of a batch, (start, stop) of its sequences
+Spans = list[list[tuple[int, int]]]  # for each row of a batch, (start, stop) of its sequences
 
 
 @dataclass(frozen=True)
 class MaskRule:
-    """What a model asks of one kind of layer, padding aside.
+    """The mask that a model requests for one kind of layer, without padding.
 
-    before, after: how far a query looks to earlier and to later keys, None has no limit; causal is `after=0`.
-    documents: number of the sequence each token belongs to, (b, n), where rows are packed; None where a row is one.
+    before, after: number of earlier and later keys that a query attends to; None means no limit, `after=0` is causal.
+    documents: index of the sequence of each token, (b, n), in packed rows; None if each row is one sequence.
     """
 
     before: int | None = None
@@ -47,11 +47,11 @@ class MaskRule:
 
     @property
     def is_plain(self) -> bool:
-        """Is it full attention, causal or not, over one sequence a row?"""
+        """True for full attention, causal or not, with one sequence per row."""
         return self.before is None and self.after in (0, None) and self.documents is None
 
     def allows(self, row: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """May the query with index i attend to the key with index j in this row of the batch? Broadcasts, bool."""
+        """True where the query with index i may attend to the key with index j in this row of the batch. Broadcasts."""
         allowed = torch.ones_like(i - j, dtype=torch.bool)
         if self.before is not None:
             allowed = allowed & (i - j <= self.before)
@@ -63,11 +63,11 @@ class MaskRule:
 
 
 class UnknownMask(Exception):
-    """A mask function that is not known; its message names the part."""
+    """An unknown mask function; the message names the unknown part."""
 
 
 def closure_of(function: Callable) -> dict[str, Any]:
-    """Variables that a nested function has captured."""
+    """Captured variables of a nested function."""
     cells = function.__closure__ or ()
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
 
@@ -80,12 +80,12 @@ def recognise(function: Callable) -> MaskRule:
         return MaskRule()
     part = getattr(function, "__qualname__", type(function).__name__).partition(".<locals>")[0]
     if getattr(function, "__module__", None) != masking_utils.__name__:
-        raise UnknownMask(f"a mask function of its own, {part}")
+        raise UnknownMask(f"a custom mask function, {part}")
     captured = closure_of(function)
     match part:
         case "and_masks":
             return _intersection([recognise(each) for each in captured["mask_functions"]])
-        case "sliding_window_overlay":  # its window counts the query itself
+        case "sliding_window_overlay":  # this window includes the query itself
             return MaskRule(before=captured["sliding_window"] - 1)
         case "sliding_window_bidirectional_overlay":
             return MaskRule(before=captured["sliding_window"], after=captured["sliding_window"])
@@ -111,7 +111,7 @@ def agrees(
 ) -> bool:
     """Compare `function` with `rule` on whole rows: the first, the last, those at the edges of the window, and others.
 
-    Without what `sdpa_mask` adds, so padding plays no part.
+    `function` does not include the padding that `sdpa_mask` adds.
     """
     if not queries or not keys:
         return True
@@ -129,11 +129,12 @@ def agrees(
 
 
 class LazyMask(torch.Tensor):
-    """A mask (b, 1, q, k) that is written out when an operation needs its values, and not before.
+    """A mask (b, 1, q, k) that is materialised only when an operation needs its values.
 
-    Boolean, True at pairs to compute; of a model without SDPA a float mask, 0 at these and the lowest number elsewhere.
+    Boolean, True at pairs to compute; for models without SDPA a float mask, 0 at these pairs and the lowest number
+    elsewhere.
 
-    rule: what is asked for. padding: True at real tokens, (b, tokens so far), or None where all are real. q_offset and
+    rule: the requested mask. padding: True at real tokens, (b, tokens so far), or None if all are real. q_offset,
     kv_offset: index of the first query and of the first key in the sequence. arguments: those of `sdpa_mask`.
     """
 
@@ -168,7 +169,7 @@ class LazyMask(torch.Tensor):
 
     @property
     def keys(self) -> tuple[int, int]:
-        """Index of the first key, and how many there are."""
+        """Index of the first key, and number of keys."""
         return self.kv_offset, self.arguments["kv_length"]
 
     @cached_property
@@ -181,13 +182,13 @@ class LazyMask(torch.Tensor):
 
     @cached_property
     def for_sdpa(self) -> Tensor | None:
-        """What transformers gives to SDPA: None where its flag `is_causal` does."""
+        """The mask that transformers passes to SDPA: None if the flag `is_causal` is sufficient."""
         mask = sdpa_mask(**self.arguments)
         return mask if mask is None or self.dtype != torch.bool else self.dense
 
     @cached_property
     def spans(self) -> Spans | None:
-        """The sequences of each row, where queries and keys are the same tokens; None if padding interrupts one."""
+        """The sequences of each row, if queries and keys are the same tokens; None if padding interrupts one."""
         batch, length = self.shape[0], self.shape[2]
         if self.rule.documents is not None:
             starts = self.rule.documents.diff(dim=1).nonzero().tolist()
@@ -213,7 +214,7 @@ class LazyMask(torch.Tensor):
 
     @cached_property
     def positions(self) -> Tensor:
-        """Number of each token among the real ones of its row or document, -1 at padding: (b or 1, tokens so far)."""
+        """Index of each token among the real tokens of its row or document, -1 at padding: (b or 1, tokens so far)."""
         arguments = self.arguments
         total = max(self.kv_offset + arguments["kv_length"], self.q_offset + arguments["q_length"])
         if self.rule.documents is not None:
@@ -229,7 +230,7 @@ class LazyMask(torch.Tensor):
 
 @lru_cache(maxsize=1024)
 def has_sdpa(config_class: type) -> bool:
-    """Do the models of a config support SDPA? True if their module is not loaded."""
+    """True if the models of a config support SDPA, or if their module is not loaded."""
     file = config_class.__module__.replace("configuration_", "modeling_")
     found = vars(sys.modules[file]).values() if file in sys.modules else ()
     models = [c for c in found if isinstance(c, type) and issubclass(c, PreTrainedModel) and c.__module__ == file]
@@ -247,9 +248,9 @@ def efficient_mask(
     attention_mask: Tensor | None = None,
     **kwargs,
 ) -> Tensor | None:
-    """The mask interface under the key "efficient"; arguments as `transformers.masking_utils.sdpa_mask`.
+    """The mask function registered as "efficient"; arguments as in `transformers.masking_utils.sdpa_mask`.
 
-    Returns a `LazyMask` where an efficient engine may take over, else what SDPA gets.
+    Returns a `LazyMask` if an efficient engine may take over, and otherwise the mask for SDPA.
     """
     arguments = {
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
@@ -259,14 +260,14 @@ def efficient_mask(
     configured = getattr(config, "efficient_attention", None) is not None
     plain = sdpa_mask if has_sdpa(type(config)) else eager_mask
     if is_traced():
-        if configured and kwargs.get("local_size") is not None:  # the mask alone cannot say what its window hides
+        if configured and kwargs.get("local_size") is not None:  # the mask does not show what its window hides
             raise ValueError(
-                "a rule of set_attention in a model with windows of its own cannot be compiled or exported: run the "
-                "model without torch.compile, or restore its windows by set_attention(model, None)."
+                "a rule of set_attention cannot be compiled or exported in a model with windows of its own: run the "
+                "model without torch.compile, or restore its windows with set_attention(model, None)."
             )
         skip = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False} if configured else {}
         return plain(**{**arguments, **skip})
-    # Gemma 3n and 4 cut queries off a mask; None would then be read as causal from the first of those that are left.
+    # Gemma 3n and 4 cut queries off a mask; None would then mean causal from the first remaining query on.
     may_be_cut = bool(getattr(config, "num_kv_shared_layers", 0)) and q_length > 1
     if not configured and kv_length <= SHORT_LENGTH and not may_be_cut:
         return plain(**arguments)
@@ -274,10 +275,10 @@ def efficient_mask(
     keys = range(int(kv_offset), int(kv_offset) + kv_length)
     try:
         if kwargs.get("use_vmap"):
-            raise UnknownMask("a mask with parts of its own")
+            raise UnknownMask("a mask with custom parts")
         rule = recognise(mask_function)
         if not agrees(rule, mask_function, batch_size, queries, keys, kwargs.get("device", "cpu")):
-            raise UnknownMask("a mask that is not what its parts are known for")
+            raise UnknownMask("a mask that differs from the meaning of its parts")
     except UnknownMask as unknown:
         logger.warning_once(
             f'attn_implementation="efficient" passes layers on to SDPA, because the model asks for {unknown}.'

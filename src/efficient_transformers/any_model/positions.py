@@ -1,4 +1,4 @@
-"""Lengthen the learned table of absolute positions of any transformers model."""
+"""Lengthen the learned absolute position table of any transformers model."""
 
 from copy import deepcopy
 
@@ -12,12 +12,12 @@ from ..models.base_resizing import Stretch, stretch_positions
 def resize_positions(model: PreTrainedModel, length: int, how: Stretch = "tile") -> None:
     """Give a model learned positions for `length` tokens, in place and in its config.
 
-    The tables are found by building the model without data under a longer config and comparing shapes, so any
-    architecture works. Rows before the first position (RoBERTa's two, OPT's two) keep their place and values.
+    The tables are found by building the model without data from a longer config and comparing shapes, so any
+    architecture is supported. Rows before the first position (two in RoBERTa and OPT) keep their place and values.
 
-    `how`: "tile" repeats the table, as Longformer was made from RoBERTa (Beltagy et al. 2020, section 5); "interpolate"
-    stretches it linearly. A shorter `length` cuts it.
-    Raises ValueError if the model has no such table: rotary, relative and sinusoidal positions have nothing to learn.
+    `how`: "tile" repeats the table, as in the construction of Longformer from RoBERTa (Beltagy et al. 2020, section 5);
+    "interpolate" stretches it linearly. A shorter `length` truncates it.
+    Raises ValueError if the model has no such table: rotary, relative and sinusoidal positions are not learned.
     """
     if length < 1:
         raise ValueError(f"length ({length}) must be at least 1 token.")
@@ -26,9 +26,9 @@ def resize_positions(model: PreTrainedModel, length: int, how: Stretch = "tile")
     tables, buffers = sized_by_positions(model) if isinstance(before, int) else ({}, {})
     if not tables:
         raise ValueError(
-            f"{type(model).__name__} has no learned table of positions, so there is nothing to resize: a model with "
-            "rotary or relative positions takes longer inputs as it is; see max_position_embeddings and "
-            "rope_parameters in its config."
+            f"{type(model).__name__} has no learned position table, so there is nothing to resize: a model with rotary "
+            "or relative positions accepts longer inputs unchanged; see max_position_embeddings and rope_parameters in "
+            "its config."
         )
     grown, new = set(), {}
     for name, axes in tables.items():
@@ -43,7 +43,7 @@ def resize_positions(model: PreTrainedModel, length: int, how: Stretch = "tile")
         new[name] = torch.cat([old.narrow(axis, 0, offset), rows], axis)
         grown.add(new[name].shape[axis] - old.shape[axis])
     if len(grown) > 1:
-        raise ValueError(f"{', '.join(tables)} have different numbers of positions, which one length cannot serve.")
+        raise ValueError(f"{', '.join(tables)} have different numbers of positions, so they cannot get one length.")
     more = grown.pop()
     new |= {name: continued(model.get_buffer(name), axes, more, name) for name, axes in buffers.items()}
     for name, values in new.items():
@@ -59,7 +59,7 @@ Axes = dict[str, list[int]]
 
 
 def sized_by_positions(model: PreTrainedModel) -> tuple[Axes, Axes]:
-    """Parameters and buffers whose size follows `max_position_embeddings`, with the axes that do."""
+    """Parameters and buffers whose size depends on `max_position_embeddings`, with the axes that do."""
     shapes = []
     for more in (0, 1):
         config = deepcopy(model.config)
@@ -75,7 +75,7 @@ def sized_by_positions(model: PreTrainedModel) -> tuple[Axes, Axes]:
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds a parameter or buffer, and its name there."""
+    """The module that owns a parameter or buffer, and its name there."""
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
 
@@ -88,15 +88,15 @@ def first_row(model: nn.Module, table: str, buffers: Axes) -> int:
         return owner.offset  # type: ignore[reportReturnType]
     padding = getattr(owner, "padding_idx", None)
     if padding is not None and (type(owner) is not nn.Embedding or hasattr(model.get_submodule(around), "padding_idx")):
-        return padding + 1  # type: ignore[reportOperatorIssue] — RoBERTa counts from the row after padding's
+        return padding + 1  # type: ignore[reportOperatorIssue] — RoBERTa counts from the row after the padding row
     numbers = [name for name in buffers if name == f"{around}.position_ids".lstrip(".")]
     return int(model.get_buffer(numbers[0]).min()) if numbers else 0
 
 
 def continued(buffer: Tensor, axes: list[int], more: int, name: str) -> Tensor:
-    """A buffer with `more` positions: numbers in equal steps, or a matrix whose entries depend on their distance.
+    """Extend a buffer to `more` positions: evenly spaced numbers, or a matrix whose entries depend on the distance.
 
-    Raises ValueError for any other.
+    Raises ValueError for any other buffer.
     """
     if more <= 0:
         for axis in axes:
@@ -122,4 +122,4 @@ def continued(buffer: Tensor, axes: list[int], more: int, name: str) -> Tensor:
                 break
         else:
             return matrix
-    raise ValueError(f"the buffer {name} follows the number of positions by a rule of its own.")
+    raise ValueError(f"the buffer {name} depends on the number of positions in a way that is not supported.")

@@ -1,4 +1,4 @@
-"""Rules: what a layer computes instead of what its model asks for, and the text they are written in."""
+"""Rules, which replace the attention of a layer, and the strings in which they are written."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,21 +6,21 @@ from functools import lru_cache
 
 from ..models.ops_patterns import AttentionPattern, parse_pattern
 
-# The unions of the papers, with the sizes of EtLongformerConfig and EtBigBirdConfig.
+# The unions in the papers, with the sizes of EtLongformerConfig and EtBigBirdConfig.
 NAMED = {"longformer": "local:256 | global:1", "big_bird": "blocks:1:64 | ends:64 | random:3:64"}
-KERNELS = {"linear": False, "efficient": False, "performer": True, "rfa": True}  # is there a number of features?
+KERNELS = {"linear": False, "efficient": False, "performer": True, "rfa": True}  # whether a number of features follows
 Spec = str | Sequence[str]
 
 
 @dataclass(frozen=True)
 class HeadRule:
-    """A pattern, and how many of the last real tokens of a row are global besides."""
+    """A pattern, and the number of tokens at the end of a row that are also global."""
 
     pattern: AttentionPattern
     last: int = 0
 
     def last_tokens(self, length: int) -> tuple[int, ...]:
-        """Their positions in a row of `length` real tokens."""
+        """Positions of the global tokens at the end of a row of `length` real tokens."""
         return tuple(range(max(0, length - self.last), length))
 
 
@@ -28,8 +28,8 @@ class HeadRule:
 class Rule:
     """The rule of one layer: patterns, tiled over its heads, or a kernel mixer.
 
-    kernel: key of KERNELS, or None. num_features: of a random feature map. seed: of the random features; random blocks
-    have it in their pattern.
+    kernel: key of KERNELS, or None. num_features: number of random features. seed: of the random features; random
+    blocks have their seed in the pattern.
     """
 
     heads: tuple[HeadRule, ...] = ()
@@ -38,11 +38,11 @@ class Rule:
     seed: int = 0
 
     def groups(self, num_heads: int) -> list[tuple[HeadRule, tuple[int, ...]]]:
-        """Heads by what they compute, in order of first appearance. Raises ValueError if they cannot be tiled."""
+        """Heads grouped by rule, in order of first appearance. Raises ValueError if the rules cannot be tiled."""
         if num_heads % len(self.heads):
             raise ValueError(
-                f"{len(self.heads)} patterns cannot be tiled over {num_heads} attention heads: give one pattern, one "
-                "per head, or a divisor of them."
+                f"{len(self.heads)} patterns cannot be tiled over {num_heads} attention heads: pass one pattern, one "
+                "per head, or a number of patterns that divides the number of heads."
             )
         found: dict[HeadRule, list[int]] = {}
         for head in range(num_heads):
@@ -51,7 +51,7 @@ class Rule:
 
     @property
     def reach(self) -> int | None:
-        """How many tokens back a query attends to, sinks aside; None if there is no limit."""
+        """Number of tokens back that a query attends to, except sinks; None if there is no limit."""
         if self.kernel or any(rule.pattern.window is None or rule.pattern.num_random_blocks for rule in self.heads):
             return None
         return max(
@@ -60,16 +60,17 @@ class Rule:
 
     @property
     def sinks(self) -> int:
-        """How many tokens from the first on are global in some head."""
+        """Number of tokens at the start that are global in some head."""
         return max((rule.pattern.global_tokens[-1] + 1 for rule in self.heads if rule.pattern.global_tokens), default=0)
 
 
 def parse_rule(spec: Spec, causal: bool = False, seed: int = 0) -> Rule:
-    """Read a rule: a pattern in the grammar of `parse_pattern`, a list of them for the heads, or a kernel mixer.
+    """Parse a rule: a pattern in the grammar of `parse_pattern`, a list of patterns for the heads, or a kernel mixer.
 
-    Beyond that grammar, `global:a:b` makes the first a and the last b real tokens of each row global; `longformer` and
-    `big_bird` name the unions of their papers; `linear`, `efficient`, `performer:<features>` and `rfa:<features>` are
-    the mixers of those variants without their learned parameters. Raises ValueError that quotes what it cannot read.
+    In addition to that grammar, `global:a:b` makes the first a and the last b real tokens of each row global;
+    `longformer` and `big_bird` stand for the unions in their papers; `linear`, `efficient`, `performer:<features>` and
+    `rfa:<features>` are the mixers of those variants without learned parameters. Raises ValueError, which quotes the
+    part that cannot be parsed.
     """
     return _parse(spec if isinstance(spec, str) else tuple(spec), causal, seed)
 
@@ -77,7 +78,7 @@ def parse_rule(spec: Spec, causal: bool = False, seed: int = 0) -> Rule:
 @lru_cache(maxsize=1024)
 def _parse(spec: str | tuple[str, ...], causal: bool, seed: int) -> Rule:
     if not spec:
-        raise ValueError("a list of patterns needs at least one entry, got none.")
+        raise ValueError("a list of patterns must not be empty.")
     if isinstance(spec, str):
         name, *numbers = spec.strip().split(":")
         if name in KERNELS:
@@ -90,7 +91,7 @@ def _parse(spec: str | tuple[str, ...], causal: bool, seed: int) -> Rule:
 
 def _parse_head(text: str, causal: bool, seed: int) -> HeadRule:
     if text.strip().partition(":")[0] in KERNELS:
-        raise ValueError(f"{text!r} is a rule for all heads of a layer: pass it alone, as a string.")
+        raise ValueError(f"{text!r} is a rule for all heads of a layer: pass it as a single string.")
     parts, last = [], 0
     for part in NAMED.get(text.strip(), text).split("|"):
         kind, *numbers = part.strip().split(":")
@@ -99,7 +100,7 @@ def _parse_head(text: str, causal: bool, seed: int) -> HeadRule:
         parts.append(part)
     if causal and last:
         raise ValueError(
-            f"{text!r} makes the last tokens global, which a causal model cannot know: write global:<first tokens>."
+            f"{text!r} makes the last tokens global, which a causal model cannot have: write global:<first tokens>."
         )
     return HeadRule(parse_pattern("|".join(parts), seed=seed, causal=causal), last)
 
@@ -112,6 +113,6 @@ def check_spec(spec: Spec, causal: bool, num_heads: int) -> None:
 
 
 def specs_of_layers(stored: dict, num_layers: int) -> Iterator[Spec | None]:
-    """The entry of each layer in `config.efficient_attention`; None computes what the model asks for."""
+    """The entry of each layer in `config.efficient_attention`; None means the model's own attention."""
     for layer in range(num_layers):
         yield stored["pattern"] if "pattern" in stored else stored["layers"][layer]
