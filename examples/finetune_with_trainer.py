@@ -4,6 +4,7 @@ python examples/finetune_with_trainer.py --checkpoint model_cards/local-mlm --da
     --output_dir runs/trained --num_train_epochs 3 --learning_rate 1e-3
 
 `--data` is a folder with a train and a test file, or a dataset on the Hub; the other options are TrainingArguments.
+Code that a checkpoint brings along runs only with `--trust_remote_code`.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from datasets import load_dataset
 from sklearn.metrics import accuracy_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
 
-import efficient_transformers  # noqa: F401 - registers the variants with the Auto classes
+from efficient_transformers.trust import refusing_code  # the package registers the variants with the Auto classes
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Arguments:
     data: str
     text_column: str = "text"
     label_column: str = "label"
+    trust_remote_code: bool = False
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,8 +32,12 @@ def main(arguments: list[str] | None = None) -> None:
     given, training = HfArgumentParser(kinds, description=__doc__).parse_args_into_dataclasses(arguments)
     data: Any = load_dataset(given.data)
     names = sorted(map(str, data["train"].unique(given.label_column)))
-    tokenizer = AutoTokenizer.from_pretrained(given.checkpoint)
-    model = AutoModelForSequenceClassification.from_pretrained(given.checkpoint, id2label=dict(enumerate(names)))
+    trust = {"trust_remote_code": given.trust_remote_code}
+    with refusing_code(given.checkpoint):
+        tokenizer = AutoTokenizer.from_pretrained(given.checkpoint, **trust)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            given.checkpoint, id2label=dict(enumerate(names)), **trust
+        )
 
     def encode(rows: dict[str, Any]) -> dict[str, Any]:
         labels = [names.index(str(label)) for label in rows[given.label_column]]

@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--max-position-embeddings", type=int, metavar="N", help="longest input in tokens")
     command.add_argument("--positions", default="tile", choices=("tile", "interpolate"), help="how they get longer")
     command.add_argument("--seed", type=int, default=0, help="of weights the source does not have")
+    add_trust(command, "tokenizer")
     command.add_argument("fields", nargs="*", metavar="field=value", help="of the variant's config")
     command.set_defaults(run=run_convert)
 
@@ -95,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("model", help="Hub name or folder; its config is enough")
     command.add_argument("--length", type=int, default=4096, metavar="N", help="tokens (4096)")
     command.add_argument("--pattern", metavar="RULE", help="set for all layers first, e.g. 'local:128 | global:1'")
+    add_trust(command, "model")
     command.set_defaults(run=run_attention)
 
     command = commands.add_parser(
@@ -125,6 +127,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def add_trust(command: argparse.ArgumentParser, whose: str) -> None:
+    command.add_argument("--trust_remote_code", action="store_true", help=f"run the code that the {whose} brings along")
+
+
 def add_plot(commands: Any) -> None:
     plot = commands.add_parser("plot", help="draw what tokens read", description="Draw what tokens read.")
     kinds = plot.add_subparsers(required=True, metavar="what")
@@ -137,6 +143,7 @@ def add_plot(commands: Any) -> None:
     command.add_argument("--heads", type=int, default=4, metavar="H", help="panels at most")
     command.add_argument("--seed", type=int, default=0, help="of the weights of a variant")
     command.add_argument("--out", type=Path, metavar="STEM", help="STEM.png and STEM.svg; the name if not given")
+    add_trust(command, "tokenizer")
     command.add_argument("fields", nargs="*", metavar="field=value", help="of the variant's config")
     command.set_defaults(run=run_plot_pattern)
 
@@ -215,6 +222,7 @@ def run_convert(options: argparse.Namespace) -> None:
         options.to,
         head=options.head,
         positions=options.positions,
+        trust_remote_code=options.trust_remote_code,
         **{"max_position_embeddings": options.max_position_embeddings, **options.fields},
     )
     conversion.save(options.out)
@@ -225,7 +233,9 @@ def run_convert(options: argparse.Namespace) -> None:
 def run_attention(options: argparse.Namespace) -> None:
     if options.length < 1:
         raise ValueError(f"--length ({options.length}) must be at least 1 token.")
-    layers = attention_report(options.model, options.length, options.pattern)
+    layers = attention_report(
+        options.model, options.length, options.pattern, trust_remote_code=options.trust_remote_code
+    )
     rows = [("layer", "asks for", "served by", "before, M", "after, M")]
     before, after = (sum(getattr(layer, name) for layer in layers) for name in ("before", "after"))
     for layer in layers:
@@ -239,7 +249,9 @@ def run_plot_pattern(options: argparse.Namespace) -> None:
 
     if options.heads < 1:
         raise ValueError(f"--heads ({options.heads}) must be at least 1 panel.")
-    model, ids = plots.load_model(options.source, options.length, options.text, options.seed, options.fields)
+    model, ids = plots.load_model(
+        options.source, options.length, options.text, options.seed, options.fields, options.trust_remote_code
+    )
     title = variant_of(model.config).title
     matrices = plots.read_matrices(model, ids, options.layer)
     name = Path(options.source).resolve().name if options.source not in VARIANTS else options.source

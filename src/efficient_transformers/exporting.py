@@ -20,11 +20,10 @@ from transformers.dynamic_module_utils import custom_object_save, get_relative_i
 
 from .folders import CONFIG, INDEX, check_folder, load_card, parse_json, parse_yaml, read_json
 from .registry import VARIANTS
+from .trust import PREPARATION, references
 
 README = "README.md"
 MODELS = Path(__file__).parent / "models"
-# configs that may name code of their own, besides the model's
-PREPARATION = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 # what belongs to a model; everything else in a folder stays on this machine
 PUBLISHED = (
     README, CONFIG, "generation_config.json", "model.safetensors", "model-*.safetensors", INDEX,
@@ -146,15 +145,29 @@ def named_code(root: Path, configs: Iterable[str] = (CONFIG, *PREPARATION)) -> l
     for path in (root / name for name in configs):
         if path.is_file():
             named |= code_files(read_json(path))
-    found = [root / name for name in sorted(named) if (root / name).is_file()]
+    found = [root / name for name in sorted(named) if Path(name).name == name and (root / name).is_file()]
     return [*found, *(Path(needed) for path in found for needed in get_relative_import_files(path))]
 
 
 def code_files(config: Mapping[str, Any]) -> set[str]:
     """Names of the Python files that the `auto_map` of a config refers to."""
-    references = config.get("auto_map", {}).values()
-    flat = [name for reference in references for name in (reference if isinstance(reference, list) else [reference])]
-    return {f"{name.rpartition('--')[2].split('.')[0]}.py" for name in flat if name}
+    return {reference.file for reference in references(config)}
+
+
+def foreign_code(folder: str | Path) -> list[str]:
+    """The code besides this package's that opening the export of a folder would run, described for a message.
+
+    The export of a variant has the package's own code for the model; its tokenizer or processor may bring other code.
+    """
+    root = Path(folder)
+    ours = is_variant(read_json(root / CONFIG))
+    return [
+        reference.named_by(name)
+        for name in (CONFIG, *PREPARATION)
+        if (root / name).is_file() and not (ours and name == CONFIG)
+        for reference in references(read_json(root / name))
+        if reference.repository or not (ours and (MODELS / reference.file).exists())
+    ]
 
 
 def write_code(config: dict[str, Any], target: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from .folders import check_folder
 from .matrices import KINDS, Matrix, read_matrices
 from .registry import VARIANTS, Variant
+from .trust import refusing_code
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,9 +73,17 @@ def drawn_model(slug: str, length: int = 64, seed: int = 0, **changes: Any) -> P
 
 
 def load_model(
-    source: str, length: int | None, text: str | None, seed: int = 0, changes: Mapping[str, Any] | None = None
+    source: str,
+    length: int | None,
+    text: str | None,
+    seed: int = 0,
+    changes: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Tensor]:
-    """The bare model to draw and its input (1, n): of a variant, or of a checkpoint with its own tokenizer."""
+    """The bare model to draw and its input (1, n): of a variant, or of a checkpoint with its own tokenizer.
+
+    `trust_remote_code` lets the tokenizer's own code run. Raises UntrustedCodeError, which names it, without.
+    """
     if length is not None and not 1 <= length <= LONGEST:
         raise ValueError(f"length ({length:,}) must lie between 1 and {LONGEST:,}: a picture has few more pixels.")
     if source in VARIANTS or not Path(source).exists():
@@ -83,13 +92,16 @@ def load_model(
     if changes:
         raise ValueError(f"{', '.join(changes)} cannot be changed: {source} is a checkpoint. Name a variant instead.")
     check_folder(source)
-    model = AutoModel.from_pretrained(source).eval()
+    with refusing_code(source):
+        model = AutoModel.from_pretrained(source, trust_remote_code=trust_remote_code).eval()
     if getattr(model.config, "model_type", "").removeprefix("et_") not in VARIANTS:
         raise ValueError(f"{source} holds {model.config.model_type!r}, which is no variant of this zoo: convert it.")
     limit = min(length or 256, model.config.max_position_embeddings)
     if getattr(model.config, "image_size", None) is not None:
         raise ValueError(f"{source} reads images, of which no text can be drawn: name its variant instead.")
-    ids = AutoTokenizer.from_pretrained(source)(text or TEXT, return_tensors="pt")["input_ids"]
+    with refusing_code(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    ids = tokenizer(text or TEXT, return_tensors="pt")["input_ids"]
     return model, ids.repeat(1, -(-limit // ids.shape[1]))[:, :limit]
 
 

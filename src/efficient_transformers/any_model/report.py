@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, 
 from ..costs import pairs
 from ..models.ops_feature_maps import FEATURE_MAPS
 from ..models.ops_patterns import AttentionPattern
+from ..trust import refusing_code
 from .attention import FEATURES, ONLY_EAGER, Call, obstacle, rule_of
 from .configure import check_interface, set_attention
 from .masks import LazyMask, MaskRule, UnknownMask, has_sdpa, recognise
@@ -37,27 +38,34 @@ class LayerReport:
 
 
 def attention_report(
-    source: str | PreTrainedConfig, length: int = 4096, pattern: Spec | None = None
+    source: str | PreTrainedConfig, length: int = 4096, pattern: Spec | None = None, *, trust_remote_code: bool = False
 ) -> list[LayerReport]:
     """The layers of a model, built without weights from its config (a Hub name, a folder or a config).
 
-    `pattern` is set for all layers first, as by `set_attention`. Raises ValueError for a model whose attention cannot
-    be exchanged.
+    `pattern` is set for all layers first, as by `set_attention`. `trust_remote_code` lets code that the model brings
+    along run. Raises ValueError for a model whose attention cannot be exchanged, and trust.UntrustedCodeError, which
+    names the code, for one that needs code of its own.
     """
     from transformers import AutoConfig
 
-    config = source if isinstance(source, PreTrainedConfig) else AutoConfig.from_pretrained(source)
+    if isinstance(source, PreTrainedConfig):
+        config = source
+    else:
+        with refusing_code(source):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     try:
-        return report_of(config, length, pattern, "meta")
+        return report_of(config, length, pattern, "meta", trust_remote_code)
     except (RuntimeError, NotImplementedError):  # control flow that looks at values
-        return report_of(config, length, pattern, "cpu")
+        return report_of(config, length, pattern, "cpu", trust_remote_code)
 
 
-def report_of(config: PreTrainedConfig, length: int, pattern: Spec | None, device: str) -> list[LayerReport]:
+def report_of(
+    config: PreTrainedConfig, length: int, pattern: Spec | None, device: str, trust_remote_code: bool = False
+) -> list[LayerReport]:
     config = deepcopy(config)
     config._attn_implementation = None
     with torch.device(device):
-        model: PreTrainedModel = AutoModel.from_config(config).eval()
+        model: PreTrainedModel = AutoModel.from_config(config, trust_remote_code=trust_remote_code).eval()
         check_interface(model)
         if pattern is not None:
             set_attention(model, pattern)

@@ -35,6 +35,7 @@ def convert(
     max_position_embeddings: int | None = None,
     positions: Literal["tile", "interpolate"] = "tile",
     block_tables: Sequence[Tensor] | None = None,
+    trust_remote_code: bool = False,
     **fields: Any,
 ) -> Conversion:
     """A checkpoint of transformers as a model of `variant`, with the same weights.
@@ -44,11 +45,12 @@ def convert(
     the source's. A longer table of positions is the source's, tiled (Beltagy et al. 2020, arXiv:2004.05150,
     section 5), or interpolated linearly with its ends kept; a shorter one is cut. `block_tables` are the random blocks
     of `big_bird`, one (heads, blocks, r) tensor per layer, whose row i holds the blocks that block i reads, -1 for
-    none. `fields` set the rest of the variant's config.
+    none. `trust_remote_code` lets a tokenizer's own code run. `fields` set the rest of the variant's config.
 
     The source's dtype is kept. Initialised weights come from torch's default generator.
 
-    Raises ValueError for a source, variant, head or field that does not fit, OSError for a source that cannot be read.
+    Raises ValueError for a source, variant, head or field that does not fit, OSError for a source that cannot be read,
+    and trust.UntrustedCodeError, which names the code, for a tokenizer that needs code of its own.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant ({variant!r}) must be one of {', '.join(VARIANTS)}.")
@@ -66,7 +68,7 @@ def convert(
 
     model, unloaded = load_source(source, source_config, head)
     weights = renamed_weights(model, source_config, kept_head, unloaded, report)
-    tokenizer = None if isinstance(source, PreTrainedModel) else read_tokenizer(source, report)
+    tokenizer = None if isinstance(source, PreTrainedModel) else read_tokenizer(source, report, trust_remote_code)
 
     table = weights[POSITIONS]
     if SOURCES[source_config.model_type].offset_positions:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from ..folders import check_folder
 from ..models.base_configuration import TEXT_HEADS
 from ..registry import Variant
+from ..trust import UntrustedCodeError, refusing_code
 from .report import Report
 from .rules import SOURCES
 
@@ -28,7 +29,8 @@ def read_config(source: str | Path) -> PreTrainedConfig:
             f"name, the network and HF_HUB_OFFLINE ({error})"
         ) from error
     check_type(values.get("model_type"))
-    return AutoConfig.from_pretrained(source, local_files_only=is_local)
+    # these types are installed: no code of the source is needed
+    return AutoConfig.from_pretrained(source, local_files_only=is_local, trust_remote_code=False)
 
 
 def check_type(model_type: Any) -> None:
@@ -118,10 +120,14 @@ def load_source(
         )
 
 
-def read_tokenizer(source: str | Path, report: Report) -> Any:
+def read_tokenizer(source: str | Path, report: Report, trust_remote_code: bool = False) -> Any:
     try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir())
+        with quiet(), refusing_code(source):
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, local_files_only=Path(source).is_dir(), trust_remote_code=trust_remote_code
+            )
+    except UntrustedCodeError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         report.notes.append(f"no tokenizer: {type(error).__name__} while reading the source's")
         return None

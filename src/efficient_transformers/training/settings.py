@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
 REPOSITORY = Path(__file__).resolve().parents[3]  # of a checkout
 CONFIGS = REPOSITORY / "configs"
+TRUST = "trust_remote_code"  # a setting that no file can make
 VARIANTS, VARIANT = "variants", "{variant}"  # the section and the folder of variants; stands for a variant's name
 SettingsType = TypeVar("SettingsType", bound="Settings")
 
@@ -40,7 +41,7 @@ class Settings:
     # model
     model: dict[str, Any] = dataclasses.field(default_factory=dict)  # `model_type` or `checkpoint`, and config fields
     tokenizer: str | None = None  # folder or Hub name; default: the checkpoint's own
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # run code that comes with a checkpoint, tokenizer or metric; an option only
     reinitialize: bool = False  # train although tensors of the checkpoint's body are missing or have another shape
     # optimisation
     epochs: int = 3
@@ -91,7 +92,10 @@ class Settings:
 
     @classmethod
     def from_options(cls: type[SettingsType], values: Mapping[str, Any], options: Iterable[str]) -> SettingsType:
-        """Settings of `values` and, over these, of options of a command line."""
+        """Settings of `values`, as YAML files hold them, and, over these, of options of a command line.
+
+        Only an option grants trust: the files may come from elsewhere, as the folder of a run does.
+        """
         options = list(options)
         for option in options:
             if option.startswith("--") and (name := re.split("[=.+]", option[2:])[0]) != "help":
@@ -100,7 +104,7 @@ class Settings:
             given = cls.parser().parse_args(options, defaults=False).as_dict()
         except ArgumentError as error:
             raise InputError(cls._explain(error)) from error
-        return cls.from_dict(merge(values, given))
+        return cls.from_dict(merge({name: value for name, value in values.items() if name != TRUST}, given))
 
     @classmethod
     def from_dict(cls: type[SettingsType], values: Mapping[str, Any]) -> SettingsType:

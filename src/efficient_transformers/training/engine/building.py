@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...cards import costs_of  # the package registers the variants with the Auto classes
+from ...trust import UntrustedCodeError, refusing_code
 from ..settings import InputError, Settings, did_you_mean, find_path
 from .outputs import LOGS
 from .sharding import on_cpus, settle_sharding
@@ -48,7 +49,10 @@ def load_tokenizer(settings: Settings, needs_padding: bool = True) -> PreTrained
     if name is None:
         raise InputError("A new model needs a tokenizer: set tokenizer to a folder or a Hub name, e.g. data/tokenizer.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(local_or_hub(name), trust_remote_code=settings.trust_remote_code)
+        with refusing_code(local_or_hub(name)):
+            tokenizer = AutoTokenizer.from_pretrained(local_or_hub(name), trust_remote_code=settings.trust_remote_code)
+    except UntrustedCodeError as error:
+        raise InputError(str(error)) from None
     except (OSError, ValueError) as error:
         raise InputError(f"The tokenizer {name!r} cannot be loaded: {error}") from error
     if needs_padding and tokenizer.pad_token_id is None:
@@ -65,7 +69,9 @@ def build_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None, 
     checkpoint, model_type = fields.pop("checkpoint", None), fields.pop("model_type", None)
     try:
         if checkpoint is not None:
-            config = AutoConfig.from_pretrained(local_or_hub(checkpoint), trust_remote_code=settings.trust_remote_code)
+            source = local_or_hub(checkpoint)
+            with refusing_code(source):
+                config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
             _check_fields(type(config), fields)
             # through the constructor again, so that the class checks the fields that are set here
             config = type(config).from_dict({**config.to_dict(), **fields, **task_fields})
@@ -80,6 +86,8 @@ def build_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None, 
             config = config_class(**{**from_tokenizer, **fields, **task_fields})
     except InputError:
         raise
+    except UntrustedCodeError as error:
+        raise InputError(str(error)) from None
     except OSError as error:
         raise InputError(f"The checkpoint {checkpoint!r} cannot be loaded: {error}") from error
     except (ValueError, TypeError, StrictDataclassError) as error:
@@ -138,14 +146,17 @@ def build_model(
             raise InputError(f"The model section cannot be used: {error}") from error
     name = settings.model["checkpoint"]
     try:
-        model, loading = auto_class.from_pretrained(
-            local_or_hub(name),
-            config=config,
-            dtype=torch.float32,  # small updates are lost in the half precision that some checkpoints are saved in
-            ignore_mismatched_sizes=True,  # without it the first tensor that does not fit hides the others
-            trust_remote_code=settings.trust_remote_code,
-            output_loading_info=True,
-        )
+        with refusing_code(local_or_hub(name)):
+            model, loading = auto_class.from_pretrained(
+                local_or_hub(name),
+                config=config,
+                dtype=torch.float32,  # small updates are lost in the half precision that some checkpoints are saved in
+                ignore_mismatched_sizes=True,  # without it the first tensor that does not fit hides the others
+                trust_remote_code=settings.trust_remote_code,
+                output_loading_info=True,
+            )
+    except UntrustedCodeError as error:
+        raise InputError(str(error)) from None
     except (OSError, ValueError) as error:
         raise InputError(f"The checkpoint {name!r} cannot be loaded: {error}") from error
     made_anew = check_fit(model, loading, settings, complete)

@@ -4,6 +4,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -12,6 +13,7 @@ from seqeval.metrics import accuracy_score as tag_accuracy
 from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 from sklearn.metrics import accuracy_score, f1_score
 
+from ...trust import ALLOW
 from ..settings import InputError
 
 
@@ -109,8 +111,26 @@ def _overlap_f1(ours: list[str], theirs: list[str]) -> float:
 OWN_METRICS: dict[str, type[evaluate.Metric]] = {"accuracy": Accuracy, "macro_f1": MacroF1}
 
 
-def load_metrics(extra: Iterable[str] = (), own: Iterable[str] = tuple(OWN_METRICS)) -> list[evaluate.EvaluationModule]:
-    """Our own metrics, and those that the user names, which come from the Hub."""
+def check_trust(extra: Iterable[str], trust_remote_code: bool) -> None:
+    """Raise InputError, which names the code, if metrics are named whose code must not run."""
+    if extra and not trust_remote_code:
+        code = "; ".join(f"{name!r} ({place_of(name)})" for name in extra)
+        raise InputError(f"extra_metrics can only be computed by running code that comes with them: {code}. {ALLOW}.")
+
+
+def place_of(name: str) -> str:
+    """Where `evaluate.load` finds the code of a metric."""
+    for path in (Path(name), Path(name, f"{Path(name).name}.py")):
+        if path.is_file():
+            return f"the file {path}"
+    return f"a file of {name if '/' in name else f'evaluate-metric/{name}'} on the Hub"
+
+
+def load_metrics(
+    extra: Iterable[str] = (), own: Iterable[str] = tuple(OWN_METRICS), trust_remote_code: bool = False
+) -> list[evaluate.EvaluationModule]:
+    """Our own metrics, and the `extra` ones, whose code comes from a file or the Hub and is run if it is trusted."""
+    check_trust(extra, trust_remote_code)
     # nothing is shared between processes: every one computes the metrics of the gathered predictions
     metrics: list[evaluate.EvaluationModule] = [OWN_METRICS[name](keep_in_memory=True) for name in own]
     for name in extra:
@@ -118,7 +138,7 @@ def load_metrics(extra: Iterable[str] = (), own: Iterable[str] = tuple(OWN_METRI
             metrics.append(evaluate.load(name))
         except Exception as error:  # the Hub's failures have no common class
             raise InputError(
-                f"The metric {name!r} of extra_metrics could not be loaded from the Hub: {error}. "
+                f"The metric {name!r} of extra_metrics could not be loaded: {error}. "
                 f"Without a network leave it out; {', '.join(OWN_METRICS)} are always computed."
             ) from error
     return metrics

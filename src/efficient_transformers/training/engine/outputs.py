@@ -34,7 +34,7 @@ SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpo
 FREE_TO_CHANGE = {
     "out", "overwrite", "resume", "checkpoint_steps", "keep_checkpoints", "keep_checkpoints_at_end", "log_steps",
     "tracker", "eval_batch_size", "license", "language", "card_notes", "config", "task",
-    "cache_tokens", "num_workers", "dataloader_num_workers",
+    "cache_tokens", "num_workers", "dataloader_num_workers", "trust_remote_code",
 }  # fmt: skip
 
 
@@ -115,7 +115,9 @@ def recorded_settings(folder: Path) -> dict[str, Any]:
     """The settings of a finished run, with the model that it saved. Raises InputError if the run is not finished."""
     if not (folder / METRICS).exists():
         raise InputError(f"{folder} holds no finished run: it has no {METRICS}.")
-    return merge(compose(folder / SETTINGS), {"model": {"checkpoint": str(folder)}})
+    settings = merge(compose(folder / SETTINGS), {"model": {"checkpoint": str(folder)}})
+    settings.pop("cache", None)  # the folder may come from elsewhere, and must not say where files are written
+    return settings
 
 
 def finished_settings(settings_class: type[SettingsType], folder: Path, options: list[str]) -> SettingsType:

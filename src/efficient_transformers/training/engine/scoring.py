@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from ..data.packing import IGNORED
 from .batches import make_loader
-from .metrics import OWN_METRICS, compute_metrics, load_metrics
+from .metrics import OWN_METRICS, check_trust, compute_metrics, load_metrics
 
 
 class Scorer:
@@ -25,6 +25,10 @@ class Scorer:
     @classmethod
     def all_names(cls, settings: Any) -> tuple[str, ...]:
         return ("loss", *cls.names)
+
+    @classmethod
+    def check(cls, settings: Any) -> None:
+        """Raise InputError, before anything is loaded, if the settings name metrics that cannot be computed."""
 
     def judge(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[Any]:
         """A finding for each example of a batch, without tensors, so that it can be gathered from all processes."""
@@ -46,11 +50,17 @@ class LabelScorer(Scorer):
 
     def __init__(self, data: Any, settings: Any):
         super().__init__(data, settings)
-        self.metrics = load_metrics(getattr(settings, "extra_metrics", ()), self.names)
+        self.metrics = load_metrics(
+            getattr(settings, "extra_metrics", ()), self.names, trust_remote_code=settings.trust_remote_code
+        )
 
     @classmethod
     def all_names(cls, settings: Any) -> tuple[str, ...]:
         return (*super().all_names(settings), *getattr(settings, "extra_metrics", ()))
+
+    @classmethod
+    def check(cls, settings: Any) -> None:
+        check_trust(getattr(settings, "extra_metrics", ()), settings.trust_remote_code)
 
     def judge(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[tuple[float, int, int]]:
         """Loss, predicted class and true class."""

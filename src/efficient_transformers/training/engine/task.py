@@ -201,6 +201,7 @@ class Task(Generic[S]):
 
     def ready(self, settings: S, folder: Path | None = None) -> Ready:
         """The model and its data; with the `folder` of a finished run, whose classes the data must have."""
+        self.scorer.check(settings)
         source = self.load(settings)
         config = self.build_config(settings, source.tokenizer, **({} if folder else label_fields(source.labels)))
         if folder and source.labels and source.labels != (trained := list((config.id2label or {}).values())):

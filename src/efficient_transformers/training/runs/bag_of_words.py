@@ -7,7 +7,6 @@ It is given what the model would be: with `--max_length 512` the first 512 token
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -19,6 +18,7 @@ from ..engine.building import load_tokenizer
 from ..engine.metrics import compute_metrics, load_metrics
 from ..settings import InputError
 from ..tasks.classify import ClassifySettings, labelled_documents
+from .errors import input_errors
 
 
 def scores_of(settings: ClassifySettings) -> dict[str, dict[str, float]]:
@@ -48,7 +48,5 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--variant", default="full", help="where a variant has settings of its own")
     given, options = parser.parse_known_args(arguments)
-    try:
+    with input_errors():
         print(json.dumps(scores_of(ClassifySettings.from_yaml(given.config, options, given.variant))))
-    except InputError as error:
-        sys.exit(f"error: {error}")

@@ -3,7 +3,8 @@
 `python training/publish.py --check` exports folders of model_cards and runs this file on them, in a process that cannot
 import the package: this module imports nothing of it. The logits that a card records must be reproduced, and a
 classifier is evaluated on its test data, one window at a time: its accuracy must be that of the card, to the last
-digit. The parent process, which has the package, writes the windows to a file beside the exported folder.
+digit. The parent process, which has the package, writes the windows to a file beside the exported folder. It has also
+made sure that all code in that folder is the package's own, or code that the user has allowed to run: it is run here.
 """
 
 import argparse
@@ -29,10 +30,10 @@ CLASSIFIER = "AutoModelForSequenceClassification"
 TOLERANCE = 1e-3  # another processor adds up in another order
 
 
-def logits_of(folder: Path, auto_class: str) -> list[float]:
+def logits_of(folder: Path, auto_class: str, trust_remote_code: bool) -> list[float]:
     """Logits of the fixed text: those of the classes, or the first ones of a language model's last token."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.inference_mode():
         logits = model.eval()(**tokenizer(TEXT, return_tensors="pt")).logits[0]
     return (logits if auto_class == CLASSIFIER else logits[-1, :FIRST_LOGITS]).tolist()
@@ -53,7 +54,7 @@ def check(folder: Path) -> list[str]:
     if found is None:
         return ["its card records no logits"]
     recorded, wrong = json.loads(found[1]), []
-    logits = torch.tensor(logits_of(folder, recorded["auto_class"]))
+    logits = torch.tensor(logits_of(folder, recorded["auto_class"], trust_remote_code=True))
     difference = (logits - torch.tensor(recorded["logits"])).abs().max().item()
     if not difference < TOLERANCE:
         wrong.append(f"its logits differ by {difference:.2g} from those of its card")

@@ -2,16 +2,16 @@
 
     python training/evaluate.py runs/era-local [--max_length 512 …]
 
-Every setting of the run's task is an option, which takes the place of the recorded value.
+Every setting of the run's task is an option, which takes the place of the recorded value. Code that the folder brings
+along, of its model, tokenizer or metrics, runs only with `--trust_remote_code`, also if the run was trained with it.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from ..engine.outputs import recorded_settings
-from ..settings import InputError
 from ..tasks import task_of
+from .errors import input_errors
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,7 +20,5 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="of the run; before the other options")
     given, options = parser.parse_known_args(arguments)
-    try:
+    with input_errors():
         task_of(recorded_settings(given.folder)).evaluate_folder(given.folder, options)
-    except InputError as error:
-        sys.exit(f"error: {error}")

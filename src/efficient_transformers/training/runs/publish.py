@@ -7,7 +7,8 @@
 The folder holds no code: `efficient-transformers export` and `push` add that of the day. The weights are rounded to
 bfloat16, in files of at most 3 MB, and load as float32; the test scores of the card are those of the rounded weights.
 The card shows what a token attends to, and records the logits of a fixed text. `--check` exports each folder and runs
-check_published.py on it, in a process that cannot import the package.
+check_published.py on it, in a process that cannot import the package. Code that a folder brings along, such as a
+tokenizer's, runs only with `--trust_remote_code`.
 """
 
 import argparse
@@ -26,9 +27,10 @@ from PIL import Image
 
 from ... import VARIANTS, plots
 from ...cards import PICTURE, costs_of, description_of
-from ...exporting import CONFIG, README, export
+from ...exporting import CONFIG, README, export, foreign_code
 from ...folders import fit_tokenizer, load_as_float32
 from ...matrices import read_matrices
+from ...trust import ALLOW, UntrustedCodeError, refusing_code
 from ..data.documents import encode_documents, load_documents
 from ..engine.building import load_tokenizer
 from ..engine.checkpoints import write_json
@@ -37,6 +39,7 @@ from ..engine.task import Task
 from ..settings import InputError
 from ..tasks import classify, pretrain_clm, pretrain_mlm, task_of
 from . import check_published
+from .errors import input_errors
 
 MOST_BYTES = 3_000_000
 DRAWN_TOKENS = 512
@@ -46,51 +49,60 @@ PALETTE = 128  # colours
 PUBLISHED: tuple[Task[Any], ...] = (classify.TASK, pretrain_mlm.TASK, pretrain_clm.TASK)
 
 
-def publish(run: Path, out: Path) -> dict[str, Any]:
-    """Write the folder `out` and return its metrics.
+def publish(run: Path, out: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Write the folder `out` and return its metrics. `trust_remote_code` lets code in `run` run.
 
-    Raises InputError if the run is not finished, `out` is the run itself, the run's task is not in PUBLISHED, or a file
-    gets too large.
+    Raises InputError if the run is not finished, `out` is the run itself, the run's task is not in PUBLISHED, its files
+    need code that is not trusted, or a file gets too large.
     """
     metrics = read_metrics(run)
     task = published_task(run, metrics)
     if out.resolve() == run.resolve():
         raise InputError(f"{out} is the run itself, whose weights would be overwritten: name another folder.")
-    settings = task.settings_class.from_yaml(run / SETTINGS)
+    trust = trust_options(trust_remote_code)
+    settings = task.settings_class.from_yaml(run / SETTINGS, trust)
     settings.tokenizer = str(run)
+    task.scorer.check(settings)
+    tokenizer = load_tokenizer(settings)
+    with refusing_code(run):
+        model = task.auto_class.from_pretrained(run, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.safetensors*"):
         old.unlink()
-    model = task.auto_class.from_pretrained(run, dtype=torch.bfloat16)
     model.save_pretrained(out, max_shard_size=MOST_BYTES)
     for code in out.glob("*.py"):  # copies would grow stale: `export` adds the code
         code.unlink()
     load_as_float32(out)
-    tokenizer = load_tokenizer(settings)
     fit_tokenizer(tokenizer, model.config)
     tokenizer.save_pretrained(out)
     shutil.copy(run / SETTINGS, out / SETTINGS)
     metrics["name"] = f"et-{out.name}"
     write_json(out / METRICS, metrics)  # only a folder that has it is that of a finished run
 
-    scores = task.evaluate_folder(out, ["--matmul_precision", "highest"])
+    scores = task.evaluate_folder(out, ["--matmul_precision", "highest", *trust])
     metrics["test_before_rounding"], metrics["test"] = metrics["test"], {**metrics["test"], **scores}
     write_json(out / METRICS, metrics)
-    write_card(out)
+    write_card(out, trust_remote_code=trust_remote_code)
     if too_large := [path.name for path in out.iterdir() if path.stat().st_size > MOST_BYTES]:
         raise InputError(f"{out} has files over {MOST_BYTES:,} bytes: {', '.join(too_large)}. Train a smaller model.")
     return metrics
 
 
-def write_card(folder: Path) -> None:
+def trust_options(trust_remote_code: bool) -> list[str]:
+    return ["--trust_remote_code"] if trust_remote_code else []
+
+
+def write_card(folder: Path, *, trust_remote_code: bool = False) -> None:
     """Write picture and card of a folder of the zoo, from its weights, settings and metrics."""
     metrics = read_metrics(folder)
     task = published_task(folder, metrics)
     settings = task.settings_class.from_yaml(folder / SETTINGS)
-    model = task.auto_class.from_pretrained(folder)
-    draw_pattern(folder, metrics["model"]["model_type"])
+    with refusing_code(folder):
+        model = task.auto_class.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        logits = recorded_logits(folder, task.auto_class.__name__, trust_remote_code)
+    draw_pattern(folder, metrics["model"]["model_type"], trust_remote_code)
     metrics["model"]["costs"] = costs_of(model.config, metrics["model"]["max_length"])
-    sections = [settings.card_notes or "", recorded_logits(folder, task.auto_class.__name__)]
+    sections = [settings.card_notes or "", logits]
     settings.card_notes = "\n\n".join(section.strip() for section in sections if section)
     settings.out = str(folder)  # where the picture is
     labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
@@ -111,10 +123,11 @@ def read_metrics(run: Path) -> dict[str, Any]:
     return json.loads((run / METRICS).read_text(encoding="utf-8"))
 
 
-def draw_pattern(folder: Path, model_type: str) -> None:
+def draw_pattern(folder: Path, model_type: str, trust_remote_code: bool) -> None:
     """The picture of the card: what tokens attend to in the first layer, and in others that differ."""
     if (variant := VARIANTS.get(model_type.removeprefix("et_"))) is not None:
-        figure = plots.pattern_figure(read_matrices(*plots.load_model(str(folder), DRAWN_TOKENS, None)), variant.title)
+        drawn = plots.load_model(str(folder), DRAWN_TOKENS, None, trust_remote_code=trust_remote_code)
+        figure = plots.pattern_figure(read_matrices(*drawn), variant.title)
         (path,) = plots.save(figure, folder / Path(PICTURE).stem, (Path(PICTURE).suffix,))
         reduce_colours(path)
 
@@ -124,9 +137,9 @@ def reduce_colours(path: Path) -> None:
     Image.open(path).convert("RGB").quantize(PALETTE).save(path, optimize=True)
 
 
-def recorded_logits(folder: Path, auto_class: str) -> str:
+def recorded_logits(folder: Path, auto_class: str, trust_remote_code: bool) -> str:
     """The section of the card that a check compares."""
-    logits = check_published.logits_of(folder, auto_class)
+    logits = check_published.logits_of(folder, auto_class, trust_remote_code)
     recorded = {"auto_class": auto_class, "text": check_published.TEXT, "logits": logits}
     which = "" if auto_class == check_published.CLASSIFIER else " (last token, first entries of the vocabulary)"
     return (
@@ -136,25 +149,34 @@ def recorded_logits(folder: Path, auto_class: str) -> str:
     )
 
 
-def check(folders: list[Path]) -> int:
-    """Export folders and compare them with their cards, in a process without the package; return its exit code."""
+def check(folders: list[Path], *, trust_remote_code: bool = False) -> int:
+    """Export folders and compare them with their cards, in a process without the package; return its exit code.
+
+    That process runs the code of the exported folders: the package's own, and with `trust_remote_code` any other.
+    Raises UntrustedCodeError, which names the code, without.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         exported = []
         for folder in folders:
             exported.append(Path(temporary, str(len(exported)), folder.name))
             export(folder, exported[-1])
+            if not trust_remote_code and (code := foreign_code(exported[-1])):
+                raise UntrustedCodeError(
+                    f"Checking {folder} would run code that comes with it: {'; '.join(code)}. {ALLOW}."
+                )
             if published_task(folder, read_metrics(folder)).auto_class.__name__ == check_published.CLASSIFIER:
                 with contextlib.suppress(OSError, ValueError):  # a broken tokenizer: the check reports it
-                    write_json(exported[-1].with_name(check_published.WINDOWS), test_windows(folder))
+                    windows = test_windows(folder, trust_remote_code)
+                    write_json(exported[-1].with_name(check_published.WINDOWS), windows)
         return subprocess.run([sys.executable, check_published.__file__, *exported]).returncode
 
 
-def test_windows(folder: Path) -> dict[str, list[Any]]:
+def test_windows(folder: Path, trust_remote_code: bool) -> dict[str, list[Any]]:
     """Token ids and classes of a classifier's test windows, cut as for its card."""
     settings = classify.ClassifySettings.from_yaml(folder / SETTINGS)
     positions = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["max_position_embeddings"]
     length = min(settings.max_length or settings.window_length or positions, positions)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     windows = encode_documents(load_documents(settings), "test", tokenizer, length, settings)
     return {name: list(windows[name]) for name in ("input_ids", "labels")}
 
@@ -165,19 +187,19 @@ def main(arguments: list[str] | None = None) -> None:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--cards", action="store_true", help="write picture and card of each folder again")
     modes.add_argument("--check", action="store_true", help="compare each folder with its card")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the folders bring along")
     given = parser.parse_args(arguments)
-    if given.check:
-        sys.exit(check(given.folders))
-    if given.cards:
-        for folder in given.folders:
-            write_card(folder)
-        return
-    if len(given.folders) != 2:
+    trust = given.trust_remote_code
+    if not (given.check or given.cards) and len(given.folders) != 2:
         parser.error("a run and the folder to write are needed")
-    run, out = given.folders
-    try:
-        metrics = publish(run, out)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    with input_errors(ValueError, OSError):
+        if given.check:
+            sys.exit(check(given.folders, trust_remote_code=trust))
+        if given.cards:
+            for folder in given.folders:
+                write_card(folder, trust_remote_code=trust)
+            return
+        run, out = given.folders
+        metrics = publish(run, out, trust_remote_code=trust)
     scores = ", ".join(f"{name} {value:.4g}" for name, value in metrics["test"].items())
     print(f"{out}: {scores}")

@@ -17,7 +17,6 @@ well; `--beside none` gives each run its row again.
 import argparse
 import json
 import re
-import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -29,6 +28,7 @@ import pandas as pd
 from ..engine.outputs import CHECKPOINTS, FREE_TO_CHANGE, METRICS, write_whole
 from ..settings import InputError, Settings
 from ..tasks import task_of
+from .errors import input_errors
 
 RUNS = Path("runs")
 LOWER_IS_BETTER = {"loss", "perplexity", "nats_per_byte", "bits_per_byte"}
@@ -398,10 +398,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--picture", nargs="+", default=[], metavar="GROUP=FILE.png", help="draws a group as well")
     parser.add_argument("--beside", metavar="SETTING", help="runs that differ in it stand side by side; none: not")
     given = parser.parse_args(arguments)
-    try:
+    with input_errors():
         written, runs = write_page(given)
-    except InputError as error:
-        sys.exit(f"error: {error}")
     print(f"{given.out}: {', '.join(written)}; {given.out.with_suffix('.json')}: {runs} runs")
 
 

@@ -3,7 +3,9 @@
     accelerate launch training/train.py --config configs/era.yaml --variant local [--learning_rate 1e-3 …] [--resume]
 
 The YAML names the task; every setting of it is an option, and `--model.hidden_size 256` sets a field of the model.
-An interrupted run goes on with `--resume`. Exit codes: 1 after an error, 143 if SIGTERM has stopped the run.
+An interrupted run goes on with `--resume`. Exit codes: 2 if something given cannot be used, 143 if SIGTERM has stopped
+the run. Code that a checkpoint, a tokenizer or a metric brings along runs only with `--trust_remote_code`: a YAML file
+cannot allow it.
 """
 
 import argparse
@@ -14,8 +16,9 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ..engine.loop import Stopped
-from ..settings import InputError, compose
+from ..settings import compose
 from ..tasks import read_settings, task_of
+from .errors import input_errors
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = shlex.join(
         ["accelerate", "launch", "training/train.py", "--config", str(given.config), *variant, *options]
     )
-    try:
+    with input_errors():
         if given.help:
             print(task_of(compose(given.config, given.variant)).settings_class.parser().format_help())
             return
@@ -35,8 +38,6 @@ def main(arguments: list[str] | None = None) -> None:
             again = command if settings.resume else f"{command} --resume"
             PartialState().print(f"Stopped by SIGTERM and saved. To continue: {again}", flush=True)
             sys.exit(143)  # what a shell reports for SIGTERM: a scheduler must not take the run for finished
-    except InputError as error:
-        sys.exit(f"error: {error}")
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:

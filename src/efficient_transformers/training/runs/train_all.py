@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from ... import VARIANTS
 from ..settings import InputError, compose
 from ..tasks import task_of
+from .errors import input_errors
 from .running import RunFailed, train_or_find
 
 STOPPED = 143  # exit code of a run that SIGTERM has stopped
@@ -35,10 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
     launcher = [sys.executable]
     if given.accelerate_config:
         launcher += ["-m", "accelerate.commands.launch", "--config_file", str(given.accelerate_config)]
-    try:
+    with input_errors():
         variants = given.variants or variants_of(given.config)
-    except InputError as error:
-        sys.exit(f"error: {error}")
 
     failed = []
     # all variants of a seed before the next seed: a half-finished table then compares like with like

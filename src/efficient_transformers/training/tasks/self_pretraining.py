@@ -128,7 +128,7 @@ def learn(
     set_seed(settings.seed)
     auto_class: Any = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     try:
-        denoiser = auto_class.from_config(deepcopy(model.config))
+        denoiser = auto_class.from_config(deepcopy(model.config), trust_remote_code=settings.trust_remote_code)
     except ValueError as error:
         raise InputError(
             f"A {model.config.model_type} model has no head to self-pretrain with; leave out self_pretrain_epochs and "

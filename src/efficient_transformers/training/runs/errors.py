@@ -1,0 +1,22 @@
+"""How the scripts end when something the user gave cannot be used."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..settings import InputError
+
+BAD_INPUT = 2  # exit code, as of argparse
+
+
+@contextmanager
+def input_errors(*others: type[Exception]) -> Iterator[None]:
+    """End the process with exit code 2 and one line on stderr after an InputError, or one of the `others`."""
+    try:
+        yield
+    except (InputError, *others) as error:
+        message = f"error: {' '.join(str(error).split())}"
+        print(message, file=sys.stderr, flush=True)
+        ended = SystemExit(message)  # for callers in Python; an interpreter exits with the code
+        ended.code = BAD_INPUT
+        raise ended from error
