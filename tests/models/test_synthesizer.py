@@ -8,6 +8,7 @@ from efficient_transformers import VARIANTS, convert
 from efficient_transformers.models import attn_synthesizer as engine
 from efficient_transformers.models.base_mixer import SequenceInfo
 from efficient_transformers.models.modeling_synthesizer import KINDS
+from efficient_transformers.models.ops_score_terms import matrix
 
 SYNTHESIZER = VARIANTS["synthesizer"]
 MIXTURES = ["random+vanilla", "random+dense", "fixed+factorized_dense", "dense+factorized_random+vanilla"]
@@ -172,3 +173,14 @@ def test_a_bert_becomes_a_mixture_with_its_queries_and_keys():
 def test_bad_configs_are_refused(fields, message):
     with pytest.raises(ConfigRefused, match=message):
         config(SYNTHESIZER, fields)
+
+
+def test_half_precision_scores_have_the_gradients_of_single_precision():
+    """Scores that are a parameter, whose gradient is written tile by tile, and no float32 copy of it instead."""
+    scores, v, probe = (torch.randn(shape).bfloat16() for shape in ((1, 2, 8, 8), (3, 2, 8, 4), (3, 2, 8, 4)))
+    grads = []
+    for dtype in (torch.bfloat16, torch.float32):
+        given = [x.detach().to(dtype).requires_grad_() for x in (scores, v)]
+        out = engine.synthetic_attention([matrix(given[0])], given[1])
+        grads.append([x.float() for x in torch.autograd.grad((out * probe.to(dtype)).sum(), given)])
+    torch.testing.assert_close(*grads, rtol=0.05, atol=0.05)

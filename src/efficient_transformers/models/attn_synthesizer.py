@@ -1,54 +1,27 @@
-"""Softmax attention by scores that no queries and keys need be behind: a sum of terms, evaluated tile by tile on a CPU.
+"""Softmax attention over scores that are a sum of terms, tile by tile on a CPU.
 
-The n×n scores of a head are never there as a whole, unless they are parameters; forward and backward compute them
-for some queries at a time, and autograd keeps only the inputs.
+The n×n scores of a head never exist as a whole, unless they are a parameter. Forward and backward compute them for a
+few queries at a time, and autograd keeps only the inputs.
+
+    one head:       keys →                       a tile holds some queries of one head and all their keys (of a
+                 ┌───────────────┐               decoder, those up to its last query), or, of short sequences, all
+      queries    │    tile 0     │               queries of several heads. A term cuts its tensors accordingly: "q"
+         ↓       ├───────────────┤               axes to the queries, "k" axes to the keys.
+                 │    tile 1     │
+                 └───────────────┘
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .attn_pattern_tiled import DropoutMasks, softmax_backward_
+from .ops_score_terms import Term
 from .ops_tiles import SCRATCH
 
 # Entries of the weights of a tile, by measurement: enough for full products, few enough to stay in the cache.
 TILE_ENTRIES = 2**20
-
-
-@dataclass(frozen=True)
-class Term:
-    """A part of the scores: `rule(*tensors, keys)` gives (…, q, ≥ keys) of tensors (b or 1, h or 1, …) cut to a tile.
-
-    cuts: of each tensor, whether its axes 2 and 3 go by queries ("q") or keys ("k"); "-" is kept whole.
-    """
-
-    rule: Callable[..., Tensor]
-    tensors: tuple[Tensor, ...]
-    cuts: tuple[str, ...]
-
-
-def product(q: Tensor, k: Tensor) -> Term:
-    """q·k, of `q` and `k` (b or 1, h, n, f)."""
-    return Term(lambda q, k, keys: q @ k.transpose(-1, -2), (q, k.to(q.dtype)), ("q-", "k-"))
-
-
-def outer(left: Tensor, right: Tensor) -> Term:
-    """left[j // c]·right[j mod c] for key j, of `left` (b or 1, h, n, a) and `right` (b or 1, h, n, c)."""
-
-    def rule(left: Tensor, right: Tensor, keys: int) -> Tensor:
-        stretches = -(-keys // right.shape[-1])
-        return (left[..., :stretches, None] * right[..., None, :]).flatten(-2)
-
-    return Term(rule, (left, right), ("q-", "q-"))
-
-
-def matrix(scores: Tensor, share: Tensor | None = None) -> Term:
-    """Scores as they are, (b or 1, h, n, n), or `share` (1, 1, 1, 1) of them."""
-    if share is None:
-        return Term(lambda scores, keys: scores, (scores,), ("qk",))
-    return Term(lambda scores, share, keys: scores * share, (scores, share), ("qk", "--"))
 
 
 def synthetic_attention(
@@ -59,8 +32,8 @@ def synthetic_attention(
     .. math:: o_i = \sum_j \mathrm{softmax}_j\Big(\sum_t S^{(t)}_{ij}\Big)\, v_j
 
     `v` (b, h, n, d); `lengths` counts the real tokens of each row, the rest is padding on the right; None means all n.
-    Rows of one length share their weights if these do not depend on the row. Returns (b, h, n, d) in `v.dtype`, zeros
-    at padding; the softmax runs in float32 or wider.
+    Rows of one length share their weights if no term depends on the row. Returns (b, h, n, d) in `v.dtype`, zeros at
+    padding; the softmax runs in float32 or wider.
     """
     real = [v.shape[2]] * len(v) if lengths is None else lengths
     tensors = [x for term in terms for x in term.tensors]
@@ -72,12 +45,12 @@ def synthetic_attention(
     return SyntheticAttention.apply(rules, groups, causal, dropout, seed, v, *tensors)  # type: ignore[return-value]
 
 
-EqualRows = list[tuple[list[int], int]]  # rows of the batch and how many real tokens each of them has
-ScoreTile = tuple[slice, slice, int]  # heads, queries, and how many keys these read, from 0 on
+EqualRows = list[tuple[list[int], int]]  # rows of the batch, and how many real tokens each of them has
+ScoreTile = tuple[slice, slice, int]  # heads, queries, and the number of keys they attend to, from 0 on
 
 
 class SyntheticAttention(torch.autograd.Function):
-    """The loop over tiles; the rules differentiate themselves, the softmax is written out."""
+    """The loop over tiles. Autograd differentiates the terms of a tile; the softmax is differentiated by hand."""
 
     @staticmethod
     def forward(
@@ -91,14 +64,14 @@ class SyntheticAttention(torch.autograd.Function):
             for tile in score_tiles(length, v.shape[1], causal):
                 heads, queries, keys = tile
                 inputs = inputs_of(rules, tensors, rows[0], tile)
-                weights = softmax_of(parts_of(rules, inputs, keys), tile, causal)
+                weights = softmax_of(scores_of(rules, inputs, keys), tile, causal)
                 if dropout:
                     weights *= masks.like(weights)
-                weights, read = weights.to(v.dtype), values[heads, :keys]
+                weights, mixable = weights.to(v.dtype), values[heads, :keys]
                 if len(rows) == 1:
-                    torch.bmm(weights, read, out=out[rows[0], heads, queries])
+                    torch.bmm(weights, mixable, out=out[rows[0], heads, queries])
                 else:
-                    mixed = torch.bmm(weights, read)
+                    mixed = torch.bmm(weights, mixable)
                     out[rows, heads, queries] = mixed.unflatten(-1, (len(rows), -1)).permute(2, 0, 1, 3)
         return out
 
@@ -108,74 +81,97 @@ class SyntheticAttention(torch.autograd.Function):
         v, *tensors = ctx.saved_tensors
         rules, groups, causal, dropout, seed = ctx.settings
         needed, grad_v = ctx.needs_input_grad[6:], torch.zeros_like(v)
-        # a gradient as large as the n×n scores is written where it belongs, and not added to zeros
-        written = len(groups) == 1 and not causal and [cuts for _, cuts in rules] == [("qk",)] and needed[0]
-        written = written and tensors[0].shape[2] == groups[0][1] and tensors[0].dtype == v.dtype
-        new = torch.empty_like if written else torch.zeros_like
+        in_place = is_own_gradient(rules, tensors, groups, causal, v.dtype) and needed[0]
+        new = torch.empty_like if in_place else torch.zeros_like
         grads = [new(x) if need else None for x, need in zip(tensors, needed, strict=True)]
         masks = DropoutMasks(dropout, seed, v.device)
         for rows, length in groups:
             values, grad_out = (side_by_side(x, rows, length) for x in (v, grad))
-            turned = torch.zeros_like(values).transpose(1, 2).contiguous()  # a faster product than into (h, n, d)
+            grad_values = torch.zeros_like(values).transpose(1, 2).contiguous()  # faster to add to than (h, n, d)
             for tile in score_tiles(length, v.shape[1], causal):
                 heads, queries, keys = tile
-                inputs = [x.detach() for x in inputs_of(rules, tensors, rows[0], tile)]
-                wanted = [x.requires_grad_() for x, need in zip(inputs, needed, strict=True) if need]
-                with torch.enable_grad():
-                    parts = parts_of(rules, inputs, keys)
-                weights = softmax_of([part.detach() for part in parts], tile, causal)
-                of_tile, read = grad_out[heads, queries], values[heads, :keys]
-                if written:
-                    (grad_scores,) = inputs_of(rules, grads, 0, tile)
-                else:
-                    grad_scores = SCRATCH.take("gradient", tuple(weights.shape), read)
-                torch.bmm(of_tile, read.transpose(1, 2), out=grad_scores)
-                grad_scores, used = grad_scores.to(weights.dtype), weights
+                graph = differentiable_scores(rules, tensors, needed, rows[0], tile)
+                weights = softmax_of([part.detach() for part in graph[1]], tile, causal)
+                places = inputs_of(rules, grads, rows[0], tile)
+                given, mixable = grad_out[heads, queries], values[heads, :keys]
+                out = places[0] if in_place else SCRATCH.take("gradient", tuple(weights.shape), mixable)
+                grad_weights = torch.bmm(given, mixable.transpose(1, 2), out=out).to(weights.dtype)
+                used = weights
                 if dropout:
                     mask = masks.like(weights)
-                    grad_scores *= mask
+                    grad_weights *= mask
                     used = weights * mask
-                turned[heads, :, :keys].baddbmm_(of_tile.transpose(1, 2), used.to(v.dtype))
-                if not wanted:
-                    continue
-                softmax_backward_(grad_scores, weights)
-                if written:
-                    continue
-                if len(parts) == 1 and parts[0] is inputs[0]:  # scores as they are
-                    found: Sequence[Tensor] = [grad_scores]
-                else:
-                    some = [part for part in parts if part.requires_grad]
-                    found = torch.autograd.grad(some, wanted, [grad_scores.to(part.dtype) for part in some])
-                places = inputs_of(rules, grads, rows[0], tile)
-                for place, more in zip([x for x in places if x is not None], found, strict=True):
-                    place.add_(more)
-            grad_v[rows, :, :length] = turned.unflatten(1, (len(rows), -1)).permute(1, 0, 3, 2)
+                grad_values[heads, :, :keys].baddbmm_(given.transpose(1, 2), used.to(v.dtype))
+                if any(needed):
+                    softmax_backward_(grad_weights, weights)
+                    if not in_place:
+                        add_gradients(graph, grad_weights, places)
+            grad_v[rows, :, :length] = grad_values.unflatten(1, (len(rows), -1)).permute(1, 0, 3, 2)
         return None, None, None, None, None, grad_v, *grads
+
+
+def is_own_gradient(rules: list, tensors: list[Tensor], groups: EqualRows, causal: bool, dtype: torch.dtype) -> bool:
+    """Is the gradient of the scores all there is of the gradient of the only tensor?
+
+    It is as large as the n×n scores, and then each tile writes its part instead of adding it to zeros. The tensor must
+    be the scores themselves, of exactly the real tokens, in a `dtype` of the values that the softmax keeps.
+    """
+    if causal or len(groups) > 1 or [cuts for _, cuts in rules] != [("qk",)]:
+        return False
+    scores, length = tensors[0], groups[0][1]
+    return scores.shape[2] == length and scores.dtype == dtype == torch.promote_types(dtype, torch.float32)
+
+
+ScoreGraph = tuple[list[Tensor], list[Tensor]]  # inputs of a tile as leaves, and the scores computed from them
+
+
+def differentiable_scores(
+    rules: list, tensors: Sequence[Tensor], needed: Sequence[bool], row: int, tile: ScoreTile
+) -> ScoreGraph:
+    """The scores of a tile, with the graph that leads to those inputs whose gradient is needed."""
+    inputs = [x.detach() for x in inputs_of(rules, tensors, row, tile)]
+    for x, need in zip(inputs, needed, strict=True):
+        x.requires_grad_(need)
+    with torch.enable_grad():
+        return inputs, scores_of(rules, inputs, tile[2])
+
+
+def add_gradients(graph: ScoreGraph, grad_scores: Tensor, places: list[Tensor | None]) -> None:
+    """Add the gradients of a tile's inputs to `places`, the corresponding views of the whole gradients or None."""
+    inputs, parts = graph
+    wanted = [x for x in inputs if x.requires_grad]
+    if len(parts) == 1 and parts[0] is inputs[0]:  # the scores are an input
+        found: Sequence[Tensor] = [grad_scores]
+    else:
+        some = [part for part in parts if part.requires_grad]
+        found = torch.autograd.grad(some, wanted, [grad_scores.to(part.dtype) for part in some])
+    for place, more in zip([x for x in places if x is not None], found, strict=True):
+        place.add_(more)
 
 
 def score_tiles(length: int, num_heads: int, causal: bool) -> Iterator[ScoreTile]:
     """Heads and queries such that a matrix of weights has at most TILE_ENTRIES."""
-    together = max(1, TILE_ENTRIES // max(1, length**2))
-    for head in range(0, num_heads, together):
+    some_heads = max(1, TILE_ENTRIES // max(1, length**2))
+    for head in range(0, num_heads, some_heads):
         for queries in query_runs(length):
-            yield slice(head, min(head + together, num_heads)), queries, queries.stop if causal else length
+            yield slice(head, min(head + some_heads, num_heads)), queries, queries.stop if causal else length
 
 
 def query_runs(length: int) -> list[slice]:
-    """Queries that stand in one tile."""
+    """The queries of each tile of one head."""
     size = max(1, min(length, TILE_ENTRIES // max(1, length)))
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def side_by_side(x: Tensor, rows: list[int], length: int) -> Tensor:
-    """Rows of `x` (b, h, n, d) as if they were features of one, (h, length, rows·d)."""
+    """Rows of `x` (b, h, n, d) as features of a single row, (h, length, rows·d)."""
     if len(rows) == 1:
         return x[rows[0], :, :length]
     return x[rows, :, :length].permute(1, 2, 0, 3).flatten(2)
 
 
 def inputs_of(rules: list, tensors: Sequence, row: int, tile: ScoreTile) -> list:
-    """The views of the tensors (b or 1, h or 1, …) that belong to a tile, (heads, …) each; None of none."""
+    """Views (heads, …) of the tensors (b or 1, h or 1, …), cut to a tile; None for None."""
     heads, queries, keys = tile
     index = {"q": queries, "k": slice(keys), "-": slice(None)}
     views = []
@@ -186,8 +182,8 @@ def inputs_of(rules: list, tensors: Sequence, row: int, tile: ScoreTile) -> list
     return views
 
 
-def parts_of(rules: list, inputs: list[Tensor], keys: int) -> list[Tensor]:
-    """What each rule gives for a tile, (heads, q, keys)."""
+def scores_of(rules: list, inputs: list[Tensor], keys: int) -> list[Tensor]:
+    """The terms of a tile, (heads, q, keys) each."""
     rest, parts = iter(inputs), []
     for rule, cuts in rules:
         part = rule(*[next(rest) for _ in cuts], keys)
@@ -196,7 +192,7 @@ def parts_of(rules: list, inputs: list[Tensor], keys: int) -> list[Tensor]:
 
 
 def softmax_of(parts: list[Tensor], tile: ScoreTile, causal: bool) -> Tensor:
-    """Weights (heads, q, keys) of a tile, in float32 or wider; they live until the next ones."""
+    """Weights (heads, q, keys) of a tile, in float32 or wider, in scratch memory that the next tile overwrites."""
     queries, first = tile[1], parts[0]
     wide = torch.promote_types(first.dtype, torch.float32)
     scores = SCRATCH.take("weights", tuple(first.shape), first.new_empty(0, dtype=wide))

@@ -4,11 +4,14 @@ r"""Synthesizer: attention weights without comparing tokens (Tay et al. 2021, ar
           B = R \;\text{(random)}, \quad B = R_1 R_2^\top \;\text{(factorized random)}, \quad
           B_{ij} = a_i[j \div c]\, b_i[j \bmod c] \;\text{(factorized dense)}
 
-Sections 3.1 and 3.2; a mixture adds several such scores, and those of queries and keys ("vanilla"), in learnt shares
-that sum to one (section 3.2, "Mixture of Synthesizers"). R, W₂, R₁ and R₂ know positions up to the longest input, a
-shorter one takes the first of them. O(n²·d) in memory that does not grow so: scores are made tile by tile.
+Sections 3.1 and 3.2. A mixture is a sum of several such scores and those of queries and keys ("vanilla"), with learnt
+shares that sum to one (section 3.2, "Mixture of Synthesizers"). R, W₂, R₁ and R₂ have a row for each position up to the
+longest input; shorter inputs use the first rows. O(n²·d) time; scores are computed tile by tile, so memory does not
+grow with n².
 
-The paper adds a bias to W₂ and W₁; W₂ has none here, for a score of the position alone is what `random` adds.
+*Paper*: W₁ and W₂ both have a bias. Here W₂ has none, because a score that depends on the position alone is what
+`random` adds. *Paper*: the factors of the factorized dense scores are both repeated to the full length. Here a is
+indexed by j ÷ c and b by j mod c, so that no two positions share a pair of factors.
 """
 
 from typing import ClassVar
@@ -16,16 +19,10 @@ from typing import ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
-from .attn_dense import masked_softmax
-from .attn_pattern import pattern_attention
-from .attn_synthesizer import Term, matrix, outer, product, synthetic_attention
-from .base_attention import MultiHeadAttention
 from .base_backbone import Backbone
-from .base_cache import PatternCacheLayer
 from .base_configuration import EtConfig
 from .base_heads import (
     ForCausalLM,
@@ -36,13 +33,12 @@ from .base_heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .base_mixer import SequenceInfo
 from .base_pretrained import EtPreTrainedModel
+from .base_synthetic_attention import SyntheticScoresAttention
 from .ops_checks import check_at_least
-from .ops_patterns import AttentionPattern
-from .ops_tracing import first_positions
+from .ops_score_terms import Places, Term, matrix, outer, product, table_entries, table_rows
 
-PRODUCTS = ("vanilla", "dense", "factorized_random")  # whose scores are products of features
+PRODUCTS = ("vanilla", "dense", "factorized_random")  # kinds whose scores are products of features
 KINDS = (*PRODUCTS, "random", "fixed", "factorized_dense")
 
 
@@ -50,12 +46,13 @@ KINDS = (*PRODUCTS, "random", "fixed", "factorized_dense")
 class EtSynthesizerConfig(EtConfig):
     """
     Args:
-        synthesizer_type: `random` has a trained n×n matrix for each head, `fixed` one that stays as it was drawn,
-            `factorized_random` one of low rank, `dense` makes a row of it from the token, `factorized_dense` two short
-            ones, `vanilla` compares queries and keys; or some of them, mixed: `random+vanilla`.
-        factor_rank: k, columns of R₁ and R₂ (the paper's 8).
-        dense_period: c of `factorized_dense`: a token scores so many remainders of positions, and ⌈n/c⌉ stretches.
-        synthesizer_seed: of the `fixed` matrix.
+        synthesizer_type: `random` is a trained n×n matrix for each head, `fixed` an untrained one,
+            `factorized_random` a trained one of low rank; `dense` computes a row of scores from each token,
+            `factorized_dense` two short factors of it; `vanilla` compares queries and keys. Several kinds joined by
+            `+` are mixed: `random+vanilla`.
+        factor_rank: k, columns of R₁ and R₂ (8 in the paper).
+        dense_period: c of `factorized_dense`: b has c entries and a has ⌈n/c⌉.
+        synthesizer_seed: seed of the `fixed` matrix.
     """
 
     model_type = "et_synthesizer"
@@ -69,8 +66,8 @@ class EtSynthesizerConfig(EtConfig):
         kinds = self.kinds
         if len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
             raise ValueError(
-                f"synthesizer_type ({self.synthesizer_type!r}) must be one of {', '.join(KINDS)}, or different ones of "
-                "them joined by '+'."
+                f"synthesizer_type ({self.synthesizer_type!r}) must be one of {', '.join(KINDS)}, or several "
+                "different ones joined by '+'."
             )
         check_at_least("factor_rank", self.factor_rank, 1, "it is the rank of the random scores")
         check_at_least("dense_period", self.dense_period, 1, "1 scores each position")
@@ -80,17 +77,12 @@ class EtSynthesizerConfig(EtConfig):
         return tuple(self.synthesizer_type.split("+"))
 
 
-class EtSynthesizerAttention(MultiHeadAttention):
-    """Softmax of synthetic scores. What a kind of scores does not need does not exist."""
+class EtSynthesizerAttention(SyntheticScoresAttention):
+    """Softmax of synthetic scores. Only the parameters of the chosen kinds exist."""
 
-    cache_class = PatternCacheLayer
     position_axes: ClassVar = {
-        "random_scores": (1, 2),
-        "fixed_scores": (1, 2),
-        "row_factors": (1,),
-        "column_factors": (1,),
-        "dense_weight": (1,),
-        "stretch_weight": (1,),
+        **dict.fromkeys(("random_scores", "fixed_scores"), (1, 2)),
+        **dict.fromkeys(("row_factors", "column_factors", "dense_weight", "stretch_weight"), (1,)),
     }
     fixed_scores: Tensor
     random_scores: nn.Parameter
@@ -98,8 +90,9 @@ class EtSynthesizerAttention(MultiHeadAttention):
     def __init__(self, config: EtSynthesizerConfig, layer: int):
         super().__init__(config, layer)
         self.kinds, heads, dim = config.kinds, self.num_heads, self.head_dim
+        self.compares_tokens, self.all_products = "vanilla" in self.kinds, set(self.kinds) <= set(PRODUCTS)
         size, longest = config.hidden_size, config.max_position_embeddings
-        if "vanilla" not in self.kinds:
+        if not self.compares_tokens:
             del self.q_proj, self.k_proj
         if "random" in self.kinds:
             self.random_scores = nn.Parameter(torch.empty(heads, longest, longest))
@@ -122,12 +115,12 @@ class EtSynthesizerAttention(MultiHeadAttention):
 
     def draw(self) -> Tensor:
         """The fixed scores, (h, n, n), on the CPU."""
-        length, seed = self.config.max_position_embeddings, self.config.synthesizer_seed + 0x10001 * self.layer
-        generator = torch.Generator("cpu").manual_seed(seed)
+        length = self.config.max_position_embeddings
+        generator = torch.Generator("cpu").manual_seed(self.config.synthesizer_seed + 0x10001 * self.layer)
         return torch.randn(self.num_heads, length, length, generator=generator, device="cpu")
 
     def reset_parameters(self) -> None:
-        # the paper does not say how scores begin: here their spread is about 1, but for those of a layer's features
+        # the paper does not state an initialisation: here scores of parameters alone have a standard deviation near 1
         for name, parameter in self.named_parameters(recurse=False):
             match name:
                 case "mixture":
@@ -141,111 +134,36 @@ class EtSynthesizerAttention(MultiHeadAttention):
         if "fixed" in self.kinds:
             init.copy_(self.fixed_scores, self.draw())
 
-    def new_cache_layer(self) -> PatternCacheLayer:
-        return PatternCacheLayer(0, None)
-
-    def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
-        """Per-head output, (b, h, n, d), and the weights if they are written out."""
-        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        v, positions = self.split_heads(self.v_proj(hidden)), sequence.positions
-        q = k = v[..., :0]
-        if "vanilla" in self.kinds:
-            q, k = (self.split_heads(proj(hidden), sequence.rotary) for proj in (self.q_proj, self.k_proj))
-        if sequence.cache is not None:
-            seen = sequence.cache.get_seq_length(self.layer)
-            memory: PatternCacheLayer = sequence.cache.layers[self.layer]  # type: ignore[assignment]
-            keys, values, key_positions = memory.update(k, v, positions)
-            if seen:
-                return self.attend_densely(hidden, q, keys, values, positions, key_positions, dropout)[0], None
-        engine = self.engine(hidden, sequence)
-        if engine == "dense":
-            return self.attend_densely(hidden, q, k, v, positions, positions, dropout)
-        if set(self.kinds) <= set(PRODUCTS):
-            return self.attend_by_products(hidden, q, k, v, sequence, dropout), None
-        if engine == "tiled":
-            terms = self.terms(hidden, q, k)
-            return synthetic_attention(terms, v, self.config.is_decoder, sequence.lengths, dropout), None
-        return self.attend_densely(hidden, q, k, v, positions, positions, dropout)[0], None
-
-    def attend_densely(
-        self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor, dropout: float
-    ) -> tuple[Tensor, Tensor]:
-        """Output and weights, written out, of queries at positions `i` (b, n) over keys and values at `j` (b, m)."""
-        allowed = ((j[:, None] >= 0) & (i[..., None] >= 0))[:, None]
-        allowed = allowed & (j[:, None] <= i[..., None])[:, None] if self.config.is_decoder else allowed
-        terms = self.terms(hidden, q, k, (i.clamp(min=0), j.clamp(min=0)))
-        scores = [term.rule(*term.tensors, j.shape[1]) for term in terms]
-        weights = masked_softmax(sum(scores[1:], scores[0]), allowed).to(v.dtype)
-        return F.dropout(weights, dropout) @ v, weights
-
-    def attend_by_products(
-        self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceInfo, dropout: float
-    ) -> Tensor:
-        """Scores that are all products of features, as ordinary full attention over these features."""
-        pattern = AttentionPattern(window=None, causal=self.config.is_decoder)
-        q, k, v = as_one_product(self.terms(hidden, q, k), v)
-        return pattern_attention(q, k, v, pattern, sequence, dropout)[..., : self.head_dim]
-
-    def terms(self, hidden: Tensor, q: Tensor, k: Tensor, at: tuple[Tensor, Tensor] | None = None) -> list[Term]:
-        """The scores of `hidden` (b, n, e) as terms; of queries and keys `at` positions (b, n) and (b, m), or all n."""
-        i, j = (None, None) if at is None else at
-        length, terms = hidden.shape[1], []
+    def terms(self, hidden: Tensor, q: Tensor, k: Tensor, places: Places | None = None) -> list[Term]:
         shares = self.mixture.softmax(0).to(hidden.dtype) if len(self.kinds) > 1 else [None]
-        for kind, share in zip(self.kinds, shares, strict=True):
-            part = 1.0 if share is None else share
-            match kind:
-                case "vanilla":
-                    term = product(q * (part * self.head_dim**-0.5), k)
-                case "dense":
-                    features = self.split_heads(self.dense_proj(hidden)).relu()
-                    term = product(features * part, of_positions(self.dense_weight, length, j))
-                case "factorized_random":
-                    rows = of_positions(self.row_factors, length, i)
-                    term = product(rows * part, of_positions(self.column_factors, length, j))
-                case "factorized_dense":
-                    stretch, period = self.short_scores(hidden)
-                    if j is None:
-                        term = outer(stretch * part, period)
-                    else:
-                        number, left = (
-                            x[:, None, None].expand(*stretch.shape[:3], -1)
-                            for x in (j // period.shape[-1], j % period.shape[-1])
-                        )
-                        term = matrix(stretch.gather(3, number) * period.gather(3, left) * part)
-                case _:
-                    scores = self.random_scores if kind == "random" else self.fixed_scores
-                    if i is None or j is None:
-                        scores = first_positions(scores, length, 1, 2)[None]
-                    else:
-                        scores = scores[:, i[..., None], j[:, None]].transpose(0, 1)
-                    term = matrix(scores, None if share is None else share.view(1, 1, 1, 1))
-            terms.append(term)
-        return terms
+        pairs = zip(self.kinds, shares, strict=True)
+        return [self.term(kind, share, hidden, q, k, places) for kind, share in pairs]
 
-    def short_scores(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """a (b, h, n, ⌈N/c⌉) and b (b, h, n, c) of `factorized_dense`.
+    def term(
+        self, kind: str, share: Tensor | None, hidden: Tensor, q: Tensor, k: Tensor, places: Places | None
+    ) -> Term:
+        """The scores of one kind, times its share of a mixture."""
+        part, length = 1.0 if share is None else share, hidden.shape[1]
+        i, j = (None, None) if places is None else places
+        match kind:
+            case "vanilla":  # q_i · k_j / √d
+                return product(q * (part * self.head_dim**-0.5), k)
+            case "dense":  # relu(W₁ x_i) · W₂[j]
+                return product(self.features(self.dense_proj, hidden) * part, table_rows(self.dense_weight, length, j))
+            case "factorized_random":  # R₁[i] · R₂[j]
+                rows, columns = table_rows(self.row_factors, length, i), table_rows(self.column_factors, length, j)
+                return product(rows * part, columns)
+            case "factorized_dense":  # a_i[j ÷ c] · b_i[j mod c]
+                a = self.features(self.stretch_proj, hidden) @ self.stretch_weight.transpose(1, 2)
+                b = self.features(self.period_proj, hidden) @ self.period_weight.transpose(1, 2)
+                return outer(a * part, b, j)
+            case _:  # R[i, j]
+                table = self.random_scores if kind == "random" else self.fixed_scores
+                return matrix(table_entries(table, length, places), None if share is None else share.view(1, 1, 1, 1))
 
-        The paper repeats both alike to the length; here one goes by stretches of c positions and one inside of them,
-        so that no two positions share a pair.
-        """
-        projections = (self.stretch_proj, self.stretch_weight), (self.period_proj, self.period_weight)
-        stretch, period = (self.split_heads(p(hidden)).relu() @ weight.transpose(1, 2) for p, weight in projections)
-        return stretch, period
-
-
-def of_positions(table: Tensor, length: int, positions: Tensor | None) -> Tensor:
-    """Rows of `table` (h, N, f): the first `length`, (1, h, n, f), or those at `positions` (b, m), (b, h, m, f)."""
-    if positions is None:
-        return first_positions(table, length, 1)[None]
-    return table[:, positions].transpose(0, 1)
-
-
-def as_one_product(terms: list[Term], v: Tensor) -> list[Tensor]:
-    """Terms that are products as queries, keys and values of one width, (b, h, n, ≥ d) each, behind it zeros."""
-    pairs = zip(*(term.tensors for term in terms), strict=True)
-    q, k = (torch.cat([x.expand(v.shape[0], -1, -1, -1) for x in some], -1) for some in pairs)
-    width = max(q.shape[-1], v.shape[-1])
-    return [F.pad(x.to(v.dtype), (0, width - x.shape[-1])) for x in (q * width**0.5, k, v)]  # engines divide by √width
+    def features(self, proj: nn.Module, hidden: Tensor) -> Tensor:
+        """relu(W₁ x + b₁) of each head, (b, h, n, d)."""
+        return self.split_heads(proj(hidden)).relu()
 
 
 class EtSynthesizerPreTrainedModel(EtPreTrainedModel):
