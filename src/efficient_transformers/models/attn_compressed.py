@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .attn_dense import softmax_attention
 from .attn_sinkhorn import in_blocks
 from .ops_tracing import first_positions, is_traced
 
@@ -39,3 +40,23 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, factor: int, dropout: floa
     out = F.scaled_dot_product_attention(turns, keys, values, is_causal=True, dropout_p=dropout)
     out = out.transpose(1, 2).reshape(batch, count * factor, heads, dim).transpose(1, 2)
     return first_positions(F.pad(out, (0, 0, skipped, 0)), length, 2)
+
+
+def compressed_weights(
+    q: Tensor, k: Tensor, v: Tensor, factor: int, causal: bool, real: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights of queries (b, h, n, d) over all tokens, from those over the segments `k` and `v` (b, h, s, d).
+
+    `real` (b, n) is True at tokens that are not padding; the weight of a segment is divided equally among them. Returns
+    the weights (b, h, n, n), and the (n, s) matrix that adds them up to the weights of the segments.
+    """
+    position, segment = torch.arange(q.shape[2], device=q.device), torch.arange(k.shape[2], device=q.device)
+    belongs = position[:, None] // factor == segment  # (n, s)
+    members = belongs & real[..., None]  # (b, n, s)
+    count = members.sum(1)  # real tokens of each segment, (b, s)
+    allowed = (count > 0)[:, None, None] & real[:, None, :, None]
+    if causal:
+        allowed = allowed & (segment < (position[:, None] + 1) // factor)
+    _, of_segments = softmax_attention(q, k, v, allowed)
+    share = members.to(of_segments.dtype) / count.clamp(min=1)[:, None]
+    return of_segments @ share.transpose(1, 2)[:, None], belongs.to(v.dtype)

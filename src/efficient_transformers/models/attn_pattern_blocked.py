@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops_engine import BatchRows, choose_engine
+from .ops_engine import BatchRows
+from .ops_global_tokens import global_positions, marks_of, put_rows, rows_at
 from .ops_patterns import AttentionPattern
 from .ops_tracing import count_blocks, is_exported
 
@@ -189,59 +190,6 @@ def rows_of_global(
     if pattern.causal:
         may = may & (torch.arange(q.shape[2], device=q.device) <= tokens[..., None])[:, None]
     return F.scaled_dot_product_attention(rows_at(q, tokens), k, v, attn_mask=may, dropout_p=dropout)
-
-
-def rows_at(x: Tensor, tokens: Tensor) -> Tensor:
-    """Rows of `x` (b, h, n, d) at `tokens` (b, g): (b, h, g, d)."""
-    return x.gather(2, tokens[:, None, :, None].expand(x.shape[0], x.shape[1], -1, x.shape[3]))
-
-
-def put_rows(x: Tensor, rows: Tensor, tokens: Tensor, present: Tensor) -> Tensor:
-    """`x` (b, h, n, d) with `rows` (b, h, g, d) at positions `tokens` (b, g) that are `present`."""
-    if choose_engine(x.device) == "tiled":
-        # writes just what is there; elsewhere `nonzero` would wait for the device, and no trace knows how much it finds
-        row, number = present.expand(len(x), -1).nonzero(as_tuple=True)
-        values = rows[row, :, number].to(x.dtype)
-        return x.transpose(1, 2).index_put((row, tokens.expand(len(x), -1)[row, number]), values).transpose(1, 2)
-    length = x.shape[2]
-    # tokens that are not there, where a row has fewer, are written behind the end and cut off
-    target = torch.where(present, tokens, length)[:, None, :, None].expand_as(rows)
-    return F.pad(x, (0, 0, 0, 1)).scatter(2, target, rows.to(x.dtype))[:, :, :length]
-
-
-def marks_of(tokens: Tensor, present: Tensor, real: Tensor) -> Tensor:
-    """(b, n) True at the positions `tokens` (b, g) that are `present`."""
-    return torch.zeros_like(real).expand(tokens.shape[0], -1).scatter(1, tokens, present.expand_as(tokens))
-
-
-def global_positions(
-    pattern: AttentionPattern, real: Tensor, global_mask: Tensor | None
-) -> tuple[Tensor | None, Tensor]:
-    """Global tokens of each row, (b, g), and which of them are there; None if the pattern has none."""
-    batch, length = real.shape if global_mask is None else global_mask.shape
-    own = torch.tensor(pattern.global_tokens, dtype=torch.long, device=real.device)
-    if global_mask is not None:
-        position = torch.arange(length, device=real.device)
-        marked = real & (global_mask | pattern.is_global(position, real.sum(1, keepdim=True)))
-        # torch.jit.trace would record the number in its example as a constant: room for all instead
-        most = length if torch.jit.is_tracing() else marked.sum(1).max().item()
-        if torch.compiler.is_compiling():  # a number that only the data tells
-            torch._check(most >= 0)
-            torch._check(most <= length)
-        elif not most:
-            return None, marked
-        there, tokens = marked.int().topk(most, dim=1, sorted=True)  # type: ignore[reportArgumentType]
-        return tokens, there.bool()
-    tokens = own.expand(batch, -1)
-    if pattern.global_ends:
-        size, offset = pattern.block_size, torch.arange(pattern.block_size, device=real.device)
-        last = (real.sum(1, keepdim=True) - 1).clamp(min=0) // size * size
-        own = own[own >= size]
-        inner = torch.where(own < last, own, length)
-        tokens = torch.cat([inner, offset.expand(batch, -1), torch.where(last > 0, last + offset, length)], 1)
-    present = tokens < length
-    tokens = tokens.clamp(max=length - 1)
-    return (tokens if tokens.shape[1] else None), present & real.expand(batch, -1).gather(1, tokens)
 
 
 def masked_attention(

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin
 
+from .attn_dense import softmax_attention
 from .base_cache import SelectableRows, is_closed
 
 
@@ -98,3 +99,13 @@ class CompressedCacheLayer(SelectableRows, CacheLayerMixin):
             rows = rows.to(self.tokens.device)
             self.tokens = self.tokens[rows]
             self.stored, self.pending = (x if x is None else x[:, rows] for x in (self.stored, self.pending))
+
+
+def attend_to_cache(q: Tensor, positions: Tensor, memory: CompressedCacheLayer, dropout: float) -> Tensor:
+    """Output (b, h, n, d) of queries at `positions` (b, n) over the whole segments in `memory` that they follow."""
+    if memory.stored is None:  # no segment is complete
+        return torch.zeros_like(q)
+    keys, values = memory.stored[:, :, :, : memory.count]
+    number = torch.arange(memory.count, device=q.device)
+    allowed = number < (positions[:, None, :, None] + 1) // memory.factor
+    return softmax_attention(q, keys, values, allowed, dropout)[0]

@@ -1,10 +1,16 @@
 """The cache of Sparse Sinkhorn Attention: keys and values in blocks, and summaries of the blocks to sort them by."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from .attn_dense import softmax_attention
+from .attn_sinkhorn import in_blocks, sinkhorn_attention, sort_blocks
 from .base_cache import SelectableRows, is_closed
+
+Sort = Callable[[Tensor, Tensor], Tensor]  # sums and first tokens of the blocks, (b, c, e) each -> order (b, h, c, c)
 
 
 class SinkhornCacheLayer(SelectableRows, CacheLayerMixin):
@@ -98,3 +104,40 @@ class SinkhornCacheLayer(SelectableRows, CacheLayerMixin):
             self.tokens = self.tokens[rows]
             self.stored = {name: x.index_select(0, rows) for name, x in self.stored.items()}
             self.sorted = self.sorted and tuple(x.index_select(0, rows) for x in self.sorted)  # type: ignore[assignment]
+
+
+def attend_to_cache(q: Tensor, positions: Tensor, memory: SinkhornCacheLayer, sort: Sort, dropout: float) -> Tensor:
+    """Output of queries (b, h, n, d) at `positions` (b, n) that follow cached tokens; `memory` holds theirs as well."""
+    memory.write()
+    if q.shape[2] == 1:
+        return attend_newest(q, positions, memory, sort, dropout)
+    size, (real_row, column) = memory.size, (positions >= 0).nonzero(as_tuple=True)
+    position = positions[real_row, column]
+    first = int(position.min()) // size if len(position) else 0  # the first block with a query
+    # queries in blocks by position, as the keys are
+    laid_out = q.new_zeros(len(q), (memory.count - first) * size, *q.shape[1::2])
+    laid_out[real_row, position - first * size] = q[real_row, :, column]
+    order = sort(memory.blocks("sums"), memory.blocks("firsts"))[:, :, first:]
+    keys, values = (memory.blocks(name).contiguous() for name in ("keys", "values"))
+    blocks = in_blocks(laid_out.transpose(1, 2), size)
+    out = sinkhorn_attention(blocks, keys, values, order, None, True, False, dropout, first).flatten(2, 3)
+    row = torch.arange(len(q), device=q.device)[:, None]
+    return out[row, :, (positions - first * size).clamp(min=0)].transpose(1, 2)
+
+
+def attend_newest(q: Tensor, positions: Tensor, memory: SinkhornCacheLayer, sort: Sort, dropout: float) -> Tensor:
+    """`attend_to_cache` for one new token per row; the sorted block is kept until the next block begins."""
+    assert memory.tokens is not None
+    row, size = torch.arange(len(q), device=q.device), memory.size
+    keys, values = memory.blocks("keys"), memory.blocks("values")
+    block = (memory.tokens - 1).clamp(min=0) // size  # of the newest token
+    if memory.sorted is None:
+        order = sort(memory.blocks("sums"), memory.blocks("firsts"))
+        order = order[row, :, block][:, :, None].to(q.dtype)  # (b, h, 1, c)
+        memory.sorted = tuple(sort_blocks(x, order)[:, :, 0] for x in (keys, values))  # type: ignore[assignment]
+    assert memory.sorted is not None
+    own = (x[row, :, block] for x in (keys, values))  # (b, h, s, d) each
+    k, v = (torch.cat(pair, 2) for pair in zip(own, memory.sorted, strict=True))
+    before = torch.arange(size, device=q.device) <= positions.clamp(min=0) % size  # (b, s)
+    allowed = torch.cat([before, (block > 0)[:, None].expand_as(before)], 1)
+    return softmax_attention(q, k, v, allowed[:, None, None], dropout)[0]

@@ -117,7 +117,7 @@ class Mixer(OwnValues):
 
     def new_cache_layer(self) -> CacheLayerMixin:
         """An empty cache for this layer."""
-        raise NotImplementedError
+        return self.cache_class()
 
     def count_pass(self) -> None:
         """Called before every forward pass in training, outside of the part that gradient checkpointing repeats."""

@@ -18,12 +18,11 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
-from .attn_compressed import causal_attention, compress
-from .attn_dense import softmax_attention
+from .attn_compressed import causal_attention, compress, compressed_weights
 from .attn_sinkhorn import real_tokens
 from .base_attention import PatternAttention
 from .base_backbone import Backbone
-from .base_cache_compressed import CompressedCacheLayer
+from .base_cache_compressed import CompressedCacheLayer, attend_to_cache
 from .base_configuration import EtConfig, PatternConfig
 from .base_heads import (
     ForCausalLM,
@@ -108,10 +107,11 @@ class EtCompressedAttention(PatternAttention):
     def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
         """Per-head output, (b, h, n, d), and the weights if requested and no past is cached.
 
-        The weight of a segment stands in equal parts at its real tokens.
+        The weight of a segment is divided equally among its real tokens.
         """
-        if self.is_local:
-            return super().attend(hidden, sequence)
+        return super().attend(hidden, sequence) if self.is_local else self.attend_to_segments(hidden, sequence)
+
+    def attend_to_segments(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
         factor, causal = self.config.compression_factor, self.config.is_decoder
         dropout = self.dropout if self.training else 0.0
         q = self.split_heads(self.q_proj(hidden), sequence.rotary)
@@ -123,48 +123,23 @@ class EtCompressedAttention(PatternAttention):
             memory.update(k, v, sequence.positions)
             if seen:
                 memory.write(self.compress_pair)
-                return self.attend_behind(q, sequence.positions, memory, dropout), None
+                return attend_to_cache(q, sequence.positions, memory, dropout), None
         real = real_tokens(hidden, factor, sequence.keep)
         k, v = (compress(x, weight, factor, real) for x, weight in zip((k, v), self.convolution, strict=True))
         if self.engine(hidden, sequence) == "dense":
-            return self.attend_eagerly(q, k, v, sequence, real, dropout)
+            weights, spread = compressed_weights(q, k, v, factor, causal, sequence.positions >= 0)
+            return F.dropout(weights @ spread, dropout) @ v, weights
         if causal:
             return causal_attention(q, k, v, factor, dropout), None
         mask = None
         if real is not None and (sequence.keep is not None or is_traced()):
-            # finite: a row may be nothing but padding
+            # finite, because a row may hold nothing but padding
             mask = q.new_zeros(real.shape[:2]).masked_fill(~real.any(-1), torch.finfo(q.dtype).min / 2)[:, None, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout), None
 
     def compress_pair(self, pair: Tensor) -> Tensor:
         weights, factor = self.convolution, self.config.compression_factor
         return torch.stack([compress(x, weight, factor) for x, weight in zip(pair, weights, strict=True)])
-
-    def attend_behind(self, q: Tensor, positions: Tensor, memory: CompressedCacheLayer, dropout: float) -> Tensor:
-        """What queries (b, h, n, d) at `positions` (b, n) read of the segments in `memory`."""
-        if memory.stored is None:  # not one is full
-            return torch.zeros_like(q)
-        keys, values = memory.stored[:, :, :, : memory.count]
-        number = torch.arange(memory.count, device=q.device)
-        allowed = number < (positions[:, None, :, None] + 1) // memory.factor
-        return softmax_attention(q, keys, values, allowed, dropout)[0]
-
-    def attend_eagerly(
-        self, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceInfo, real: Tensor | None, dropout: float
-    ) -> tuple[Tensor, Tensor]:
-        length = q.shape[2]
-        factor, position = self.config.compression_factor, torch.arange(length, device=q.device)
-        keep = sequence.positions >= 0
-        stands_in = position[:, None] // factor == torch.arange(k.shape[2], device=q.device)  # (n, s)
-        there = stands_in & keep[..., None]  # (b, n, s)
-        count = there.sum(1)  # real tokens of each segment, (b, s)
-        allowed = (count > 0)[:, None, None] & keep[:, None, :, None]
-        if self.config.is_decoder:
-            allowed = allowed & (torch.arange(k.shape[2], device=q.device) < (position[:, None] + 1) // factor)
-        _, reads = softmax_attention(q, k, v, allowed)
-        share = there.to(reads.dtype) / count.clamp(min=1)[:, None]
-        weights = reads @ share.transpose(1, 2)[:, None]
-        return F.dropout(weights @ stands_in.to(v.dtype), dropout) @ v, weights
 
 
 class EtCompressedPreTrainedModel(EtPreTrainedModel):

@@ -12,15 +12,12 @@ from copy import deepcopy
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from transformers.generation import GenerationMixin
 
-from .attn_dense import folded_attention, softmax_attention
-from .attn_pattern_blocked import global_positions, put_rows
-from .base_attention import PatternAttention
 from .base_backbone import Backbone
 from .base_configuration import EtConfig, PatternConfig
+from .base_global_rows import GlobalRowsAttention
 from .base_heads import (
     ForCausalLM,
     ForImageClassification,
@@ -30,7 +27,6 @@ from .base_heads import (
     ForSequenceClassification,
     ForTokenClassification,
 )
-from .base_mixer import SequenceInfo, no_rows
 from .base_pretrained import EtPreTrainedModel
 from .ops_checks import check_at_least, check_divisible, check_entries
 from .ops_patterns import AttentionPattern
@@ -115,58 +111,16 @@ class EtLongformerConfig(PatternConfig, EtConfig):
         ]
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Is the output of `layer` nothing but its weight times the input plus its bias, both at hand?
-
-    Adapters and quantisers replace the layer or its weight; offloading replaces its `forward`, which loads the weight.
-    """
-    wrapped = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) is nn.Linear and not wrapped and type(layer.weight) in (Tensor, nn.Parameter)
-
-
-class LongformerAttention(PatternAttention):
-    """Window and global tokens; the rows of the latter with projections of their own."""
+class LongformerAttention(GlobalRowsAttention):
+    """Window and global tokens; the rows of the latter have projections of their own."""
 
     def __init__(self, config: EtLongformerConfig, layer: int):
         super().__init__(config, layer)
-        self.global_rows = not config.has_global_projections
         if config.has_global_projections:
-            self.global_q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-            self.global_k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-            self.global_v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+            self.add_global_projections()
 
     def takes_marks(self, pattern: AttentionPattern) -> bool:
-        return self.config.head_layout == "union" or pattern.is_own  # only global heads do not look around
-
-    def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
-        mixed, weights = super().attend(hidden, sequence)
-        if self.global_rows:
-            return mixed, weights
-        real = sequence.positions >= 0
-        tokens, present = global_positions(self.groups[0][0], real, sequence.global_mask)
-        if tokens is None:
-            return mixed + no_rows(hidden, self.global_q_proj, self.global_k_proj, self.global_v_proj), weights
-        index, rotary = tokens[..., None], sequence.rotary
-        if rotary is not None:
-            cos, sin = (angle.gather(1, index[..., None].expand(-1, -1, *angle.shape[2:])) for angle in rotary)
-            rotary = cos, sin
-        q = self.split_heads(self.global_q_proj(hidden.gather(1, index.expand(-1, -1, hidden.shape[2]))), rotary)
-        dropout = self.dropout if self.training else 0.0
-        k_proj, v_proj = self.global_k_proj, self.global_v_proj
-        foldable = weights is None and is_plain(k_proj) and is_plain(v_proj)
-        if foldable and self.config.folds_global_rows(tokens.shape[1]):
-            projections = k_proj.weight, k_proj.bias, v_proj.weight, v_proj.bias
-            rows = folded_attention(q, hidden, *projections, sequence.keep, dropout)
-            return put_rows(mixed, rows, tokens, present), None
-        k, v = self.split_heads(k_proj(hidden), sequence.rotary), self.split_heads(v_proj(hidden))
-        rows, row_weights = softmax_attention(q, k, v, real[:, None, None], dropout)
-        if weights is not None and sequence.output_attentions:
-            # once more from all weights together: what is given out must be what was used, for its gradients
-            weights = put_rows(weights, row_weights, tokens, present)
-            used = F.dropout(weights, dropout)
-            mixed = used @ self.split_heads(self.v_proj(hidden))
-            rows = used.gather(2, index[:, None].expand(-1, self.num_heads, -1, used.shape[3])) @ v
-        return put_rows(mixed, rows, tokens, present), weights
+        return self.config.head_layout == "union" or pattern.is_own  # of separate heads, only the global ones
 
 
 class EtLongformerPreTrainedModel(EtPreTrainedModel):

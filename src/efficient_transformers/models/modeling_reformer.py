@@ -1,16 +1,16 @@
-r"""Reformer: a token reads the tokens whose vectors point where its own does (Kitaev et al. 2020, arXiv:2001.04451).
+r"""Reformer: each token attends to the tokens in its hash bucket (Kitaev et al. 2020, arXiv:2001.04451).
 
 .. math:: o_i = \sum_{j \in P_i} \exp(q_i^\top k_j - z(i, P_i))\, v_j, \qquad P_i = \{j : h(q_i) = h(k_j)\}, \qquad
           k_j = q_j / \|q_j\|, \qquad h(x) = \mathrm{argmax}\,[xR;\, -xR]
 
-Sorted by bucket, tokens read their own chunk and the one before it, within their bucket, and themselves only where
-there is nothing else (section 2). Several rounds of hashing are added up by their normalisers (appendix A). The
-layers are reversible, so that training keeps no activations of them (section 3). O(r·n·c·d) for r rounds of chunks of
-c tokens, and O(r·n log n) for the sorting.
+Tokens are sorted by bucket and cut into chunks; a token attends to its bucket, within its own chunk and the previous
+one, and to itself only if it has no other key (section 2). Rounds of hashing are combined by their normalizers
+(appendix A). The layers are reversible, so that training stores none of their activations (section 3).
+O(r·n·c·d) for r rounds with chunks of c tokens, plus O(r·n log n) for sorting.
 
-*Paper*: a pair that meets in several rounds is divided by their number there; here it counts each time, as it does in
-transformers. *Paper*, causal: a token reads what its chunk and the one before it hold of the past there, and where
-chunks begin depends on tokens to come. Here it reads the last c tokens of its bucket, which lie in the same two chunks.
+*Paper*: the weight of a pair that meets in several rounds is divided by their number; here it counts in each round, as
+in transformers. *Paper*, causal: a token attends to the earlier tokens of its chunk and the previous one, where chunk
+boundaries depend on later tokens. Here it attends to the last c tokens of its bucket, which lie in the same two chunks.
 """
 
 from math import isqrt
@@ -40,23 +40,22 @@ from .base_mixer import SequenceInfo
 from .base_pretrained import EtPreTrainedModel
 from .ops_buckets import BucketLayout, chained_chunks, recent_counts, sorted_chunks
 from .ops_checks import check_at_least
-from .ops_lsh import assign_buckets, bucket_factors, narrowed, random_rotations
-from .ops_tracing import is_traced
+from .ops_lsh import assign_buckets, assign_buckets_by_length, random_rotations, widest_factors
 
 
 @strict
 class EtReformerConfig(EtConfig):
     """
     Args:
-        num_hashes: rounds of hashing, r.
-        num_buckets: buckets of a round, an even number; a list is a product of even numbers, with a hash for each; 1
-            is exact attention, where every token reads every other one. None takes two for each chunk, of the real
-            tokens of a row, or of max_position_embeddings as a decoder, where the past may not depend on the length.
-        lsh_chunk_length: tokens in a chunk, c.
-        hash_seed: of the rotations.
-        attend_across_buckets: an encoder reads its two chunks whatever the bucket, and the first chunk of a round the
-            last one of the round before: what transformers' `reformer` computes.
-        reversible: two residual streams, whose activations are computed again in the backward pass.
+        num_hashes: r, rounds of hashing.
+        num_buckets: buckets of a round, an even number; a list of even numbers is their product, with one hash for
+            each; 1 is exact attention, without buckets. None takes two buckets for each chunk: of the real tokens of a
+            row, or in a decoder, where no choice may depend on later tokens, of max_position_embeddings.
+        lsh_chunk_length: c, tokens of a chunk.
+        hash_seed: seed of the rotations R.
+        attend_across_buckets: an encoder attends to both chunks whatever the bucket, and the first chunk of a round to
+            the last one of the previous round, as transformers' `reformer` does.
+        reversible: two residual streams, whose activations are recomputed in the backward pass.
     """
 
     model_type = "et_reformer"
@@ -74,43 +73,41 @@ class EtReformerConfig(EtConfig):
 
     @property
     def chunk_length(self) -> int:
-        """c; one bucket is one chunk."""
+        """c; with one bucket, the whole sequence."""
         return self.max_position_embeddings if self.is_exact else self.lsh_chunk_length
 
     @property
     def bucket_limit(self) -> int:
-        """Most buckets of one hash; more are the product of two."""
+        """Most buckets of one hash; a larger number is the product of two."""
         return 2 * max(isqrt(self.max_position_embeddings // self.lsh_chunk_length), self.lsh_chunk_length)
 
     @property
     def widest_factors(self) -> tuple[int, ...]:
-        """The most buckets that each hash of a round has at any length."""
+        """Largest number of buckets, over all lengths, of each hash of a round."""
         if self.num_buckets is not None:
             return tuple(self.num_buckets) if isinstance(self.num_buckets, list) else (self.num_buckets,)
-        longest = torch.tensor([self.max_position_embeddings], device="cpu")
-        first, second = bucket_factors(longest, self.lsh_chunk_length, self.bucket_limit)[0].tolist()
-        # a shorter row may stay below the limit, with one hash alone
-        return first, second if first == 1 or self.is_decoder else max(second, self.bucket_limit)
+        longest = self.max_position_embeddings
+        return widest_factors(longest, self.lsh_chunk_length, self.bucket_limit, any_length=not self.is_decoder)
 
     def validate_hashes(self):
-        check_at_least("num_hashes", self.num_hashes, 1, "each round is one chance to meet")
-        check_at_least("lsh_chunk_length", self.lsh_chunk_length, 1, "a chunk holds tokens")
+        check_at_least("num_hashes", self.num_hashes, 1, "each round hashes once")
+        check_at_least("lsh_chunk_length", self.lsh_chunk_length, 1, "it counts the tokens of a chunk")
         if self.num_buckets is not None and not self.is_exact:
             for factor in self.widest_factors:
                 if factor < 2 or factor % 2:
                     raise ValueError(
-                        f"num_buckets ({self.num_buckets}) must be even, each factor of it: a hash and its negative "
-                        "have a bucket each. 1 is exact attention, None takes what suits the length."
+                        f"num_buckets ({self.num_buckets}) must have even factors: a hash and its negative have a "
+                        "bucket each. Set 1 for exact attention, or None for a number that suits the length."
                     )
         if self.attend_across_buckets and self.is_decoder:
             raise ValueError(
-                "attend_across_buckets=True cannot be causal: who stands in a chunk depends on later tokens. "
+                "attend_across_buckets=True cannot be causal: the tokens of a chunk depend on later ones. "
                 "Set is_decoder=False or attend_across_buckets=False."
             )
 
 
 class EtReformerAttention(MultiHeadAttention):
-    """Keys are the queries, at length 1. rotations: R, (h, d, r, columns)."""
+    """LSH attention. The keys are the normalized queries; rotations: R, (h, d, r, columns)."""
 
     cache_class = BucketCacheLayer
     rotations: Tensor
@@ -120,7 +117,7 @@ class EtReformerAttention(MultiHeadAttention):
         self.k_proj = None
         self.dropout = config.attention_probs_dropout_prob
         self.widest = config.widest_factors
-        self.num_hashes = 1 if config.is_exact else config.num_hashes  # rounds of one bucket are all the same
+        self.num_hashes = 1 if config.is_exact else config.num_hashes  # with one bucket all rounds are equal
         self.register_drawn("rotations", self.draw())
 
     def draw(self) -> Tensor:
@@ -134,22 +131,19 @@ class EtReformerAttention(MultiHeadAttention):
         self.widest = self.config.widest_factors
         self.rotations = self.draw().to(self.rotations)
 
-    def new_cache_layer(self) -> BucketCacheLayer:
-        return BucketCacheLayer()
-
     def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
-        """Per-head output, (b, h, n, d), and the weights if they are computed."""
+        """Per-head output, (b, h, n, d), and the weights if they are written out."""
         q, v = self.split_heads(self.q_proj(hidden), sequence.rotary), self.split_heads(self.v_proj(hidden))
-        k = q * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt()  # of length √d: scores are divided by it again
+        k = q * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt()  # of norm √d, by which scores are divided
         dropout, keep = self.dropout if self.training else 0.0, sequence.keep
         buckets = sequence.cached_choice(self.layer, lambda: self.buckets(q, keep))
         if sequence.cache is not None:
             seen = sequence.cache.get_seq_length(self.layer)
             memory: BucketCacheLayer = sequence.cache.layers[self.layer]  # type: ignore[assignment]
             keys, values, positions, key_buckets = memory.update(k, v, sequence.positions, buckets)
-            if seen:  # a few new tokens against the past
-                places = sequence.positions, positions
-                counts = recent_counts(buckets, key_buckets, *places, self.config.chunk_length)
+            if seen:  # a few new tokens over the cached ones
+                reach = self.config.chunk_length
+                counts = recent_counts(buckets, key_buckets, sequence.positions, positions, reach)
                 return softmax_attention(q, keys, values, counts, dropout)
         layout = self.layout(buckets, keep)
         if self.engine(hidden, sequence) == "dense":
@@ -157,17 +151,13 @@ class EtReformerAttention(MultiHeadAttention):
         return bucketed_attention(q, k, v, layout, dropout), None
 
     def buckets(self, q: Tensor, keep: Tensor | None) -> Tensor:
-        """(b, h, r, n) int64."""
-        config, rotations, widest, factors = self.config, self.rotations, self.widest, None
-        if config.num_buckets is None and not config.is_decoder:
-            batch, _, length, _ = q.shape
-            lengths = keep.sum(1) if keep is not None else torch.full((batch,), length, device=q.device)
-            factors = bucket_factors(lengths, config.lsh_chunk_length, config.bucket_limit)
-            if not is_traced():  # the rows of a batch rarely need all columns
-                needed = factors.amax(0)
-                factors = None if bool((factors == needed).all()) else factors
-                rotations, widest = narrowed(rotations, widest, needed.tolist()), needed.tolist()
-        return assign_buckets(q, rotations, widest, factors)
+        """The bucket of each token in each round, (b, h, r, n) int64."""
+        config = self.config
+        if config.num_buckets is not None or config.is_decoder:
+            return assign_buckets(q, self.rotations, self.widest)
+        lengths = keep.sum(1) if keep is not None else torch.full((len(q),), q.shape[2], device=q.device)
+        limits = config.lsh_chunk_length, config.bucket_limit
+        return assign_buckets_by_length(q, self.rotations, self.widest, lengths, *limits)
 
     def layout(self, buckets: Tensor, keep: Tensor | None) -> BucketLayout:
         if self.config.attend_across_buckets:

@@ -169,9 +169,6 @@ class EtRoutingAttention(MultiHeadAttention):
             init.zeros_(self.sums)
             init.zeros_(self.savings)
 
-    def new_cache_layer(self) -> BucketCacheLayer:
-        return BucketCacheLayer()
-
     def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
         """Per-head output, (b, h, n, d), and the weights if they are computed."""
         near, far, routes = self.queries_and_keys(hidden, sequence)

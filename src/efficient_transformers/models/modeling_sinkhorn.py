@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.generation import GenerationMixin
 
-from .attn_dense import softmax_attention
-from .attn_sinkhorn import in_blocks, real_tokens, sinkhorn_attention, sinkhorn_matrix, sort_blocks
+from .attn_sinkhorn import in_blocks, real_tokens, sinkhorn_attention, sinkhorn_matrix
 from .base_attention import MultiHeadAttention
 from .base_backbone import Backbone
 from .base_block_sorting import BlockSorting, SortingNetwork
-from .base_cache_sinkhorn import SinkhornCacheLayer
+from .base_cache_sinkhorn import SinkhornCacheLayer, attend_to_cache
 from .base_configuration import EtConfig
 from .base_heads import (
     ForCausalLM,
@@ -108,7 +107,7 @@ class EtSinkhornAttention(BlockSorting, MultiHeadAttention):
             seen = memory.get_seq_length()
             memory.update(hidden, k, v, sequence.positions)
             if seen:
-                return self.attend_behind(q, sequence.positions, memory), None
+                return attend_to_cache(q, sequence.positions, memory, self.sort_causally, self.dropout), None
         length, size = q.shape[2], config.block_size
         real = real_tokens(hidden, size, sequence.keep)
         order = self.sort_causally(*self.pool(hidden)) if causal else self.sort(hidden, real)
@@ -131,36 +130,6 @@ class EtSinkhornAttention(BlockSorting, MultiHeadAttention):
     @property
     def dropout(self) -> float:
         return self.config.attention_probs_dropout_prob if self.training else 0.0
-
-    def attend_behind(self, q: Tensor, positions: Tensor, memory: SinkhornCacheLayer) -> Tensor:
-        """What queries (b, h, n, d) at `positions` (b, n) read when there was something before them."""
-        memory.write()
-        assert memory.tokens is not None
-        batch, _, length, _ = q.shape
-        row, size = torch.arange(batch, device=q.device), memory.size
-        keys, values = memory.blocks("keys"), memory.blocks("values")
-        if length > 1:  # laid out by position, as the keys are
-            real_row, column = (positions >= 0).nonzero(as_tuple=True)
-            place = positions[real_row, column]
-            first = int(place.min()) // size if len(place) else 0
-            laid_out = q.new_zeros(batch, (memory.count - first) * size, *q.shape[1::2])
-            laid_out[real_row, place - first * size] = q[real_row, :, column]
-            order = self.sort_causally(memory.blocks("sums"), memory.blocks("firsts"))[:, :, first:]
-            blocks = in_blocks(laid_out.transpose(1, 2), size)
-            how = None, True, False, self.dropout, first
-            out = sinkhorn_attention(blocks, keys.contiguous(), values.contiguous(), order, *how)
-            return out.flatten(2, 3)[row[:, None], :, (positions - first * size).clamp(min=0)].transpose(1, 2)
-        block = (memory.tokens - 1).clamp(min=0) // size  # of the newest token
-        if memory.sorted is None:
-            order = self.sort_causally(memory.blocks("sums"), memory.blocks("firsts"))
-            order = order[row, :, block][:, :, None].to(q.dtype)  # (b, h, 1, c)
-            memory.sorted = tuple(sort_blocks(x, order)[:, :, 0] for x in (keys, values))  # type: ignore[assignment]
-        assert memory.sorted is not None
-        own = (x[row, :, block] for x in (keys, values))  # (b, h, s, d) each
-        k, v = (torch.cat(pair, 2) for pair in zip(own, memory.sorted, strict=True))
-        before = torch.arange(size, device=q.device) <= positions.clamp(min=0) % size  # (b, s)
-        allowed = torch.cat([before, (block > 0)[:, None].expand_as(before)], 1)
-        return softmax_attention(q, k, v, allowed[:, None, None], self.dropout)[0]
 
 
 class EtSinkhornPreTrainedModel(EtPreTrainedModel):

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .ops_tracing import is_traced
+
 
 def random_rotations(
     num_heads: int, dim: int, num_hashes: int, factors: Sequence[int], generator: torch.Generator
@@ -48,6 +50,18 @@ def assign_buckets(x: Tensor, rotations: Tensor, widest: Sequence[int], factors:
     return buckets
 
 
+def assign_buckets_by_length(
+    x: Tensor, rotations: Tensor, widest: Sequence[int], lengths: Tensor, chunk_length: int, limit: int
+) -> Tensor:
+    """`assign_buckets` with the `bucket_factors` of each row's number of real tokens, `lengths` (b,)."""
+    factors: Tensor | None = bucket_factors(lengths, chunk_length, limit)
+    if not is_traced():  # the rows of a batch rarely need all columns
+        needed = factors.amax(0)
+        factors = None if bool((factors == needed).all()) else factors
+        rotations, widest = narrowed(rotations, widest, needed.tolist()), needed.tolist()
+    return assign_buckets(x, rotations, widest, factors)
+
+
 def bucket_factors(length: Tensor, chunk_length: int, limit: int) -> Tensor:
     """Buckets for `length` (b,) tokens, as two factors (b, 2) int64: 1 and their number, or past `limit` two of a size.
 
@@ -57,6 +71,13 @@ def bucket_factors(length: Tensor, chunk_length: int, limit: int) -> Tensor:
     power = (2 * (length // chunk_length)[:, None] >= 2**power).sum(1)
     first = torch.where(2**power > limit, power // 2, 0)
     return 2 ** torch.stack([first, power - first], 1)
+
+
+def widest_factors(longest: int, chunk_length: int, limit: int, any_length: bool) -> tuple[int, int]:
+    """The largest of `bucket_factors` for `longest` tokens, or for any number up to that."""
+    first, second = bucket_factors(torch.tensor([longest], device="cpu"), chunk_length, limit)[0].tolist()
+    # a shorter input may stay below the limit, with one hash alone
+    return first, second if first == 1 or not any_length else max(second, limit)
 
 
 def narrowed(rotations: Tensor, widest: Sequence[int], needed: Sequence[int]) -> Tensor:
