@@ -255,7 +255,7 @@ def test_a_missing_yaml_says_what_is_there(tmp_path):
 
 def test_a_yaml_must_name_a_task(tmp_path):
     (tmp_path / "own.yaml").write_text("data: era\n" + MODEL)
-    with pytest.raises(SystemExit, match=r"^error: The settings name no task: give `task: NAME` in the YAML, one of "):
+    with pytest.raises(SystemExit, match=r"^error: The settings name no task: set `task: NAME` in the YAML, one of "):
         train.main(["--config", str(tmp_path / "own.yaml")])
     (tmp_path / "own.yaml").write_text("task: clasify\ndata: era\n" + MODEL)
     with pytest.raises(SystemExit, match=r"^error: There is no task 'clasify'; did you mean 'classify'\?$"):

@@ -139,7 +139,7 @@ def test_a_hub_data_set_is_streamed(monkeypatch, corpus):
 
 def test_a_stream_of_nothing_is_refused(corpus, tmp_path):
     (corpus / "train.jsonl").write_text("")
-    with pytest.raises(InputError, match="The training data holds no example"):
+    with pytest.raises(InputError, match="The training data contains no examples"):
         pretrain_mlm.run(MlmSettings.from_yaml(write_config(tmp_path, TINY, corpus)))
 
 

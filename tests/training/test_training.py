@@ -350,7 +350,7 @@ def test_sigterm_saves_and_says_how_to_go_on(monkeypatch, capsys, finished, conf
     monkeypatch.setattr(loop, "record_step", original)
     AcceleratorState._reset_state(reset_partial_state=True)
     train.main(["--config", str(config), "--resume"])
-    assert f"Continuing after step {step} of 24" in capsys.readouterr().out
+    assert f"Resuming after step {step} of 24" in capsys.readouterr().out
     assert_same_run(tmp_path / "out", finished[0])
 
 
@@ -390,7 +390,7 @@ def test_a_run_is_not_continued_by_other_processes(tmp_path):
     (tmp_path / "step-000000001/progress.json").write_text(json.dumps(vars(Progress(step=1))))
     seals = {name: seal(path) for name, path in files_of(tmp_path / "step-000000001")}
     (tmp_path / "step-000000001/files.json").write_text(json.dumps(seals))
-    with pytest.raises(InputError, match="was saved by 1 processes and cannot be continued by 2"):
+    with pytest.raises(InputError, match="was saved by 1 processes and cannot be resumed by 2"):
         Checkpoints(tmp_path, 2, Two()).load()
 
 

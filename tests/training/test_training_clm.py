@@ -445,7 +445,7 @@ def test_sigterm_saves_and_the_run_ends_as_one_never_stopped(monkeypatch, capsys
     stop_and_continue(monkeypatch, config, 10)  # in the second epoch
     printed = capsys.readouterr().out
     assert f"train.py --config {config} --resume" in printed
-    assert f"Continuing after step 10 of {TOTAL}" in printed
+    assert f"Resuming after step 10 of {TOTAL}" in printed
     assert_same_run(tmp_path / "out", finished[0], LAST)
 
 

@@ -119,8 +119,8 @@ def test_the_checkpoint_before_a_spoilt_one_is_taken(capsys, finished, left, con
     run(config, "--resume=true")
     printed = capsys.readouterr().out
     assert "step-000000009 cannot be read (model.safetensors has " in printed
-    assert "trying the one before it" in printed
-    assert "Continuing after step 6 of 24" in printed
+    assert "trying the previous one" in printed
+    assert "Resuming after step 6 of 24" in printed
     assert_same_run(tmp_path / "out", finished)
 
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_of(monkeypatch, finished, c
         train.main(["--config", str(config)])
     said = str(error.value)
     assert said.startswith(f"error: The checkpoint of step 9 could not be written to {tmp_path / 'out/checkpoints'}: ")
-    assert " MB are free there. What was saved before is kept: make room, and continue with --resume." in said
+    assert " MB are free there. Earlier files are kept: free some space, and continue with --resume." in said
     assert "\n" not in said
     there = sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir())
     assert there == ["best.safetensors", "step-000000003", "step-000000006"]
@@ -254,7 +254,7 @@ def poisoned(monkeypatch, tmp_path, corpus):
 
 
 def examples_in(message):
-    (listed,) = re.findall(r"training examples ([\d, ]+) \(the first is 0\)", message)
+    (listed,) = re.findall(r"training examples ([\d, ]+) \(counted from 0\)", message)
     return [int(index) for index in listed.split(", ")]
 
 
@@ -282,7 +282,7 @@ def train_lengths(config):
 def test_a_gradient_that_is_not_finite_is_told_before_it_is_saved(poisoned, tmp_path):
     # the slope of the root is infinite at 0, and the loss as it was
     config, index = poisoned(lambda loss, model: loss + (model.classifier.weight * 0).sum().sqrt())
-    with pytest.raises(InputError, match=r"The gradient of step \d is not finite, though its loss is \d") as error:
+    with pytest.raises(InputError, match=r"The gradient of step \d is not finite, although its loss is \d") as error:
         run(config, "--checkpoint_steps=1")
     assert index in examples_in(str(error.value))
     for checkpoint in (tmp_path / "out/checkpoints").glob("step-*"):

@@ -398,13 +398,13 @@ def test_images_are_read_and_a_tenth_validates(garments):
 
 
 def test_a_missing_package_is_named(tmp_path, garments):
-    with pytest.raises(InputError, match=r"install Debian's package dataset-fashion-mnist .*or set image_folder"):
+    with pytest.raises(InputError, match=r"install the Debian package dataset-fashion-mnist .*or set image_folder"):
         load_fashion_mnist(str(tmp_path / "nowhere"))
     (garments / "t10k-labels-idx1-ubyte.gz").write_bytes(b"no gzip")
     with pytest.raises(InputError, match=r"t10k-labels-idx1-ubyte.gz cannot be read"):
         load_fashion_mnist(str(garments))
     (garments / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 9, 1])))
-    with pytest.raises(InputError, match="is no array of bytes in the IDX format"):
+    with pytest.raises(InputError, match="is not an array of bytes in IDX format"):
         load_fashion_mnist(str(garments))
 
 
@@ -553,7 +553,7 @@ def test_recall_is_evaluated_at_any_length(finished, capsys):
     assert recall.evaluate_folder(finished, ["--max_length=16"])["n"] == 12
     assert '"max_length": 16' in capsys.readouterr().out
     reset_accelerate()
-    with pytest.raises(InputError, match=r"The task has 5 answers and the model in .* has 6, or others"):
+    with pytest.raises(InputError, match=r"The task has 5 answers, but the model in .* has 6, or different ones"):
         recall.evaluate_folder(finished, ["--vocabulary=10"])
 
 
@@ -604,11 +604,14 @@ BAD_RECALL = {
     "task": ({"data": "mqra"}, "data ('mqra') must be one of mqar, copy, induction, needle; did you mean 'mqar'?"),
     "items": ({"items": 0}, "items (0) must be at least 1."),
     "vocabulary": ({"vocabulary": 3}, "vocabulary (3) must be at least 4."),
-    "tokenizer": ({"tokenizer": "x"}, "tokenizer ('x') has no use: mqar makes its own words."),
+    "tokenizer": ({"tokenizer": "x"}, "tokenizer ('x') has no effect: mqar generates its own words."),
     "metric": ({"best_metric": "f1"}, "best_metric ('f1') must be loss or accuracy."),
     "examples": ({"test_examples": 0}, "test_examples (0) must be at least 1."),
-    "short": ({"min_length": 3}, "min_length (3) leaves no room for an item of mqar: raise it."),
-    "short needles": ({"data": "needle", "min_length": 8}, "min_length (8) has no use: needle has documents."),
+    "short": ({"min_length": 3}, "min_length (3) is too short for an item of mqar: increase it."),
+    "short needles": (
+        {"data": "needle", "min_length": 8},
+        "min_length (8) has no effect: needle uses documents. Omit it.",
+    ),
 }
 
 

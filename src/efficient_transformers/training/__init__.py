@@ -1,8 +1,8 @@
-"""Training of models: the extra `train`. Nothing else in the package imports it.
+"""Training of models, installed by the extra `train`. Nothing else in the package imports it.
 
-Subpackages, each importing only those named before it:
+Subpackages, each of which imports only those listed before it:
 
-- `settings`: the settings that all tasks share, and how they are read
+- `settings`: the settings shared by all tasks, and how they are read
 - `data`: texts, documents, images, and the windows of tokens cut from them
 - `synthetic`: generated data (ListOps, Pathfinder, recall)
 - `engine`: the training loop, its batches, checkpoints and outputs, and the base class of a task

@@ -1,4 +1,4 @@
-"""Labelled images: Fashion-MNIST as Debian packages it, a folder of pictures, or a data set on the Hub."""
+"""Labelled images: Fashion-MNIST from the Debian package, a folder of pictures, or a dataset on the Hub."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,12 +19,12 @@ PROCESSOR_FIELDS = ("image_mean", "image_std", "do_normalize", "rescale_factor",
 
 @dataclass
 class PictureSettings(Settings):
-    """How labelled images are read."""
+    """Settings for labelled images."""
 
-    image_folder: str = FOLDER  # fashion_mnist: of its four files
+    image_folder: str = FOLDER  # for fashion_mnist: the folder of its four files
     image_column: str = "image"
     label_column: str = "label"
-    held_out: float = 0.05  # of the training images, for each split that has no images of its own
+    held_out: float = 0.05  # share of the training images for each split without images of its own
     image_processor: dict[str, Any] = field(default_factory=dict)  # fields, e.g. image_mean; default: -1 to 1
 
     def check(self) -> None:
@@ -34,18 +34,18 @@ class PictureSettings(Settings):
         for name in self.image_processor:
             if name not in PROCESSOR_FIELDS:
                 raise InputError(
-                    f"image_processor has {name!r} and must have no other fields than {', '.join(PROCESSOR_FIELDS)}: "
-                    "the sizes are those of the model."
+                    f"image_processor has the field {name!r}, but only {', '.join(PROCESSOR_FIELDS)} are allowed: the "
+                    "sizes are those of the model."
                 )
 
 
 @dataclass
 class Pictures:
-    """Images and the numbers of their labels."""
+    """Images and the indices of their labels."""
 
-    images: Sequence[Any]  # of what an image processor takes
+    images: Sequence[Any]  # inputs of an image processor
     labels: list[int]
-    tokens: int = 0  # that a model makes of each image
+    tokens: int = 0  # per image, in the model
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,7 +62,7 @@ class Pictures:
 
 
 def load_pictures(settings: PictureSettings) -> tuple[dict[str, Pictures], list[str]]:
-    """All three splits and the names of the labels; what is missing is cut from the training images."""
+    """Load all three splits and the names of the labels; missing splits are cut from the training images."""
     splits, names = _read_fashion_mnist(settings) if settings.data == FASHION_MNIST else _read_data_set(settings)
     held = round(settings.held_out * len(splits["train"]))
     for name in SPLITS[1:]:
@@ -70,8 +70,8 @@ def load_pictures(settings: PictureSettings) -> tuple[dict[str, Pictures], list[
             whole = splits["train"]
             if held < len(names) or len(whole) - held < len(names):
                 raise InputError(
-                    f"{len(whole)} images of {len(names)} classes are too few to cut a {name} split from: give more, "
-                    "raise held_out, or give the split images of its own."
+                    f"{len(whole)} images of {len(names)} classes are too few to cut a {name} split from: add images, "
+                    "raise held_out, or provide images for the split."
                 )
             kept, kept_out = train_test_split(
                 range(len(whole)), test_size=held, random_state=settings.split_seed, stratify=whole.labels
@@ -82,19 +82,19 @@ def load_pictures(settings: PictureSettings) -> tuple[dict[str, Pictures], list[
 
 def _read_fashion_mnist(settings: PictureSettings) -> tuple[dict[str, Pictures], list[str]]:
     splits = read_fashion_mnist(settings.image_folder)
-    # an axis of one channel
+    # add an axis for the single channel
     return {name: Pictures(list(x[..., None]), y.tolist()) for name, (x, y) in splits.items()}, list(CLASSES)
 
 
 def _read_data_set(settings: PictureSettings) -> tuple[dict[str, Pictures], list[str]]:
-    """A folder with a folder of pictures for each class, perhaps below one for each split; or a name on the Hub."""
+    """Read a folder with a subfolder per class, optionally in a folder per split; or a dataset on the Hub."""
     where = find_path(settings.data)
     try:
         if where is None:
             loaded: Any = datasets.load_dataset(settings.data, settings.data_config)
         else:
             loaded = datasets.load_dataset("imagefolder", data_dir=str(where))
-    except Exception as error:  # neither the Hub's failures nor those of broken pictures have a common class
+    except Exception as error:  # errors of the Hub and of broken pictures have no common class
         raise InputError(
             f"data ({settings.data!r}) is neither {FASHION_MNIST} nor a folder of pictures here, and could not be "
             f"loaded from the Hub: {error}"
@@ -120,7 +120,7 @@ def _read_data_set(settings: PictureSettings) -> tuple[dict[str, Pictures], list
 
 
 class PictureCollator:
-    """Batches of what the image head takes."""
+    """Batches for image classification heads."""
 
     def __init__(self, processor: BaseImageProcessor, tokens: int):
         self.processor, self.tokens = processor, tokens
@@ -128,5 +128,5 @@ class PictureCollator:
     def __call__(self, examples: list[tuple[Any, int]]) -> dict[str, torch.Tensor]:
         images, labels = zip(*examples, strict=True)
         pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
-        every = torch.ones(len(images), self.tokens, dtype=torch.long)  # the training loop counts tokens by it
+        every = torch.ones(len(images), self.tokens, dtype=torch.long)  # used by the training loop to count tokens
         return {"pixel_values": pixels, "labels": torch.tensor(labels), "attention_mask": every}

@@ -1,4 +1,4 @@
-"""Masked language modelling: which tokens are to be predicted, and what stands in their place."""
+"""Masked language modelling: select the tokens to predict, and replace them."""
 
 from dataclasses import dataclass
 
@@ -7,23 +7,23 @@ from transformers import PreTrainedTokenizerBase
 
 from .packing import IGNORED, NO_WORD, Window, Windows
 
-MASKED, RANDOM = 0.8, 0.1  # the rest of the chosen tokens stays as it is
+MASKED, RANDOM = 0.8, 0.1  # the other selected tokens stay unchanged
 
 
 @dataclass
 class Masker:
-    """Masks windows as in BERT (Devlin et al. 2018, arXiv:1810.04805, section 3.1).
+    """Mask windows as in BERT (Devlin et al. 2018, arXiv:1810.04805, section 3.1).
 
-    Of a window's words (without whole words, its tokens) the share `probability` is chosen, at least one. A chosen
-    token becomes the mask token with probability 0.8, a random token that is none of the special ones with 0.1, and
-    else stays as it is.
-    transformers' DataCollatorForLanguageModeling is not used: it draws from one running generator, which a continued
-    run cannot take up where the killed one was; and for whole words it leaves out the 0.1 and 0.1, takes what no space
-    divides for one word, and compares every token with every other one.
+    Selects the share `probability` of a window's words (tokens, without whole-word masking), at least one. A selected
+    token becomes the mask token with probability 0.8, a random token that is not special with 0.1, and otherwise stays
+    unchanged.
+    transformers' DataCollatorForLanguageModeling is not used: it draws from one running generator, whose state a
+    resumed run cannot restore. For whole words, it also omits the two cases of probability 0.1, treats text without
+    spaces as one word, and compares every pair of tokens.
     """
 
     mask_id: int
-    vocabulary: np.ndarray  # ids that may stand in for a chosen token
+    vocabulary: np.ndarray  # ids that may replace a selected token
     probability: float = 0.15
 
     @classmethod
@@ -33,7 +33,7 @@ class Masker:
         return cls(mask_id, np.setdiff1d(ids, tokenizer.all_special_ids), probability)
 
     def __call__(self, window: Window, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and labels."""
+        """Return token ids and labels."""
         words = np.unique(window.words[window.words != NO_WORD])
         chosen = rng.choice(words, max(1, round(self.probability * len(words))), replace=False)
         is_chosen = np.isin(window.words, chosen)
@@ -45,7 +45,7 @@ class Masker:
 
 
 class MaskedWindows(Windows):
-    """Windows whose masks follow from the seed and their index alone: the same each time, in whatever batch."""
+    """Windows whose masks depend only on the seed and their index: the same at every access, in any batch."""
 
     epoch: tuple[int, ...] = ()
 
@@ -63,7 +63,7 @@ class MaskedWindows(Windows):
 
 
 class RemaskedWindows(MaskedWindows):
-    """The same with other masks in every epoch, which follow from its number, too."""
+    """Masked windows with different masks in every epoch, which also depend on its number."""
 
     def set_epoch(self, *epoch: int) -> None:
         self.epoch = epoch

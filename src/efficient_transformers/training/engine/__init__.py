@@ -1,5 +1,5 @@
-"""The training loop, its batches, checkpoints and outputs, and what all tasks share."""
+"""The training loop, its batches, checkpoints and outputs, and code shared by all tasks."""
 
 from .libraries import import_installed
 
-import_installed("evaluate")  # training/evaluate.py has its name
+import_installed("evaluate")  # training/evaluate.py has the same name

@@ -1,4 +1,4 @@
-"""Which examples make a step, in which order, and which of them each process sees."""
+"""The examples of each step, their order, and their distribution over processes."""
 
 import math
 import signal
@@ -17,9 +17,9 @@ from ..data.packing import IGNORED
 
 
 class EpochSampler(Sampler[int]):
-    """An order of the examples that follows from the seed and the epoch alone, so that it can be taken up again.
+    """An order of the examples that depends only on the seed and the epoch, so that a run can resume in it.
 
-    With `lengths`, every `batch_size` examples of it are of similar length.
+    With `lengths`, examples of similar length are grouped into `batch_size` consecutive ones.
     """
 
     def __init__(self, size: int, seed: int, lengths: list[int] | None = None, batch_size: int = 1):
@@ -40,13 +40,13 @@ class EpochSampler(Sampler[int]):
 
 @dataclass
 class Batch:
-    """What one process reads in one forward pass. A filler of no `indices` is read for the others' sake alone."""
+    """Inputs of one forward pass on one process. A filler batch without `indices` keeps processes synchronised."""
 
     indices: list[int]
     inputs: Any
 
     def labels(self) -> Tensor:
-        """How many labels the loss of a model is the mean of, float32."""
+        """Number of labels over which the model averages its loss, float32."""
         labels = self.inputs.get("labels")
         if not self.indices:
             count = torch.zeros(())
@@ -57,16 +57,16 @@ class Batch:
         return count.float()
 
     def tokens(self) -> Tensor:
-        """Tokens read, float32; where nothing is padded there need be no mask."""
+        """Number of tokens without padding, float32; without a mask, all tokens count."""
         mask = self.inputs.get("attention_mask")
         read = self.inputs["input_ids"].numel() if mask is None else mask.sum()
         return torch.as_tensor(read if self.indices else 0).float()
 
 
 def shares(examples: Sequence[int], processes: int, batch_size: int) -> list[list[list[int]]]:
-    """Divides the examples of a step evenly into batches of at most `batch_size`: process → its batches, in turn.
+    """Distribute the examples of a step evenly into batches of at most `batch_size`: process → its batches, in order.
 
-    Every process has as many, the last ones none of the examples if these do not reach.
+    Every process gets the same number of batches; the last ones are empty if there are too few examples.
     """
     rounds = math.ceil(len(examples) / (processes * batch_size))
     parts = [part.tolist() for part in np.array_split(np.array(examples), rounds * processes)]
@@ -75,12 +75,14 @@ def shares(examples: Sequence[int], processes: int, batch_size: int) -> list[lis
 
 @dataclass
 class Steps:
-    """The steps of an epoch, of `size` examples each: the same examples in the same order for any number of processes.
+    """The steps of an epoch, with `size` examples each: the same examples in the same order for any number of
+    processes.
 
-    accelerate's own sharding is not used: it fills up the last batches of an epoch with examples that then count twice,
-    and says nothing of which examples a batch holds.
-    `workers` are processes that read ahead. They begin anew in every epoch, which `data` is told of before; as what an
-    example draws follows from seed, epoch and index, and from no state of a worker, their number changes no batch.
+    accelerate's own sharding is not used: it fills the last batches of an epoch with repeated examples, which then
+    count twice, and does not report which examples a batch contains.
+    `workers` are processes that load batches ahead. They restart in every epoch, after `data.set_epoch`. Random choices
+    in an example depend on the seed, the epoch and the index, and not on the state of a worker, so the number of
+    workers does not change any batch.
     """
 
     data: Any
@@ -98,7 +100,7 @@ class Steps:
         return math.ceil(len(self.order) / self.size)
 
     def of_epoch(self, epoch: int, done: int = 0) -> Iterator[list[Batch]]:
-        """The batches of this process for each step behind the first `done`."""
+        """The batches of this process for each step after the first `done` ones."""
         self.order.set_epoch(epoch)
         if hasattr(self.data, "set_epoch"):
             self.data.set_epoch(epoch)
@@ -122,20 +124,20 @@ class Steps:
 
 
 def lengths_of(data: Any) -> list[int]:
-    """Tokens of each example."""
+    """Number of tokens of each example."""
     return data.lengths if hasattr(data, "lengths") else [len(ids) for ids in data["input_ids"]]
 
 
 def ignore_sigterm(worker: int) -> None:
-    """A scheduler that sends it to all processes means the one that trains, which must save before its workers end."""
+    """A scheduler may send SIGTERM to all processes; the training process must save before its workers end."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def own_generator() -> torch.Generator:
-    """A loader draws from its generator at every start; from the global one, evaluating would change the dropout."""
+    """A generator for loaders, which draw from it at every start: drawing from the global one would change dropout."""
     return torch.Generator().manual_seed(0)
 
 
 def make_loader(data: Any, collate: Any, batch_size: int) -> DataLoader:
-    """Everything in its own order, for evaluations."""
+    """A loader of all examples in their own order, for evaluation."""
     return DataLoader(data, batch_size, collate_fn=collate, generator=own_generator())

@@ -1,4 +1,4 @@
-"""Checkpoints that a kill at any moment cannot spoil, and the progress that they carry."""
+"""Checkpoints that survive a kill at any moment, and the progress they contain."""
 
 import contextlib
 import dataclasses
@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from ..settings import InputError
 from .sharding import load_whole, whole_state
 
-PARTIAL = ".partial"  # a folder being written or removed; never read, deleted at the next start
-PROGRESS, MANIFEST = "progress.json", "files.json"  # the second: the size and CRC-32 of every other file
+PARTIAL = ".partial"  # a folder being written or removed; never loaded, deleted at the next start
+PROGRESS, MANIFEST = "progress.json", "files.json"  # the manifest has the size and CRC-32 of every other file
 
 
 @dataclasses.dataclass
 class Progress:
-    """Where training stands. `steps_of_epoch` counts the steps of this epoch that are done."""
+    """Progress of training. `steps_of_epoch` is the number of completed steps in the current epoch."""
 
     step: int = 0
     epoch: int = 0
@@ -35,7 +35,7 @@ class Progress:
     best: float | None = None
     best_step: int = 0
     without_gain: int = 0
-    before: dict[str, float] | None = None  # validation scores in front of the first step
+    before: dict[str, float] | None = None  # validation scores before the first step
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     processes: int = 1
 
@@ -45,7 +45,7 @@ class Progress:
 
 
 class Checkpoints:
-    """`step-<n>` folders below one folder, the newest `keep` of them, and the best weights."""
+    """The newest `keep` checkpoints, in `step-<n>` folders of one folder, and the best weights."""
 
     def __init__(self, folder: Path, keep: int, accelerator: Accelerator):
         self.folder, self.keep, self.accelerator = folder, keep, accelerator
@@ -59,7 +59,7 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("step-*") if path.suffix != PARTIAL)
 
     def save(self, progress: Progress) -> None:
-        """Written aside and renamed when the disk has it: a folder called `step-<n>` is always whole."""
+        """Save to a temporary folder and rename it once it is on disk: `step-<n>` folders are always complete."""
         final = self.folder / f"step-{progress.step:09d}"
         if final.exists():
             return
@@ -79,11 +79,11 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def load(self) -> Progress:
-        """Restores what `accelerator.prepare` got and the random states; a new Progress if nothing was saved.
+        """Restore the prepared objects and random states; return a new Progress if there is no checkpoint.
 
-        A checkpoint that cannot be read is told of and removed, and the one before it is taken.
+        A corrupt checkpoint is reported and removed, and the previous one is loaded.
         """
-        # one process looks, for all: loading sharded weights is done by all or none
+        # one process chooses for all: sharded weights must be loaded by all processes or none
         chosen: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             chosen = list(self._newest_whole())
@@ -96,11 +96,11 @@ class Checkpoints:
         progress = read_progress(path)
         if progress.processes != self.accelerator.num_processes:
             raise InputError(
-                f"The checkpoint {path.name} was saved by {progress.processes} processes and cannot be continued "
-                f"by {self.accelerator.num_processes}: start as many, or start again with --overwrite."
+                f"The checkpoint {path.name} was saved by {progress.processes} processes and cannot be resumed "
+                f"by {self.accelerator.num_processes}: start the same number, or start again with --overwrite."
             )
         self.accelerator.load_state(str(path))
-        # those that are newer would stand in the way of what is saved in their place
+        # remove newer, corrupt ones, which would block new checkpoints of the same step
         if self.accelerator.is_main_process:
             for spoilt in self.all():
                 if spoilt > path:
@@ -109,17 +109,17 @@ class Checkpoints:
         return progress
 
     def _newest_whole(self) -> tuple[Path | None, str | None]:
-        """The newest checkpoint that can be read, or what to say if there are some and none can."""
+        """Return the newest checkpoint that can be read, or an error message if there are some but none can be read."""
         faults = []
         for path in reversed(self.all()):
             if (fault := fault_of(path)) is None:
                 return path, None
             faults.append(f"{path.name}: {fault}")
-            self.accelerator.print(f"The checkpoint {path} cannot be read ({fault}): trying the one before it.")
+            self.accelerator.print(f"The checkpoint {path} cannot be read ({fault}): trying the previous one.")
         if not faults:
             return None, None
         return None, (
-            f"None of the checkpoints in {self.folder} can be read ({'; '.join(faults)}): begin anew with "
+            f"None of the checkpoints in {self.folder} can be read ({'; '.join(faults)}): start again with "
             "--overwrite, or set --out to another folder."
         )
 
@@ -145,7 +145,7 @@ class Checkpoints:
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint: a file that is not there, or not as it was written."""
+    """Describe what is wrong with a checkpoint, such as a missing or changed file; None if it is intact."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         for name, (size, checksum) in manifest.items():
@@ -155,7 +155,7 @@ def fault_of(checkpoint: Path) -> str | None:
         read_progress(checkpoint)
     except OSError as error:
         return f"{Path(error.filename or '').name}: {error.strerror}"
-    except (ValueError, TypeError, AttributeError) as error:  # JSON, or JSON of something else
+    except (ValueError, TypeError, AttributeError) as error:  # invalid JSON, or JSON with other content
         return f"{MANIFEST} or {PROGRESS}: {error}"
     return None
 
@@ -169,7 +169,7 @@ def files_of(folder: Path) -> list[tuple[str, Path]]:
 
 
 def seal(path: Path) -> tuple[int, int]:
-    """Size and CRC-32 of a file, which is on the disk afterwards."""
+    """Flush a file to disk and return its size and CRC-32."""
     size = checksum = 0
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -179,7 +179,7 @@ def seal(path: Path) -> tuple[int, int]:
 
 
 def flush(path: Path) -> None:
-    """Waits until the disk has the file, or the names in the folder."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -200,18 +200,18 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(what: str, folder: Path, partial: Path | None = None) -> Iterator[None]:
-    """Says it plainly when a disk is full, or gone; what is half written to `partial` is removed."""
+    """Raise InputError with the free space if writing fails, and remove the incomplete `partial`."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error)
         if isinstance(error, RuntimeError):
-            if "inline_container" not in reason:  # torch's writer, which has no error class and does not say why
+            if "inline_container" not in reason:  # torch's writer has no error class and does not state the cause
                 raise
-            reason = "the disk or a quota is full, or a file may not grow"
+            reason = "the disk or a quota is full, or a file size limit is reached"
         if partial is not None:
             remove(partial)
         raise InputError(
             f"{what} could not be written to {folder}: {reason}. {shutil.disk_usage(folder).free / 1e6:,.1f} MB are "
-            "free there. What was saved before is kept: make room, and continue with --resume."
+            "free there. Earlier files are kept: free some space, and continue with --resume."
         ) from error

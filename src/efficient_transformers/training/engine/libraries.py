@@ -1,4 +1,4 @@
-"""Libraries that are imported from where they are installed, whatever lies beside the script that runs."""
+"""Import installed libraries even if a file next to the running script has the same name."""
 
 import sys
 from importlib.machinery import PathFinder
@@ -7,12 +7,12 @@ from importlib.util import module_from_spec
 
 
 def import_installed(name: str) -> None:
-    """Import a library under its name.
+    """Import a library from where it is installed.
 
-    Python searches the folder of the script first, where a script of the library's name would hide it.
+    Python searches the folder of the script first, where a script with the name of the library would hide it.
     """
     spec = PathFinder.find_spec(name, [str(distribution(name).locate_file(""))])
     if name in sys.modules or spec is None or spec.loader is None:
-        return  # `import` finds it, or says that it is missing
+        return  # already imported, or missing: a later `import` reports it
     sys.modules[name] = module = module_from_spec(spec)
     spec.loader.exec_module(module)

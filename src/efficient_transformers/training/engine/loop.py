@@ -1,4 +1,4 @@
-"""The training loop that every task shares: accumulate, clip, evaluate, keep the best, save, stop, continue."""
+"""The training loop shared by all tasks: accumulate, clip, evaluate, keep the best weights, save, stop and resume."""
 
 import contextlib
 import math
@@ -25,11 +25,14 @@ from .streaming import Stream, StreamedSteps
 
 
 class Stopped(Exception):
-    """SIGTERM was heard; the state is saved."""
+    """Training stopped after SIGTERM; the state is saved."""
 
 
 def make_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.AdamW:
-    """AdamW; biases and norms, the parameters of one axis, do not decay. New weights may have a rate of their own."""
+    """Create AdamW without weight decay on biases and norms (one-dimensional parameters).
+
+    New weights get `head_learning_rate` if it is set.
+    """
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -51,11 +54,11 @@ def train(
     collate: Any,
     evaluate: Callable[[torch.nn.Module], dict[str, float]],
 ) -> tuple[torch.nn.Module, Progress]:
-    """Trains to the end, or saves and raises Stopped on SIGTERM; returns the prepared model with its best weights.
+    """Train to the end, or save and raise Stopped on SIGTERM; return the prepared model with its best weights.
 
-    Dropout, order of the data, schedule and moments are part of a checkpoint: a run that was killed and continued ends
-    with the same weights, bit for bit, as one that never stopped. Examples that draw must do so from the seed, the
-    epoch (they are told by `data.set_epoch`) and their index: a loader reads ahead of the state that is saved.
+    A checkpoint includes the states of dropout, data order, schedule and moments: a run that was killed and resumed
+    ends with the same weights, bit for bit, as an uninterrupted one. Random choices in examples must depend only on the
+    seed, the epoch (set by `data.set_epoch`) and the index, because a loader reads ahead of the saved state.
     `data` may be a Stream.
     """
     run = Run.begun(accelerator, settings, model, make_steps(accelerator, settings, data, collate))
@@ -87,7 +90,7 @@ def train(
                     break
                 began = time.perf_counter()
             else:
-                if run.steps.per_epoch is None:  # only now is it known that the stream has ended
+                if run.steps.per_epoch is None:  # the end of a stream is known only when it is reached
                     progress.epoch, progress.steps_of_epoch = progress.epoch + 1, 0
     run.checkpoints.load_best(run.model)
     return run.model, progress
@@ -95,7 +98,7 @@ def train(
 
 @dataclass
 class Run:
-    """A run on this process: what it trains, how far it is, and what is due after a step."""
+    """State of a run on this process: what is trained, the progress, and what is due after a step."""
 
     accelerator: Accelerator
     settings: Settings
@@ -111,26 +114,26 @@ class Run:
     def begun(
         cls, accelerator: Accelerator, settings: Settings, model: PreTrainedModel, steps: Steps | StreamedSteps
     ) -> "Run":
-        """At its first step, or after the newest checkpoint."""
+        """Create a run at its first step, or after the newest checkpoint."""
         checkpoints = Checkpoints(settings.folder / CHECKPOINTS, settings.keep_checkpoints, accelerator)
         if accelerator.process_index:
-            torch.manual_seed(settings.seed + accelerator.process_index)  # other dropout in each process
+            torch.manual_seed(settings.seed + accelerator.process_index)  # different dropout in each process
         name_blocks(accelerator, model)
         prepared, optimizer = accelerator.prepare(model, make_optimizer(model, settings))
         total = settings.max_steps or settings.epochs * (steps.per_epoch or 0)  # a stream has max_steps
-        # not prepared: accelerate would step it once per process, and the steps counted here are optimizer steps
+        # not prepared: accelerate would step it once per process, but the steps counted here are optimizer steps
         schedule = get_scheduler(settings.schedule, optimizer, math.ceil(settings.warmup_ratio * total), total)
         accelerator.register_for_checkpointing(schedule)
         progress = checkpoints.load()
         if progress.step:
-            accelerator.print(f"Continuing after step {progress.step} of {total}.")
+            accelerator.print(f"Resuming after step {progress.step} of {total}.")
         start_tracker(accelerator, settings, progress.step)
         return cls(accelerator, settings, steps, total, prepared, optimizer, schedule, checkpoints, progress)
 
     def step(self, batches: list[Batch]) -> float:
-        """One optimizer step of all processes; returns its loss."""
+        """Take one optimizer step on all processes and return its loss."""
         losses, norm = take_step(self.accelerator, self.settings, self.model, self.optimizer, batches)
-        if not self.accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflow
+        if not self.accelerator.optimizer_step_was_skipped:  # fp16 skips a step if its gradients overflow
             self.schedule.step()
         epoch_ended = self.progress.steps_of_epoch + 1 == self.steps.per_epoch
         return record_step(self.accelerator, self.progress, batches, losses, norm, epoch_ended)
@@ -151,14 +154,14 @@ class Run:
 
     @property
     def must_evaluate(self) -> bool:
-        """After every `eval_steps` steps, or every epoch, and after the last step."""
+        """True after every `eval_steps` steps, or every epoch, and after the last step."""
         epoch_ended = self.progress.steps_of_epoch == 0
         every = self.settings.eval_steps
         return self.is_last or (self.progress.step % every == 0 if every else epoch_ended)
 
     @property
     def must_save(self) -> bool:
-        """After every `checkpoint_steps` steps, or every evaluation, and at the end."""
+        """True after every `checkpoint_steps` steps, or every evaluation, and at the end."""
         every = self.settings.checkpoint_steps
         return self.over or (self.progress.step % every == 0 if every else self.must_evaluate)
 
@@ -182,14 +185,15 @@ def make_steps(accelerator: Accelerator, settings: Settings, data: Any, collate:
 def take_step(
     accelerator: Accelerator, settings: Settings, model: torch.nn.Module, optimizer: Any, batches: list[Batch]
 ) -> tuple[list[torch.Tensor], Any]:
-    """One optimiser step of all processes; the batches' shares in its loss, and the norm of its gradient.
+    """Take one optimizer step on all processes; return the contribution of each batch to its loss, and the gradient
+    norm.
 
-    The loss of a step is the mean over all its labels, however they are spread over batches and processes: that of a
-    batch, which the model makes a mean, counts by its labels.
+    The loss of a step is the mean over all its labels, however they are distributed over batches and processes. The
+    loss of a batch, which the model returns as a mean, is therefore weighted by its number of labels.
     """
     labels = torch.stack([batch.labels() for batch in batches])
     weights = labels / summed(accelerator, labels.sum())
-    # accelerate divides by the number of batches, and averages over the processes
+    # accelerate divides by the number of batches and averages over the processes
     accelerator.step, accelerator.gradient_accumulation_steps = 0, len(batches)
     scale = len(batches) * accelerator.num_processes
     losses: list[torch.Tensor] = []
@@ -207,7 +211,7 @@ def take_step(
 
 
 def summed(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes."""
+    """Sum over all processes."""
     total: Any = accelerator.reduce(values, reduction="sum") if accelerator.num_processes > 1 else values
     return total
 
@@ -220,7 +224,7 @@ def record_step(
     norm: Any,
     epoch_ended: bool,
 ) -> float:
-    """Counts one optimiser step and returns its loss. Refuses one that is not finite, and names its examples."""
+    """Count one optimizer step and return its loss. Raises InputError with the examples if it is not finite."""
     tokens = torch.stack([batch.tokens() for batch in batches]).sum()
     loss, tokens = summed(accelerator, torch.stack([torch.stack(losses).sum(), tokens])).tolist()
     progress.step += 1
@@ -229,26 +233,26 @@ def record_step(
     if epoch_ended:
         progress.epoch, progress.steps_of_epoch = progress.epoch + 1, 0
     remedy = (
-        "The checkpoints before it are kept; lower learning_rate, raise warmup_ratio or use mixed_precision=no, "
-        "or look at these examples."
+        "Earlier checkpoints are kept; lower learning_rate, raise warmup_ratio, use mixed_precision=no, or inspect "
+        "these examples."
     )
     if not math.isfinite(loss):
         bad = [batch for batch, part in zip(batches, losses, strict=True) if not part.isfinite()]
         raise InputError(
-            f"The loss of step {progress.step} is {loss}: training has diverged. It is so for the training examples "
-            f"{named(bad)} (the first is 0). {remedy}"
+            f"The loss of step {progress.step} is {loss}: training has diverged. It happened on the training "
+            f"examples {named(bad)} (counted from 0). {remedy}"
         )
-    # with a scaler, gradients that overflow are looked for at every step
+    # with a scaler, it checks every step for gradients that overflow
     if norm is not None and accelerator.scaler is None and not math.isfinite(norm):
         raise InputError(
-            f"The gradient of step {progress.step} is not finite, though its loss is {loss:.4g}: training has "
-            f"diverged, with the training examples {named(batches)} (the first is 0). {remedy}"
+            f"The gradient of step {progress.step} is not finite, although its loss is {loss:.4g}: training has "
+            f"diverged on the training examples {named(batches)} (counted from 0). {remedy}"
         )
     return loss
 
 
 def named(batches: list[Batch]) -> str:
-    """The examples of batches in all processes, as many as can be read."""
+    """Indices of the examples of batches on all processes, abbreviated if there are many."""
     indices = gather_object([index for batch in batches for index in batch.indices])
     return ", ".join(map(str, indices[:64])) + (f" and {len(indices) - 64} more" if len(indices) > 64 else "")
 
@@ -261,7 +265,7 @@ def judge(
     model: torch.nn.Module,
     checkpoints: Checkpoints,
 ) -> None:
-    """Records an evaluation, and keeps the weights if they are the best yet."""
+    """Record an evaluation, and save the weights if they are the best so far."""
     if settings.best_metric not in scores:
         raise InputError(f"best_metric ({settings.best_metric!r}) must be one of {', '.join(scores)}.")
     score = scores[settings.best_metric]
@@ -288,20 +292,20 @@ def format_scores(scores: dict[str, float]) -> str:
 
 def start_tracker(accelerator: Accelerator, settings: Settings, step: int) -> None:
     if settings.tracker != "none":
-        # what was logged after the checkpoint is written again
+        # entries logged after the checkpoint will be logged again
         purge = {settings.tracker: {"purge_step": step + 1}} if step else {}
         accelerator.init_trackers("training", init_kwargs=purge)
 
 
 def progress_bar(accelerator: Accelerator, total: int, done: int) -> Any:
-    """On the main process, if a terminal shows it."""
+    """A progress bar on the main process, if it runs in a terminal."""
     visible = accelerator.is_main_process and sys.stderr.isatty()
     return tqdm(total=total, initial=done, desc="training", disable=not visible)
 
 
 @contextlib.contextmanager
 def noticing_sigterm() -> Iterator[Callable[[Accelerator], bool]]:
-    """Gives a function that says whether any process has got SIGTERM; the signal itself interrupts nothing."""
+    """Yield a function that returns whether any process received SIGTERM; the signal itself interrupts nothing."""
     signals: list[int] = []
 
     def heard(accelerator: Accelerator) -> bool:

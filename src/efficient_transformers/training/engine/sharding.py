@@ -1,4 +1,4 @@
-"""Models whose weights are divided among processes (FSDP2, DeepSpeed ZeRO): what to divide, and to have it whole."""
+"""Models with weights sharded across processes (FSDP2, DeepSpeed ZeRO): what to shard, and how to gather it."""
 
 import math
 import os
@@ -19,10 +19,11 @@ SHARDS = ("true", "1")
 
 
 def on_cpus() -> bool:
-    """Whether accelerate is to be told so, which else takes several processes without a GPU for as many runs of one.
+    """Return True if accelerate should be created with `cpu=True`; prepare sharding on CPUs if it was requested.
 
-    accelerate divides weights where there is an accelerator; torch and DeepSpeed do so over gloo as well, which tests
-    need. Told of CPUs, accelerate leaves DeepSpeed out without a word, and every process holds all weights.
+    Without `cpu=True`, accelerate treats several processes without a GPU as independent runs. accelerate shards weights
+    only on accelerators, but torch and DeepSpeed also shard over gloo, which the tests need. With `cpu=True`,
+    accelerate silently disables DeepSpeed, and every process holds all weights.
     """
     if torch.accelerator.is_available():
         return False
@@ -36,7 +37,7 @@ def on_cpus() -> bool:
 
 
 def settle_sharding(accelerator: Accelerator, settings: Settings) -> None:
-    """Refuses FSDP1, and tells DeepSpeed, which accumulates by itself, what accelerate would learn from a loader."""
+    """Refuse FSDP1, and set the batch sizes of DeepSpeed, which accumulates gradients itself and has no loader here."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         of_process = settings.step_size(accelerator.num_processes) / accelerator.num_processes
         plugin: Any = accelerator.state.deepspeed_plugin
@@ -44,22 +45,23 @@ def settle_sharding(accelerator: Accelerator, settings: Settings) -> None:
             "train_micro_batch_size_per_gpu": settings.batch_size,
             "gradient_accumulation_steps": math.ceil(of_process / settings.batch_size),
         }
-        # transformers would divide a model while it is made, whatever zero3_init_flag says: nothing could be counted in
-        # it, and no checkpoint be read into it, until it is prepared
+        # transformers would shard a model during construction, regardless of zero3_init_flag: until it is prepared,
+        # parameters could not be counted and no checkpoint could be loaded into it
         plugin.dschf = None
         unset_hf_deepspeed_config()
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise InputError(
-            "fsdp_version (1) cannot be trained here, its checkpoints hold other names: set fsdp_version: 2 in the "
+            "fsdp_version (1) is not supported, because its checkpoints use other names: set fsdp_version: 2 in the "
             "config of accelerate, as in configs/accelerate/fsdp2.yaml."
         )
 
 
 def name_blocks(accelerator: Accelerator, model: PreTrainedModel) -> None:
-    """Says which modules FSDP is to divide each for itself, unless accelerate's config does: the blocks of the model.
+    """Set the modules that FSDP wraps separately, the blocks of the model, unless accelerate's config sets them.
 
-    `_no_split_modules` also names what this model has none of, and embeddings, which may share weights with a head
-    outside. The layers of a reversible stack run in parts, which FSDP cannot see: there the model is one piece.
+    `_no_split_modules` also lists classes that this model does not contain, and embeddings, which may share weights
+    with a head outside. The layers of a reversible stack run in parts, which FSDP cannot see, so it is wrapped as a
+    whole.
     """
     plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
     if plugin is None or plugin.transformer_cls_names_to_wrap is not None:
@@ -78,22 +80,22 @@ def name_blocks(accelerator: Accelerator, model: PreTrainedModel) -> None:
 
 
 def whole_state(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """All weights, of tied ones one, on every process or the main one: to be called on each."""
+    """Full state dict, tied weights once, on every process or only the main one. Collective: call it on every rank."""
     if not is_divided(accelerator):
         model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         return clean_state_dict_for_safetensors(dict(model.state_dict()))
-    state = dict(accelerator.get_state_dict(model) or {})  # the main process alone has it
+    state = dict(accelerator.get_state_dict(model) or {})  # only the main process has it
     for tied, source in getattr(accelerator.unwrap_model(model), "all_tied_weights_keys", {}).items():
-        if source in state:  # gathered twice, they no longer share their memory
+        if source in state:  # tied weights are gathered separately and no longer share memory
             state.pop(tied, None)
     return clean_state_dict_for_safetensors(state)
 
 
 def load_whole(accelerator: Accelerator, model: nn.Module, path: Any) -> None:
-    """Weights that `whole_state` gave, read back on every process."""
+    """Load weights returned by `whole_state`. Collective: call it on every rank."""
     if accelerator.is_fsdp2:
         state: Any = load_file(path)
-        # strict would miss tied weights, which stand there once
+        # strict would report tied weights as missing, since they are stored once
         set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
     elif is_divided(accelerator):
         import deepspeed  # type: ignore[import-not-found]

@@ -1,4 +1,4 @@
-"""Training documents that are read as they are needed, never all at once."""
+"""Training documents that are read on demand instead of all at once."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -16,10 +16,10 @@ from .batches import Batch, shares
 
 @dataclass
 class Stream:
-    """Windows of documents, `buffer` documents of which are cut and shuffled together.
+    """Windows of documents, cut and shuffled within buffers of `buffer` documents.
 
-    `read` begins with the first document again at every call; `cut` makes the windows of some of them. An order, and
-    the masks, follow from the seed, the epoch and the place in the stream, so that it can be taken up again.
+    `read` starts again at the first document at every call; `cut` makes windows from some documents. The order and the
+    masks depend only on the seed, the epoch and the position in the stream, so that a run can resume.
     """
 
     read: Callable[[], Iterable[str]]
@@ -28,7 +28,7 @@ class Stream:
     seed: int
 
     def examples(self, epoch: int) -> Iterator[tuple[int, Windows, int]]:
-        """The number of an example in the stream, and where it is: an example that is skipped is not masked."""
+        """Yield the number of each example in the stream and its location: examples that are skipped are not masked."""
         documents, first = iter(self.read()), 0
         for number in itertools.count():
             texts = list(itertools.islice(documents, self.buffer))
@@ -44,9 +44,9 @@ class Stream:
 
 @dataclass
 class StreamedSteps:
-    """The steps of an epoch, as batches.Steps; how many there are is known when the last document is read.
+    """The steps of an epoch, like batches.Steps; their number is known only after the last document is read.
 
-    A run that is continued reads the documents in front again, and cuts them, but does not train on them.
+    A resumed run reads and cuts the earlier documents again, but does not train on them.
     """
 
     stream: Stream
@@ -65,7 +65,7 @@ class StreamedSteps:
             step = list(itertools.islice(examples, self.size))
             if not step:
                 if not number:
-                    raise InputError("The training data holds no example: there is nothing to stream.")
+                    raise InputError("The training data contains no examples, so there is nothing to stream.")
                 return
             if number >= done:
                 parts = shares(range(len(step)), self.processes, self.batch_size)[self.process]

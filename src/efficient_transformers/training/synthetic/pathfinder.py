@@ -1,7 +1,7 @@
-"""Pathfinder: do the two dots lie at the ends of one dashed path? (Linsley et al. 2018, arXiv:1805.08315)
+"""Pathfinder: are the two dots at the ends of the same dashed path? (Linsley et al. 2018, arXiv:1805.08315)
 
-Drawn by the recipe of https://github.com/drewlinsley/pathfinder with the numbers that the Long Range Arena gives for
-32 x 32 pixels (Tay et al. 2020, arXiv:2011.04006, and its `data/pathfinder.py`). Points are (row, column).
+Drawn by the recipe of https://github.com/drewlinsley/pathfinder with the parameters of the Long Range Arena for 32 x 32
+pixels (Tay et al. 2020, arXiv:2011.04006, and its `data/pathfinder.py`). Points are (row, column).
 """
 
 import functools
@@ -14,19 +14,19 @@ from ..settings import InputError
 from .generated import Seed, with_special
 
 SIZE = 32
-DASH, THICKNESS, MARGIN = 2, 0.5, 1  # pixels: length of a dash, its breadth, what is kept free around it
+DASH, THICKNESS, MARGIN = 2, 0.5, 1  # pixels: length and thickness of a dash, free space around it
 MARKER_RADIUS = 1.5
-SEED_DISTANCE = 7  # pixels between the beginnings of the two long paths
-CONTINUITY = 1.0  # the larger, the straighter a path
-CONTRAST, LONG_CONTRAST = 2.0, 1.5  # of dashes in distracting and in long paths: a thin line is half a pixel bright
+SEED_DISTANCE = 7  # pixels between the starting points of the two long paths
+CONTINUITY = 1.0  # larger values make straighter paths
+CONTRAST, LONG_CONTRAST = 2.0, 1.5  # of dashes in distracting and long paths: a thin line has brightness one half
 DISTRACTING_DASHES = 20
 DASH_TRIALS, PATH_TRIALS = 3, 5
-ATTEMPTS = 48  # at two long paths, of which a few find room; grown side by side, as numpy likes it
-COLLIDING = 1.8  # two dashes are too near where their margins add up to this
-TAKEN = 0.3  # no dash begins where it would cover a pixel that belongs to others by more than this
-FULL = 0.01  # no path begins when less than this share of the picture is left
+ATTEMPTS = 48  # at drawing two long paths, some of which succeed; grown in parallel as arrays
+COLLIDING = 1.8  # two dashes are too close where their margins add up to this
+TAKEN = 0.3  # no dash starts where it would cover an occupied pixel by more than this
+FULL = 0.01  # no path starts when less than this share of the picture is free
 REACH = DASH + MARGIN + 1  # pixels from a point that a dash and its margin may cover
-SUBPIXELS = 4  # to a side of a pixel: the share of them inside a shape is its brightness there
+SUBPIXELS = 4  # per side of a pixel: the fraction of them inside a shape is its brightness there
 
 
 Points = np.ndarray  # (attempts, 2)
@@ -36,11 +36,12 @@ Points = np.ndarray  # (attempts, 2)
 class Pathfinder:
     """Pictures of two long paths and short distracting ones, with dots at two ends of the long ones.
 
-    Label 1 has dots at both ends of one path, label 0 at the beginning of one and the end of the other: the lines are
-    the same in both. `contour_length` dashes make a long path, 14 in the Arena's hard form, on which it reports, 9 in
-    the intermediate and 6 in the easy one; a third as many make a distracting path. That the recipe leaves no shortcut
-    was measured on 1,500 pictures each: the distance of the dots alone ranks a connected pair over another one with a
-    probability of 0.51 (14 dashes), 0.55 (9) and 0.57 (6), the light and the number of lit pixels with 0.46 to 0.51.
+    In pictures with label 1 the dots are at both ends of one path, with label 0 at the start of one and the end of the
+    other; the lines are the same in both cases. A long path has `contour_length` dashes: 14 in the hard form of the
+    Arena, for which it reports results, 9 in the intermediate and 6 in the easy form. Distracting paths have a third as
+    many. The absence of shortcuts was measured on 1,500 pictures each: the distance of the dots alone ranks a connected
+    pair above an unconnected one with a probability of 0.51 (14 dashes), 0.55 (9) and 0.57 (6); total brightness and
+    number of lit pixels with 0.46 to 0.51.
     """
 
     contour_length: int = 14
@@ -51,8 +52,8 @@ class Pathfinder:
     def __post_init__(self):
         if not 3 <= self.contour_length <= 16:
             raise InputError(
-                f"contour_length ({self.contour_length}) must lie between 3 and 16: two longer paths hardly find room "
-                f"in {SIZE} x {SIZE} pixels."
+                f"contour_length ({self.contour_length}) must lie between 3 and 16: two longer paths rarely fit into "
+                f"{SIZE} x {SIZE} pixels."
             )
 
     def __call__(self, seed: Seed) -> tuple[np.ndarray, int]:
@@ -81,33 +82,33 @@ class Pathfinder:
 
 @dataclass
 class Picture:
-    """`pixels` (SIZE, SIZE), 0 to 255; `dots` are the two points that are asked about."""
+    """`pixels` (SIZE, SIZE), 0 to 255; `dots` are the two points in question."""
 
     pixels: np.ndarray
     label: int
     dots: tuple[np.ndarray, np.ndarray]
 
 
-Dashes = list[tuple[int, np.ndarray]]  # of one path: the number of each dash's shape and the point it is drawn from
+Dashes = list[tuple[int, np.ndarray]]  # of one path: the index of each dash's shape and the point it is drawn at
 
 
 class Path:
-    """One path in each of several attempts. Angles are those in which it runs, where it does.
+    """One path in each of several attempts. `angles` are the directions of its last dashes.
 
-    The margin of its last dash is no part of what is taken before the path has grown on: the next dash may touch it.
+    The margin of the last dash is marked as taken only after the path has grown, because the next dash may touch it.
     """
 
     def __init__(self, tails: Points, degrees: np.ndarray):
-        """First dashes, from `tails`, of shape `degrees`."""
+        """First dashes, starting at `tails`, of shape `degrees`."""
         self.angles = degrees * math.pi / 180
         self.pivots = tails - step(self.angles, MARGIN)
         self.dashes = [(degrees % 360, tails)]
         self.fits = is_inside(tails) & is_inside(tails + step(self.angles, DASH)) & is_inside(self.pivots)
 
     def grow(self, draw: np.random.Generator, taken: np.ndarray, alive: np.ndarray) -> np.ndarray:
-        """One more dash, about where the last one points to, for the attempts numbered `alive`; those it has room in.
+        """Add a dash, roughly in the direction of the last one, to the attempts `alive`; return those with room for it.
 
-        taken: margins of all that is drawn in each attempt, (attempts, SIZE, SIZE) with REACH pixels around it.
+        taken: margins of everything drawn in each attempt, (attempts, SIZE, SIZE) with REACH pixels around it.
         """
         ways, way_angles = circle(DASH + MARGIN)
         self.pivots = self.pivots + step(self.angles, DASH + 2 * MARGIN)
@@ -137,7 +138,7 @@ class Path:
         return alive
 
     def leave_margin(self, taken: np.ndarray, alive: np.ndarray) -> None:
-        """Marks the last dash as taken."""
+        """Mark the last dash as taken."""
         shape, at = self.dashes[-1]
         rows, columns = around(at[alive])
         where = alive[:, None, None], rows, columns
@@ -148,7 +149,7 @@ class Path:
 
 
 def two_paths(draw: np.random.Generator, dashes: int) -> tuple[np.ndarray, list[Dashes]] | None:
-    """Two paths that grow in turns, and what they take; None if in all attempts one of them runs into something."""
+    """Two paths that grow in turns, and the pixels they occupy; None if all attempts fail."""
     degrees = draw.integers(360, size=(2, ATTEMPTS))
     choices, tails = draw.random(ATTEMPTS), np.zeros((ATTEMPTS, 2), int)
     begun = np.zeros(ATTEMPTS, bool)
@@ -162,19 +163,19 @@ def two_paths(draw: np.random.Generator, dashes: int) -> tuple[np.ndarray, list[
     alive = np.flatnonzero(begun & paths[0].fits & paths[1].fits)
     taken = np.ones((ATTEMPTS, SIZE + 2 * REACH, SIZE + 2 * REACH))
     inner = slice(REACH + MARGIN, -REACH - MARGIN)
-    taken[:, inner, inner] = 0  # the border is nobody's
+    taken[:, inner, inner] = 0  # the border stays occupied
     for _ in range(dashes - 1):
         for path in paths:
             alive = path.grow(draw, taken, alive)
     if not len(alive):
         return None
-    for path in paths:  # the paper's code forgets the first path here, and lets others run over its last dash
+    for path in paths:  # the paper's code omits the first path here, so that others may cross its last dash
         path.leave_margin(taken, alive)
     return taken[alive[0]], [path.of(alive[0]) for path in paths]
 
 
 def short_path(draw: np.random.Generator, taken: np.ndarray, dashes: int) -> Dashes:
-    """One more path, which is added to what is `taken`; no dashes where no room is found for it."""
+    """Draw one more path and add it to `taken`; return no dashes if there is no room for it."""
     if (taken[REACH:-REACH, REACH:-REACH] <= TAKEN).mean() < FULL:
         return []
     degrees, tails = draw.integers(360, size=PATH_TRIALS), np.zeros((PATH_TRIALS, 2), int)
@@ -197,7 +198,7 @@ def short_path(draw: np.random.Generator, taken: np.ndarray, dashes: int) -> Das
 
 
 def room_for(taken: np.ndarray, degree: int) -> Points:
-    """The points from which a first dash could run without covering what is taken, (SIZE, SIZE)."""
+    """Points at which a first dash could start without covering what is taken, (SIZE, SIZE)."""
     offsets = np.argwhere(shapes().margin[degree] == 1) - REACH
     padded = np.pad(taken, REACH)
     covered = [padded[REACH + y : REACH + y + SIZE, REACH + x : REACH + x + SIZE] for y, x in offsets]
@@ -206,14 +207,14 @@ def room_for(taken: np.ndarray, degree: int) -> Points:
 
 @functools.cache
 def middle(degree: int) -> Points:
-    """Where the first path of a picture may begin: twice the distance of the two beginnings off every border."""
+    """Possible starting points of the first path: at least twice SEED_DISTANCE away from every border."""
     taken = np.ones((SIZE, SIZE))
     taken[2 * SEED_DISTANCE : -2 * SEED_DISTANCE, 2 * SEED_DISTANCE : -2 * SEED_DISTANCE] = 0
     return room_for(taken, degree)
 
 
 def step(angles: np.ndarray, length: int) -> Points:
-    """To the nearest pixel; the paper's code rounds up, which drifts to the lower right."""
+    """Displacement rounded to the nearest pixel; the paper's code rounds up, which drifts to the lower right."""
     return np.rint(length * np.stack([np.sin(angles), np.cos(angles)], -1)).astype(int)
 
 
@@ -222,8 +223,8 @@ def is_inside(points: np.ndarray) -> np.ndarray:
 
 
 def around(points: Points) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the pixels that a shape covers which is drawn from the points, (points, side, side) both."""
-    side = np.arange(2 * REACH + 1)  # REACH to the left of a point, which has as many pixels in front of it
+    """Rows and columns of the pixels covered by a shape drawn at the points, both (points, side, side)."""
+    side = np.arange(2 * REACH + 1)  # from REACH pixels before a point to REACH after it, in padded coordinates
     return points[:, 0, None, None] + side[:, None], points[:, 1, None, None] + side
 
 
@@ -233,7 +234,7 @@ def patches(images: np.ndarray, numbers: np.ndarray, points: Points) -> np.ndarr
 
 
 def stamp(image: np.ndarray, shape: np.ndarray, at: np.ndarray) -> None:
-    """Lays a shape on an image with REACH pixels around it; the brighter one of both is seen."""
+    """Draw a shape on an image with REACH pixels around it; each pixel keeps the brighter value."""
     rows, columns = around(at[None])
     image[rows[0], columns[0]] = np.maximum(image[rows[0], columns[0]], shape)
 
@@ -254,8 +255,8 @@ def circle_filled(radius: int) -> Points:
 
 @dataclass
 class Shapes:
-    """Dashes by number, (numbers, side, side): 0 to 359 begin at the middle and run at so many degrees; those behind
-    them end at the middle, and come from the ways of a path's next dash."""
+    """Dashes by index, (indices, side, side): 0 to 359 start at the centre and run at that many degrees; later ones end
+    at the centre, in the directions of a path's next dash."""
 
     light: np.ndarray
     margin: np.ndarray
@@ -269,9 +270,10 @@ def shapes() -> Shapes:
 
 
 def capsule(angle: float, length: float, radius: float) -> np.ndarray:
-    """All that is within `radius` of a line from the middle, (2 REACH + 1, 2 REACH + 1): how much of each pixel.
+    """Coverage of each pixel by all points within `radius` of a line from the centre, (2 REACH + 1, 2 REACH + 1).
 
-    The paper's code draws at twice the size and shrinks by Lanczos' filter; this is the share of 4 x 4 points.
+    The paper's code draws at twice the size and downsamples with a Lanczos filter; this is the fraction of 4 x 4
+    points.
     """
     side = (np.arange((2 * REACH + 1) * SUBPIXELS) + 0.5) / SUBPIXELS - REACH - 0.5
     row, column = side[:, None], side[None, :]

@@ -1,6 +1,7 @@
-"""Tasks of recall: something is shown, and asked for at marked positions, behind which the answer is not shown again.
+"""Recall tasks: a sequence shows information, and later asks for it at marked positions.
 
-A label stands at the position that asks, so that encoders and causal models are trained and measured alike.
+The label is at the query position, and the answer does not occur after it, so that encoders and causal models are
+trained and evaluated in the same way.
 """
 
 from collections.abc import Sequence
@@ -21,9 +22,9 @@ BLANK, ASK = "_", "?"
 class Mqar:
     """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927, and zoology's `multiquery_ar`).
 
-    `items` pairs of key and value stand in front; behind them every key stands once more, where it asks for its value,
-    and blanks in between. Key and value are drawn from one half of the vocabulary each, without repetition; the gap
-    in front of a query follows a power law of the exponent `power` - 1.
+    The sequence starts with `items` key-value pairs; later, every key occurs once more as a query for its value, with
+    blanks in between. Keys and values are drawn from one half of the vocabulary each, without repetition; the gap
+    before a query follows a power law with the exponent `power` - 1.
     """
 
     length: int = 64
@@ -53,7 +54,7 @@ class Mqar:
 
     @cached_property
     def gaps(self) -> np.ndarray:
-        """Probability of each place for a query, (length / 2 - items,)."""
+        """Probability of each position of a query, (length / 2 - items,)."""
         weights = np.arange(1, self.length // 2 - self.items + 1) ** (self.power - 1)
         return weights / weights.sum()
 
@@ -72,7 +73,7 @@ class Mqar:
 class Copy:
     """The copying memory task (Arjovsky et al. 2016, arXiv:1511.06464, section 4.1; Hochreiter & Schmidhuber 1997).
 
-    `items` symbols, blanks, a mark, and as many blanks as symbols, where the symbols are asked for in their order.
+    `items` symbols, blanks, a mark, and as many blanks as symbols, at which the symbols must be predicted in order.
     """
 
     length: int = 64
@@ -106,8 +107,8 @@ class Copy:
 class Induction:
     """The induction head task (Fu et al. 2022, arXiv:2212.14052, section 3.1).
 
-    Random symbols with a mark at a random place, and the mark again at the end, where the symbol that followed the
-    first mark is asked for.
+    Random symbols with a mark at a random position, and the mark again at the end, where the symbol after the first
+    mark must be predicted.
     """
 
     length: int = 30
@@ -146,11 +147,12 @@ THINGS = (
 
 @dataclass(frozen=True)
 class Needle:
-    """Facts planted at random depths of a real document, and one of them asked for at the end.
+    """Facts inserted at random depths of a real document, one of which must be recalled at the end.
 
-    A window of a document is drawn, with `items` sentences such as "The secret word of Ophelia is penguin." set between
-    its words, each of another person and thing, and at the end the question "The secret word of Ophelia is", whose last
-    token is asked for the thing. Neither the people nor the things are named elsewhere in the bundled corpus.
+    A window of a document is drawn. `items` sentences such as "The secret word of Ophelia is penguin." are inserted
+    between its words, each with a different person and thing. It ends with the question "The secret word of Ophelia
+    is", at whose last token the thing must be predicted. The names and things do not occur elsewhere in the bundled
+    corpus.
     """
 
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
@@ -164,14 +166,14 @@ class Needle:
     def __post_init__(self):
         if not 1 <= self.items <= min(len(PEOPLE), len(THINGS)):
             raise InputError(
-                f"items ({self.items}) must lie between 1 and {min(len(PEOPLE), len(THINGS))}: each fact has a person "
-                "and a thing of its own."
+                f"items ({self.items}) must lie between 1 and {min(len(PEOPLE), len(THINGS))}: each fact has its own "
+                "person and thing."
             )
         room = self.length - self.items * max(map(len, self.facts.values())) - max(map(len, self.questions))
         if room < 1:
             raise InputError(
-                f"max_length ({self.length}) leaves no room for text beside {self.items} facts and a question: raise "
-                "it, or lower items."
+                f"max_length ({self.length}) leaves no room for text next to {self.items} facts and a question: "
+                "increase it, or reduce items."
             )
 
     def ids(self, text: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One module per task, and all tasks by their names: `TASKS`."""
+"""One module per task, and the table of all tasks by name, `TASKS`."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -37,24 +37,24 @@ TASKS: dict[str, Task[Any]] = {
 
 
 def task_of(settings: Mapping[str, Any]) -> Task[Any]:
-    """The task that settings name.
+    """The task that is named in settings.
 
-    The settings of older runs do not: they name the file in `configs` that they came from. Raises InputError if there
-    is no such task.
+    Settings of older runs do not name it, but the file in `configs` that they came from. Raises InputError if there is
+    no such task.
     """
     name = settings.get("task")
     config = CONFIGS / f"{str(settings.get('config')).partition('/')[0]}.yaml"
     if name is None and config.exists():
         name = read_yaml(config).get("task")
     if name is None:
-        raise InputError(f"The settings name no task: give `task: NAME` in the YAML, one of {', '.join(TASKS)}.")
+        raise InputError(f"The settings name no task: set `task: NAME` in the YAML, one of {', '.join(TASKS)}.")
     if name not in TASKS:
         raise InputError(f"There is no task {name!r}{did_you_mean(str(name), TASKS)}")
     return TASKS[name]
 
 
 def read_settings(config: Path, variant: str | None, options: Iterable[str]) -> tuple[Task[Any], Any]:
-    """The task that a YAML names, and its settings for a variant, with the options of a command line applied."""
+    """The task named in a YAML file, and its settings for a variant, with command-line options applied."""
     values = compose(config, variant)
     task = task_of(values)
     return task, task.settings_class.from_options(values, options)

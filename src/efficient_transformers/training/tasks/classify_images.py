@@ -1,4 +1,4 @@
-"""Trains an image classifier, evaluates it on the test split and saves it ready for the Hub.
+"""Train an image classifier, evaluate it on the test split and save it for the Hub.
 
 accelerate launch training/train.py --config configs/pixels.yaml --variant local [--NAME VALUE …] [--resume]
 python training/evaluate.py runs/pixels-local
@@ -19,7 +19,7 @@ from ..settings import InputError
 
 @dataclass
 class ClassifyImagesSettings(PictureSettings):
-    """The settings of this script; the shared ones are in settings.py and pictures.py."""
+    """Settings of image classification; the shared ones are in settings.py and images.py."""
 
     best_metric: str = "accuracy"
 
@@ -41,7 +41,7 @@ class ClassifyImagesTask(Task[ClassifyImagesSettings]):
     ) -> tuple[EtImageProcessor, PictureCollator]:
         if not isinstance(config, EtConfig):
             raise InputError(
-                f"A {config.model_type} model cannot be trained here: model_type must be one of the zoo's, et_…."
+                f"A {config.model_type} model cannot be trained on images: choose one of the zoo's model types, et_…."
             )
         try:
             processor = EtImageProcessor.for_model(config, **settings.image_processor)
@@ -62,9 +62,9 @@ class ClassifyImagesTask(Task[ClassifyImagesSettings]):
             "purpose": f"A classifier of images into {len(labels)} classes: {', '.join(labels)}.",
             "unit": f"images as sequences of {seen:,} {'patches' if model.get('patch_size', 16) > 1 else 'pixels'}",
             "limits": [
-                f"It has learnt these {len(labels)} classes from {metrics['training']['windows']:,} images and knows "
-                "no answer outside them; images are resized to the one size it was trained on.",
-                f"The results are of one seed and {metrics['test']['n']:,} test images.",
+                f"It was trained on {metrics['training']['windows']:,} images of these {len(labels)} classes and "
+                "always predicts one of them; images are resized to the size it was trained on.",
+                f"The results are from a single seed and {metrics['test']['n']:,} test images.",
             ],
         }
 

@@ -1,4 +1,4 @@
-"""Trains a model to recall, on generated sequences, measures it on others and saves it ready for the Hub.
+"""Train a model on recall with generated sequences, evaluate it on others and save it for the Hub.
 
 accelerate launch training/train.py --config configs/mqar.yaml --variant full [--NAME VALUE …] [--resume]
 python training/evaluate.py runs/mqar-full [--max_length 128]
@@ -26,29 +26,29 @@ from ..synthetic.generated import Examples, Generator, OneOf, generate, word_tok
 from ..synthetic.recall import Copy, Induction, Mqar, Needle
 
 GENERATED = {
-    "mqar": "Multi-query associative recall: the value that stood behind a key, where the key stands again.",
-    "copy": "Copying: the first tokens of a sequence, at its end.",
-    "induction": "Induction heads: what stood behind a mark, where the mark stands again.",
+    "mqar": "Multi-query associative recall: when a key occurs again, predict the value that followed it.",
+    "copy": "Copying: repeat the first tokens of a sequence at its end.",
+    "induction": "Induction heads: when a mark occurs again, predict the token that followed it.",
 }
-NEEDLE = "A needle in a haystack: a fact planted in a document, asked for at its end."
+NEEDLE = "A needle in a haystack: recall a fact inserted into a document, at its end."
 TASKS = {**GENERATED, "needle": NEEDLE}
 
 
 @dataclass
 class RecallSettings(TextSettings):
-    """The settings of this script; the shared ones are in settings.py. `data` is the task.
+    """Settings of the recall tasks; settings.py has the shared ones. `data` is the task.
 
-    A sequence has `max_length` tokens, or as many as the model can take. The data follow from `split_seed`.
+    A sequence has `max_length` tokens, or the maximum length of the model. The data depend on `split_seed`.
     """
 
     train_examples: int = 100_000
     validation_examples: int = 1_000
     test_examples: int = 3_000
-    items: int = 4  # pairs of key and value (mqar), symbols to be copied, facts (needle)
-    vocabulary: int = 8192  # different tokens (mqar, copy, induction)
-    power: float = 0.01  # of the law of the gaps in front of the queries (mqar)
-    min_length: int | None = None  # half of the training sequences and more are short: this long, twice, four times, …
-    haystack: str = "era"  # documents to hide a needle in: a bundled corpus, a file, a folder or a Hub name
+    items: int = 4  # key-value pairs (mqar), symbols to copy, facts (needle)
+    vocabulary: int = 8192  # number of different tokens (mqar, copy, induction)
+    power: float = 0.01  # exponent of the power law of the gaps before the queries (mqar)
+    min_length: int | None = None  # if set, training also uses this length, twice, four times, … up to max_length
+    haystack: str = "era"  # documents to hide a needle in: a bundled corpus, a file, a folder or a dataset on the Hub
 
     def check(self) -> None:
         super().check()
@@ -61,24 +61,26 @@ class RecallSettings(TextSettings):
             raise InputError(f"vocabulary ({self.vocabulary}) must be at least 4.")
         if self.min_length is not None:
             if self.data not in GENERATED:
-                raise InputError(f"min_length ({self.min_length}) has no use: {self.data} has documents. Leave it out.")
+                raise InputError(f"min_length ({self.min_length}) has no effect: {self.data} uses documents. Omit it.")
             if most_items(self.data, self.min_length) < 1:
-                raise InputError(f"min_length ({self.min_length}) leaves no room for an item of {self.data}: raise it.")
+                raise InputError(
+                    f"min_length ({self.min_length}) is too short for an item of {self.data}: increase it."
+                )
         if self.data in GENERATED and self.tokenizer is not None:
             raise InputError(
-                f"tokenizer ({self.tokenizer!r}) has no use: {self.data} makes its own words. Leave it out."
+                f"tokenizer ({self.tokenizer!r}) has no effect: {self.data} generates its own words. Omit it."
             )
         if self.best_metric not in ("loss", "accuracy"):
             raise InputError(f"best_metric ({self.best_metric!r}) must be loss or accuracy.")
 
 
 def most_items(task: str, length: int) -> int:
-    """How many items a generated sequence has room for."""
+    """Maximum number of items in a generated sequence."""
     return {"mqar": length // 4, "copy": (length - 1) // 2, "induction": length // 3}[task]
 
 
 def make_generator(settings: RecallSettings, length: int, items: int | None = None) -> Generator:
-    """Of a task that needs no documents."""
+    """The generator of a task without documents."""
     items = items or settings.items
     if settings.data == "mqar":
         return Mqar(length, items, settings.vocabulary, settings.power)
@@ -89,10 +91,10 @@ def make_generator(settings: RecallSettings, length: int, items: int | None = No
 
 
 def training_generator(settings: RecallSettings, length: int) -> Generator:
-    """With `min_length`, of sequences of that length, of twice that, and so on up to `length`, equally often.
+    """A generator of training sequences: with `min_length`, of that length, twice that, and so on, equally often.
 
-    What is learnt of short sequences is found in long ones: with 8, 16 and 32 tokens beside them, full attention learns
-    MQAR of 64 tokens in hundreds of steps instead of thousands.
+    What is learned on short sequences transfers to long ones: with additional lengths of 8, 16 and 32 tokens, full
+    attention learns MQAR of 64 tokens in hundreds of steps instead of thousands.
     """
     full = make_generator(settings, length)
     if settings.min_length is None:
@@ -104,11 +106,11 @@ def training_generator(settings: RecallSettings, length: int) -> Generator:
 
 
 def load_task(settings: RecallSettings) -> Source:
-    """Tokenizer and names of the answers, which do not depend on the length, and the examples, which do."""
+    """The tokenizer and the names of the answers, which do not depend on the length, and the examples, which do."""
     if settings.data == "needle":
         tokenizer = load_tokenizer(settings)
         answers: list[str] = list(Needle.answers)
-        # documents of one split, and so the windows of one document, are in no other
+        # the documents of a split, and so all windows of a document, are in no other split
         texts = load_texts(dataclasses.replace(settings, data=settings.haystack))
     else:
         any_length = make_generator(settings, 4 * settings.items + 3)
@@ -132,7 +134,7 @@ class RecallTask(Task[RecallSettings]):
     task_type = "token-classification"
     unit = "sequences"
     collate = DataCollatorForTokenClassification
-    scorer = TokenScorer  # the labels are at the positions that ask
+    scorer = TokenScorer  # the labels are at the query positions
 
     def load(self, settings: RecallSettings) -> Source:
         return load_task(settings)
@@ -145,16 +147,16 @@ class RecallTask(Task[RecallSettings]):
             "purpose": TASKS[settings.data],
             "unit": f"sequences of {metrics['model']['max_length']:,} tokens",
             "limits": [
-                f"It knows this task and its {len(labels):,} answers alone: it is made to compare models by.",
-                "Accuracy is that of the positions that ask; every other position is labelled, too, and means nothing.",
-                "The results are of one seed; another seed may learn the task or fail to.",
+                f"It was trained only on this task and its {len(labels):,} answers, in order to compare models.",
+                "Accuracy is that at the query positions; its predictions at other positions are meaningless.",
+                "The results are from a single seed; with another seed, the model may learn the task or fail to.",
             ],
         }
 
     def mismatch(self, labels: list[str], trained: list[str], folder: Path) -> str:
         return (
-            f"The task has {len(labels)} answers and the model in {folder} has {len(trained)}, or others: leave data "
-            "and vocabulary as they were."
+            f"The task has {len(labels)} answers, but the model in {folder} has {len(trained)}, or different ones: use "
+            "the same data and vocabulary."
         )
 
 
