@@ -16,6 +16,7 @@ from architectures import (
     tiny_model,
     usable_model,
 )
+from host_models import SIZES, model_of
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache, masking_utils
 
@@ -26,11 +27,6 @@ from efficient_transformers.models import attn_pattern_tiled
 from efficient_transformers.models.attn_pattern_blocked import blocked_attention
 from efficient_transformers.models.ops_engine import BatchRows
 
-SIZES = {
-    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": None, "initializer_range": 0.1,
-}  # fmt: skip
 FAST = ["bert", "gemma2", "gemma3_text", "gemma4_text", "gpt2", "llama", "longformer", "mistral", "modernbert", "qwen3",
         "roberta", "t5", "deepseek_v32", "deepseek_v3", "gpt_oss", "bigbird_pegasus", "mamba"]  # fmt: skip
 
@@ -47,13 +43,6 @@ def warnings(caplog):
     type(masks.logger).warning_once.cache_clear()
     with caplog.at_level(logging.WARNING, "efficient_transformers"):
         yield caplog
-
-
-def model_of(kind: str, head=AutoModel, **settings):
-    if kind == "llama":
-        settings.pop("sliding_window", None)
-    config = AutoConfig.for_model(kind, **{**SIZES, **settings})
-    return head.from_config(config, attn_implementation="sdpa").eval()
 
 
 # --- what the model asks for
@@ -258,6 +247,7 @@ def test_a_mask_from_which_queries_are_cut_stays_causal(kind):
 
 
 # --- rules of set_attention
+
 
 PATTERNS = [
     "local:8", "local:8 | global:2", "global:2:3", "local:4 | global:1:1", "longformer", "big_bird", "stride:4:3",

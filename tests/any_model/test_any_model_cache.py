@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_any_model import model_of
+from host_models import model_of
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from efficient_transformers import BoundedCache, set_attention

@@ -7,47 +7,16 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
+from source_models import SOURCE_SIZES, make
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertTokenizer
 
 from efficient_transformers.cli import main
 from efficient_transformers.conversion import convert
 from efficient_transformers.models.base_resizing import stretch_positions
 
-SMALL = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 37,
-    "initializer_range": 0.3,
-    "num_labels": 5,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-    "sep_token_id": 3,
-}
-SOURCES = {
-    "Bert": {"max_position_embeddings": 40, "pad_token_id": 0},
-    "Roberta": {"max_position_embeddings": 42, "pad_token_id": 1},
-    "Longformer": {"max_position_embeddings": 42, "pad_token_id": 1, "attention_window": [4, 8]},
-    "BigBird": {"max_position_embeddings": 96, "pad_token_id": 0, "block_size": 4, "num_random_blocks": 2},
-}
 HEADS = [None, "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"]
 LENGTH = 40
-
-
-def make(stem, head=None, dtype=torch.float64, suffix=None, **changes):
-    """A small random model of transformers."""
-    config = getattr(transformers, f"{stem}Config")(**{**SMALL, **SOURCES[stem], **changes})
-    if head == "QuestionAnswering":
-        config.num_labels = 2
-    name = suffix or (f"For{head}" if head else "Model")
-    model = getattr(transformers, stem + name)(config)
-    for parameter in model.parameters():  # transformers initialises biases to 0 and norms to 1, which hides mistakes
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
-    return model.to(dtype).eval()
 
 
 def batch(head, pad, length=17, side="right"):
@@ -356,10 +325,10 @@ def test_longformer_becomes_longformer(head):
     assert not conversion.report.created
     assert not conversion.report.left
     assert conversion.model.config.attention_window == [4, 8]
-    assert conversion.model.config.sep_token_id == SMALL["sep_token_id"]
+    assert conversion.model.config.sep_token_id == SOURCE_SIZES["sep_token_id"]
     inputs = batch(head, 1)
     if head in ("SequenceClassification", "QuestionAnswering"):  # these choose their global tokens themselves, too
-        inputs["input_ids"][:, [5, 6, 10]] = SMALL["sep_token_id"]
+        inputs["input_ids"][:, [5, 6, 10]] = SOURCE_SIZES["sep_token_id"]
         agree(conversion.model, source, inputs, **LONGFORMER)
     assert any("global tokens" in note for note in conversion.report.notes) == (head == "MultipleChoice")
     inputs["global_attention_mask"] = torch.zeros_like(inputs["input_ids"])

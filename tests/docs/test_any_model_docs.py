@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
+from host_models import SIZES, model_of
 from repository import ROOT
-from test_any_model import SIZES, model_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 

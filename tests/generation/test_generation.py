@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from test_variants import every_causal_case, every_variant
 from transformers import DynamicCache
-from zoo import CAUSAL, SETTINGS, build, inputs
+from zoo import CAUSAL, SETTINGS, build, every_causal_case, every_variant, inputs
 
 from efficient_transformers import VARIANTS
 from efficient_transformers.models import attn_pattern

@@ -4,6 +4,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from efficient_transformers import VARIANTS, Variant
 
@@ -222,3 +223,41 @@ def readable(model, embeds: Tensor) -> Tensor:
     probe = torch.randn(output.shape[-1], dtype=output.dtype)
     rows = [torch.autograd.grad(output[i] @ probe, embeds, retain_graph=True)[0][0] for i in range(length)]
     return torch.stack(rows).abs().sum(-1) > 0
+
+
+every_case = pytest.mark.parametrize(("variant", "settings"), CASES, ids=IDS)
+every_causal_case = pytest.mark.parametrize(
+    ("variant", "settings"), [case for case, _ in CAUSAL], ids=[name for _, name in CAUSAL]
+)
+every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+every_head = pytest.mark.parametrize(
+    ("variant", "head"), [(v, h) for v in VARIANTS.values() for h in v.heads], ids=lambda x: getattr(x, "slug", x)
+)
+
+
+# 7 · cost follows the law --------------------------------------------------------------------------------------------
+
+
+def kernel_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+    """torch's counter knows the CUDA kernels of scaled_dot_product_attention and not the one for CPUs."""
+    batch, heads, length, dim = q_shape
+    return 2 * batch * heads * length * k_shape[2] * (dim + v_shape[3])
+
+
+def counted_flops(model, length: int) -> int:
+    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: kernel_flops}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
+        model(inputs(1, length))
+    return counter.get_total_flops()
+
+
+def labels_for(model, ids):
+    name = type(model).__name__
+    if name.endswith(("MaskedLM", "CausalLM")):
+        return {"labels": ids}
+    if name.endswith("TokenClassification"):
+        return {"labels": ids % 2}
+    labels = torch.arange(len(ids)) % 2
+    if name.endswith("QuestionAnswering"):
+        return {"start_positions": 0 * labels, "end_positions": 0 * labels}
+    return {"labels": labels}

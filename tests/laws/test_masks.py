@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_variants import every_variant
-from zoo import CAUSAL, MODES, SETTINGS, build, inputs, inputs_of
+from zoo import CAUSAL, MODES, SETTINGS, build, every_variant, inputs, inputs_of
 
 from efficient_transformers import VARIANTS
 from efficient_transformers.models import ops_checks

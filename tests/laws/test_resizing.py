@@ -3,8 +3,7 @@
 import pytest
 import torch
 import transformers
-from test_variants import every_case, every_variant
-from zoo import CASES, IDS, SETTINGS, build, config, inputs
+from zoo import CASES, IDS, SETTINGS, build, config, every_case, every_variant, inputs
 
 from efficient_transformers import VARIANTS
 from efficient_transformers.models.base_resizing import stretch_positions

@@ -8,10 +8,8 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from zoo import (
     CASES,
-    CAUSAL,
     IDS,
     MODES,
     SETTINGS,
@@ -21,6 +19,10 @@ from zoo import (
     bytes_kept,
     can_be_causal,
     config,
+    counted_flops,
+    every_case,
+    every_head,
+    every_variant,
     for_head,
     gradients_in_both_precisions,
     inputs,
@@ -40,15 +42,6 @@ from efficient_transformers.models.attn_pattern import group_heads
 from efficient_transformers.models.base_configuration import PatternConfig
 from efficient_transformers.models.base_kernel_attention import KernelConfig
 from efficient_transformers.models.modeling_compressed import EtCompressedConfig
-
-every_case = pytest.mark.parametrize(("variant", "settings"), CASES, ids=IDS)
-every_causal_case = pytest.mark.parametrize(
-    ("variant", "settings"), [case for case, _ in CAUSAL], ids=[name for _, name in CAUSAL]
-)
-every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-every_head = pytest.mark.parametrize(
-    ("variant", "head"), [(v, h) for v in VARIANTS.values() for h in v.heads], ids=lambda x: getattr(x, "slug", x)
-)
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +154,7 @@ def test_gradients_do_not_leave_the_padding(variant, settings):
 
 
 # documents in one row -------------------------------------------------------------------------------------------------
+
 
 ROWS = [[40, 1, 5, 33], [61], [30, 3]]  # lengths of documents, in an order in which no two groups of them lie
 
@@ -385,22 +379,6 @@ def test_autocast_trains(variant, settings, same_choices):
     grads = gradients_in_both_precisions(model, ids, labels)
     assert grads[1].dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.98
-
-
-# 7 · cost follows the law --------------------------------------------------------------------------------------------
-
-
-def kernel_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
-    """torch's counter knows the CUDA kernels of scaled_dot_product_attention and not the one for CPUs."""
-    batch, heads, length, dim = q_shape
-    return 2 * batch * heads * length * k_shape[2] * (dim + v_shape[3])
-
-
-def counted_flops(model, length: int) -> int:
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: kernel_flops}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
-        model(inputs(1, length))
-    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize(("variant", "settings", "decoder"), MODES)

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from test_ddp import labels_for
 from torch import nn
-from zoo import SETTINGS, build, for_head, inputs_of
+from zoo import SETTINGS, build, for_head, inputs_of, labels_for
 
 from efficient_transformers import VARIANTS
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from zoo import CASES, IDS, SETTINGS, build, inputs_of, pack_rows
+from zoo import CASES, IDS, SETTINGS, build, inputs_of, labels_for, pack_rows
 
 from efficient_transformers import VARIANTS
 
@@ -46,18 +46,6 @@ def process_group(tmp_path_factory):
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
-
-
-def labels_for(model, ids):
-    name = type(model).__name__
-    if name.endswith(("MaskedLM", "CausalLM")):
-        return {"labels": ids}
-    if name.endswith("TokenClassification"):
-        return {"labels": ids % 2}
-    labels = torch.arange(len(ids)) % 2
-    if name.endswith("QuestionAnswering"):
-        return {"start_positions": 0 * labels, "end_positions": 0 * labels}
-    return {"labels": labels}
 
 
 @pytest.mark.parametrize(("variant", "settings", "head"), ALL)

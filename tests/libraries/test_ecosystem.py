@@ -3,37 +3,11 @@
 import datasets
 import pytest
 import torch
-from test_variants import every_variant
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-    pipeline,
-)
-from zoo import SETTINGS, build
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, pipeline
+from words import WORDS, small
+from zoo import every_variant
 
 from efficient_transformers import VARIANTS
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", *(f"word{i}" for i in range(50))]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Words to ids; real enough for a pipeline."""
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-    return PreTrainedTokenizerFast(tokenizer_object=words, **{f"{kind}_token": text for kind, text in special.items()})
-
-
-def small(variant, head, **changes):
-    fields = {"vocab_size": len(WORDS), "dtype": torch.float32, "initializer_range": 0.05, **changes}
-    return build(variant, SETTINGS[variant.slug][0], head, **fields)
 
 
 @pytest.mark.sampled(3)

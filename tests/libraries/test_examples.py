@@ -6,8 +6,8 @@ import re
 import finetune_with_trainer
 import pytest
 import torch
+from labelled_rows import OWN, ROWS
 from repository import ROOT
-from test_training_tasks import OWN, ROWS
 from training_runs import WIDER, write_rows, write_sentences
 from transformers import (
     AutoConfig,

@@ -5,13 +5,14 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from test_ecosystem import every_variant, small, tokenizer  # noqa: F401  # the fixture
+from words import small
+from zoo import every_variant
 
 TEXTS = ["word1 good word2 word3", "bad", "word9 word8 good word7 word6 word5 word4"]
 
 
 @pytest.fixture
-def folder(variant, tokenizer, tmp_path):  # noqa: F811
+def folder(variant, tokenizer, tmp_path):
     """A saved body with its tokenizer."""
     model = small(variant, None)
     model.save_pretrained(tmp_path / "body")
@@ -24,7 +25,7 @@ def sentences(folder) -> SentenceTransformer:
     return SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension(), "mean")], device="cpu")
 
 
-def mean_of_hidden_states(variant, folder, tokenizer) -> torch.Tensor:  # noqa: F811
+def mean_of_hidden_states(variant, folder, tokenizer) -> torch.Tensor:
     model = variant.model_class(None).from_pretrained(folder).eval()
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
@@ -33,7 +34,7 @@ def mean_of_hidden_states(variant, folder, tokenizer) -> torch.Tensor:  # noqa: 
 
 
 @every_variant
-def test_a_padded_batch_is_encoded_as_the_mean_of_its_hidden_states(variant, folder, tokenizer, tmp_path):  # noqa: F811
+def test_a_padded_batch_is_encoded_as_the_mean_of_its_hidden_states(variant, folder, tokenizer, tmp_path):
     model = sentences(folder)
     expected = mean_of_hidden_states(variant, folder, tokenizer)
     actual = model.encode(TEXTS, convert_to_tensor=True)

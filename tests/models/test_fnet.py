@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from test_parity import HEADS, SIZES, close, compare_gradients, exact, padded_batch
+from their_models import HEADS, THEIR_SIZES, close, compare_gradients, exact, padded_batch
 from zoo import ConfigRefused, build, config, probed
 
 from efficient_transformers import VARIANTS
@@ -90,7 +90,7 @@ def test_it_cannot_be_causal():
 
 
 def theirs(head=None, dtype=torch.float64, suffix=None):
-    sizes = {name: size for name, size in SIZES.items() if not name.startswith(("num_attention", "attention"))}
+    sizes = {name: size for name, size in THEIR_SIZES.items() if not name.startswith(("num_attention", "attention"))}
     cfg = transformers.FNetConfig(**sizes, max_position_embeddings=131, type_vocab_size=4, pad_token_id=1)
     cfg.num_labels = 2 if head == "QuestionAnswering" else 3
     model = getattr(transformers, "FNet" + (suffix or (f"For{head}" if head else "Model")))(cfg)
@@ -174,7 +174,7 @@ def test_an_fnet_has_no_weights_for_attention():
 
 def test_bert_leaves_its_attention_behind():
     """All else is there: words, positions, norms, feed-forward, pooler."""
-    sizes = {**SIZES, "attention_probs_dropout_prob": 0.1}
+    sizes = {**THEIR_SIZES, "attention_probs_dropout_prob": 0.1}
     source = transformers.BertModel(transformers.BertConfig(**sizes, max_position_embeddings=70)).double().eval()
     conversion = convert(source, "fnet")
     assert not conversion.report.created

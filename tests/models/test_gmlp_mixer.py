@@ -3,9 +3,8 @@
 import pytest
 import torch
 import transformers
-from test_variants import counted_flops
 from torch.nn import functional as F
-from zoo import ConfigRefused, build, config, inputs
+from zoo import ConfigRefused, build, config, counted_flops, inputs
 
 from efficient_transformers import VARIANTS, costs
 from efficient_transformers.conversion import convert

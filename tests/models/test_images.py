@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_variants import every_variant
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
-from zoo import IMAGE, SETTINGS, ConfigRefused, build, config
+from zoo import IMAGE, SETTINGS, ConfigRefused, build, config, every_variant
 
 import efficient_transformers
 from efficient_transformers import VARIANTS, EtImageProcessor

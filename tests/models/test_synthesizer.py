@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from source_models import make
 from zoo import ConfigRefused, build, config, inputs, probed, used_parameters
 
 from efficient_transformers import VARIANTS, convert
@@ -150,8 +151,6 @@ def test_dropout_drops_the_same_in_forward_and_backward():
 
 
 def test_a_bert_becomes_a_mixture_with_its_queries_and_keys():
-    from test_conversion import make
-
     source = make("Bert", "MaskedLM")
     conversion = convert(source, "synthesizer", synthesizer_type="random+vanilla")
     created = {name.rpartition(".")[2] for name in conversion.report.created}

@@ -9,11 +9,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import training_runs
 from huggingface_hub import ModelCard
+from labelled_rows import OWN, ROWS, TINY_ROWS, choice_row
 from repository import ROOT
 from training_runs import (
-    WIDER,
     assert_same_run,
     bpe,
     composed,
@@ -60,61 +59,11 @@ from efficient_transformers.training.tasks.tag_tokens import TagSettings, case_t
 
 TASKS = {"case": tag_tokens.TASK, "facts": answer.TASK, "next": choose.TASK, "president": match.TASK}
 
-TINY = {
-    **training_runs.TINY,
-    "model": WIDER,
-    "learning_rate": 0.02,
-}  # of 60 rows 42 train: 6 steps an epoch, 24 in all, where each row is one example
-
 
 def settings(settings_class, **values):
     return settings_class.from_dict({"data": "era", "model": {"model_type": "bert"}, **values})
 
 
-# --- examples of each task that a tiny model learns
-
-WORDS = ["we", "are", "at", "war", "with", "the", "union", "and", "god", "save", "this", "land"]
-PLACES = {"union", "land"}
-
-
-def tagged_row(i):
-    words = [WORDS[(5 * i + 7 * j) % len(WORDS)] for j in range(6 + i % 9)]
-    return {"words": words, "tags": ["B-PLACE" if word in PLACES else "O" for word in words]}
-
-
-def question_row(i):
-    words = [WORDS[(5 * i + 7 * j) % 6] for j in range(8 + i % 9)]
-    words.insert(i % 7, "peace")
-    context = " ".join(words)
-    answers = {"text": ["peace"], "answer_start": [context.index("peace")]}
-    return {"question": "what ?", "context": context, "answers": answers}
-
-
-def choice_row(i):
-    wrong = ["we save this land", "god save the land", "at the union"]
-    choices = [*wrong[: i % 4], "we are at war", *wrong[i % 4 :]]
-    return {"context": "we the people " * (1 + i % 3), "choices": choices, "label": "ABCD"[i % 4]}
-
-
-def pair_row(i):
-    texts = [" ".join(["war" if (i >> k) % 2 else "peace"] * (2 + i % 5)) for k in (0, 1)]
-    return {"text1": texts[0], "text2": texts[1], "label": int(texts[0] == texts[1])}
-
-
-ROWS = {"case": tagged_row, "facts": question_row, "next": choice_row, "president": pair_row}
-OWN = {
-    "case": {"task": "tag_tokens", "max_length": 12, "overlap": 4},
-    "facts": {"task": "answer", "max_length": 20, "stride": 4, "max_question_length": 6, "max_answer_length": 3},
-    "next": {"task": "choose", "max_length": 32, "max_choice_length": 16},
-    "president": {
-        "task": "match",
-        "max_length": 16,
-        "head_size": 32,
-        "epochs": 12,
-        "eval_steps": 24,
-        "checkpoint_steps": 24,
-    },
-}
 REACHED = {
     "case": ("f1", 1.0),
     "facts": ("exact_match", 1.0),
@@ -137,7 +86,7 @@ def finished(tmp_path_factory, corpora):
     def run_once(task):
         if task not in done:
             folder = tmp_path_factory.mktemp(task)
-            config = write_config(folder, TINY | OWN[task], corpora[task])
+            config = write_config(folder, TINY_ROWS | OWN[task], corpora[task])
             with redirect_stdout(io.StringIO()) as printed:
                 train.main(["--config", str(config)])
             reset_accelerate()
@@ -179,7 +128,7 @@ def test_a_finished_run_is_evaluated(finished, task):
 @each_task
 def test_sigterm_saves_and_the_run_ends_as_one_never_stopped(monkeypatch, finished, corpora, tmp_path, task):
     folder, _ = finished(task)
-    stop_and_continue(monkeypatch, write_config(tmp_path, TINY | OWN[task], corpora[task]), 10)
+    stop_and_continue(monkeypatch, write_config(tmp_path, TINY_ROWS | OWN[task], corpora[task]), 10)
     last = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))[-1]
     files = ("model.safetensors", "matching_head.safetensors")
     if task == "president":  # its head is in a file of its own
@@ -194,7 +143,7 @@ def test_sigterm_saves_and_the_run_ends_as_one_never_stopped(monkeypatch, finish
 @pytest.mark.slow
 @each_task
 def test_two_processes_score_every_window_once(corpora, tmp_path, task):
-    config = write_config(tmp_path, TINY | OWN[task] | {"max_steps": 4, "eval_batch_size": 4}, corpora[task])
+    config = write_config(tmp_path, TINY_ROWS | OWN[task] | {"max_steps": 4, "eval_batch_size": 4}, corpora[task])
     launch_two("--config", str(config))
     found = read_metrics(tmp_path / "out")
     assert found["training"]["processes"] == 2
@@ -222,7 +171,7 @@ def test_every_config_builds_a_tiny_model_and_its_data(monkeypatch, task, varian
 
 @each_task
 def test_a_metric_that_is_none_is_refused_before_training(corpora, tmp_path, task):
-    config = write_config(tmp_path, TINY | OWN[task], corpora[task], best_metric="acuracy")
+    config = write_config(tmp_path, TINY_ROWS | OWN[task], corpora[task], best_metric="acuracy")
     with pytest.raises(SystemExit, match=r"best_metric \('acuracy'\) must be one of loss, "):
         train.main(["--config", str(config)])
 
@@ -663,7 +612,7 @@ def test_a_matcher_is_saved_and_opened_and_its_encoder_alone(tmp_path):
 def test_a_matcher_goes_on_with_its_head(finished, corpora, tmp_path):
     folder, _ = finished("president")
     values = {"model": {"checkpoint": str(folder)}, "max_steps": 1, "eval_first": True, "gradient_accumulation": 1}
-    config = write_config(tmp_path, TINY | OWN["president"] | values, corpora["president"])
+    config = write_config(tmp_path, TINY_ROWS | OWN["president"] | values, corpora["president"])
     train.main(["--config", str(config)])
     best = read_metrics(folder)["validation"]
     assert read_metrics(tmp_path / "out")["before"] == pytest.approx(
