@@ -111,7 +111,7 @@ def kinds_of(pattern: AttentionPattern, allowed: Tensor) -> Tensor:
 
 def routing_matrices(mixer: Any, hidden: Tensor, sequence: SequenceInfo) -> Iterator[Matrix]:
     """The window of the local heads, and the weights of each routing head."""
-    weights, local = mixer(hidden, sequence)[1][0], mixer.sides[0]
+    weights, local = mixer(hidden, sequence)[1][0], mixer.head_counts[0]
     yield from matrices_of_groups(group_heads([mixer.window], local), weights)
     for head in range(local, len(weights)):
         yield Matrix(f"head {head}: its cluster", weights[head])

@@ -1,35 +1,32 @@
-r"""Routing Transformer: a token reads its cluster, found by online k-means (Roy et al. 2020, arXiv:2003.05997).
+r"""Routing Transformer: attention within clusters found by online k-means (Roy et al. 2020, arXiv:2003.05997).
 
 .. math:: o_i = \sum_{j:\, \mu(k_j) = \mu(q_i)} \mathrm{softmax}_j(q_i^\top k_j / \sqrt d)\, v_j
 
 Queries and keys are directions, and each of the k centroids takes the w = n/k nearest of both (section 4.1); some heads
-use a window instead. A query in several clusters attends to them in one softmax. The centroids follow the data
-in training, and only there (`ops_kmeans.moved_centroids`). O(n·k·d + n·w·d), which is O(n^1.5·d) for k = √n.
+use a window instead. A query in several clusters attends to them in one softmax. The centroids follow the data in
+training only (`ops_kmeans.moved_centroids`). O(n·k·d + n·w·d), which is O(n^1.5·d) for k = √n.
 
-*Paper*: what a query reads in each of its clusters is scattered back, of which the authors' code takes the mean, and a
-query of no cluster gives zero; here it reads itself. *Paper*: layer normalisation without scale and bias makes the
-directions, which takes off the mean of the features, too; here they keep it. Either gives them length √d.
+*Paper*: outputs of the clusters are scattered back to the tokens; the authors' code averages several outputs of one
+query, and the output of a query in no cluster is zero. Here such a query attends to itself. *Paper*: directions are
+computed by layer normalization without scale and bias, which subtracts the mean of the features. Here it is not
+subtracted. Both result in a norm of √d.
 
-*Paper*, causal: centroids take their tokens from the whole sequence, so who is taken depends on tokens to come. Here a
-token goes to the nearest centroid and reads the last w tokens of that cluster before itself, and itself only where
-there are none: queries and keys are the same (section 4.1), and it would read little else.
+*Paper*, causal: centroids take their tokens from the whole sequence, so membership depends on later tokens. Here each
+token joins the nearest centroid and attends to the last w earlier tokens of that cluster, and to itself only if there
+are none: with shared queries and keys (section 4.1), it would attend to little else.
 """
 
-from dataclasses import replace
 from math import log2
-from typing import NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
 from .attn_bucketed import bucketed_attention
 from .attn_dense import softmax_attention
 from .attn_pattern import pattern_attention
-from .base_attention import MultiHeadAttention
 from .base_backbone import Backbone
 from .base_cache import BucketCacheLayer
 from .base_configuration import EtConfig
@@ -44,35 +41,24 @@ from .base_heads import (
 )
 from .base_mixer import SequenceInfo
 from .base_pretrained import EtPreTrainedModel
-from .ops_buckets import BucketLayout, recent_counts, sorted_chunks
+from .base_routing_heads import Routes, RoutingHeads
 from .ops_checks import check_at_least
-from .ops_kmeans import (
-    ClusterStatistics,
-    cluster_statistics,
-    merge_statistics,
-    moved_centroids,
-    nearest_centroid,
-    nearest_tokens,
-    of_all_processes,
-    random_directions,
-)
 from .ops_patterns import AttentionPattern
 from .ops_rotary import rotate
-from .ops_tracing import count_blocks
 
 
 @strict
 class EtRoutingConfig(EtConfig):
     """
     Args:
-        num_clusters: k, centroids of each routing head; None takes a power of two near the root of
+        num_clusters: k, centroids of each routing head; None takes a power of two near the square root of
             max_position_embeddings.
-        cluster_size: w, tokens that a centroid takes, or that a token reads as a decoder; None takes as many as there
-            are over k: real tokens of the row, or max_position_embeddings as a decoder.
+        cluster_size: w, tokens of a cluster, or in a decoder the keys of a token. None takes 1/k of the real tokens of
+            a row, or in a decoder of max_position_embeddings.
         local_heads: number of heads, the first ones, that use a window instead; None takes half of them.
-        window_size: of the local heads, tokens to each side.
+        window_size: tokens on each side that local heads attend to.
         ema_decay: λ of the moving averages that the centroids follow in training.
-        cluster_seed: of the random centroids of the start.
+        cluster_seed: seed of the initial random centroids.
     """
 
     model_type = "et_routing"
@@ -94,7 +80,7 @@ class EtRoutingConfig(EtConfig):
 
     @property
     def window(self) -> AttentionPattern:
-        """What the local heads read."""
+        """Pattern of the local heads."""
         return AttentionPattern(window=self.window_size, causal=self.is_decoder)
 
     @property
@@ -104,170 +90,80 @@ class EtRoutingConfig(EtConfig):
 
     @property
     def reach(self) -> int:
-        """w of a decoder."""
+        """w in a decoder."""
         return self.cluster_size or -(-self.max_position_embeddings // self.clusters_per_head)
 
     def validate_clusters(self):
-        check_at_least("window_size", self.window_size, 1, "a local head reads at least its neighbours")
+        check_at_least("window_size", self.window_size, 1, "local heads attend to their neighbours")
         for name in ("num_clusters", "cluster_size"):
             if getattr(self, name) is not None:
-                check_at_least(name, getattr(self, name), 1, "None takes what suits the length")
+                check_at_least(name, getattr(self, name), 1, "None takes a number that suits the length")
         if not 0 <= self.num_local_heads <= self.num_attention_heads:
             raise ValueError(
                 f"local_heads ({self.local_heads}) must lie between 0 and num_attention_heads "
                 f"({self.num_attention_heads}): the others route."
             )
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay ({self.ema_decay}) must lie in [0, 1): it is the share of the past.")
+            raise ValueError(f"ema_decay ({self.ema_decay}) must lie in [0, 1): it is the weight of earlier passes.")
 
 
-Pair = tuple[Tensor, Tensor]
-
-
-class Routes(NamedTuple):
-    """Where the tokens of a pass go: groups of an encoder, or clusters (b, h, 1, n) of a decoder."""
-
-    layout: BucketLayout | None
-    clusters: Tensor | None
-    statistics: ClusterStatistics | None  # in training
-
-
-class EtRoutingAttention(MultiHeadAttention):
-    """The first heads read a window, the others their cluster.
-
-    centroids: (h, k, d) directions of the routing heads. sums, savings: the moving averages that they follow.
-    """
-
-    cache_class = BucketCacheLayer
-    centroids: Tensor
-    sums: Tensor
-    savings: Tensor
+class EtRoutingAttention(RoutingHeads):
+    """The first heads attend to a window, the others route."""
 
     def __init__(self, config: EtRoutingConfig, layer: int):
         super().__init__(config, layer)
-        self.dropout = config.attention_probs_dropout_prob
-        local, routing = self.sides = config.num_local_heads, config.num_routing_heads
-        self.window = config.window
-        self.key_sides = self.sides
-        if config.is_decoder:  # routing heads have no keys of their own
-            self.key_sides = (local,)
+        self.dropout, self.window = config.attention_probs_dropout_prob, config.window
+        local, routing = self.head_counts = config.num_local_heads, config.num_routing_heads
+        self.key_counts = (local,) if config.is_decoder else self.head_counts
+        if config.is_decoder:  # queries are the keys of routing heads
             self.k_proj = nn.Linear(config.hidden_size, local * self.head_dim) if local else None
-        if routing:
-            self.register_drawn("centroids", self.draw())
-            self.register_buffer("sums", torch.zeros_like(self.centroids))
-            self.register_buffer("savings", torch.zeros_like(self.centroids[..., 0]))
-
-    def draw(self) -> Tensor:
-        """The centroids of the start, (h, k, d), float32, on the CPU."""
-        config = self.config
-        generator = torch.Generator("cpu").manual_seed(config.cluster_seed + 0x10001 * self.layer)
-        return random_directions(self.sides[1], config.clusters_per_head, self.head_dim, generator)
-
-    def reset_parameters(self) -> None:
-        if self.sides[1]:
-            init.copy_(self.centroids, self.draw())
-            init.zeros_(self.sums)
-            init.zeros_(self.savings)
+        self.add_centroids(routing)
 
     def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
-        """Per-head output, (b, h, n, d), and the weights if they are computed."""
-        near, far, routes = self.queries_and_keys(hidden, sequence)
+        """Per-head output, (b, h, n, d), and the weights if they are written out."""
+        (local_q, local_k, routing_q, routing_k), routes = self.queries_and_keys(hidden, sequence)
         v, dropout = self.split_heads(self.v_proj(hidden)), self.dropout if self.training else 0.0
-        written_out = self.engine(hidden, sequence) == "dense"
-        if sequence.cache is not None or written_out:
-            q, k = (torch.cat(pair, 1) for pair in zip(near, far, strict=True))
-            if sequence.cache is not None:
-                seen = sequence.cache.get_seq_length(self.layer)
-                memory: BucketCacheLayer = sequence.cache.layers[self.layer]  # type: ignore[assignment]
-                assert routes.clusters is not None
-                keys, values, *past = memory.update(k, v, sequence.positions, routes.clusters)
-                if seen:  # a few new tokens against the past
-                    allowed = self.allowed(routes, sequence.positions, *past)
-                    return softmax_attention(q, keys, values, allowed, dropout)
-            if written_out:
-                return softmax_attention(q, k, v, self.allowed(routes, sequence.positions), dropout)
-
-        near_v, far_v = v.split(self.sides, 1)
+        if sequence.cache is not None:
+            q, k = torch.cat([local_q, routing_q], 1), torch.cat([local_k, routing_k], 1)
+            seen = sequence.cache.get_seq_length(self.layer)
+            memory: BucketCacheLayer = sequence.cache.layers[self.layer]  # type: ignore[assignment]
+            assert routes.clusters is not None
+            keys, values, *cached = memory.update(k, v, sequence.positions, routes.clusters)
+            if seen:  # a few new tokens over the cached ones
+                return softmax_attention(q, keys, values, self.allowed(routes, sequence.positions, *cached), dropout)
+        if self.engine(hidden, sequence) == "dense":
+            q, k = torch.cat([local_q, routing_q], 1), torch.cat([local_k, routing_k], 1)
+            return softmax_attention(q, k, v, self.allowed(routes, sequence.positions, sequence.positions), dropout)
+        local_v, routing_v = v.split(self.head_counts, 1)
         mixed = []
-        if near_v.shape[1]:
-            mixed.append(pattern_attention(*near, near_v, self.window, sequence, dropout))
-        if far_v.shape[1]:
-            mixed.append(bucketed_attention(*far, far_v, self.layout(routes, sequence.keep), dropout))
-        # side by side in memory, as the output projection reads them
+        if local_v.shape[1]:
+            mixed.append(pattern_attention(local_q, local_k, local_v, self.window, sequence, dropout))
+        if routing_v.shape[1]:
+            layout = self.layout(routes, sequence.keep)
+            mixed.append(bucketed_attention(routing_q, routing_k, routing_v, layout, dropout))
+        # joined along the features, the layout that the output projection needs
         return torch.cat([x.transpose(1, 2) for x in mixed], 2).transpose(1, 2), None
 
-    def queries_and_keys(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Pair, Pair, Routes]:
-        """Of the local heads, of the routing heads, (b, h, n, d) each, and where the tokens go."""
-        near_q, far_q = self.q_proj(hidden).unflatten(-1, (-1, self.head_dim)).split(self.sides, 2)  # (b, n, h, d)
-        near_k, far_q = near_q, F.rms_norm(far_q, far_q.shape[-1:])  # of length √d
-        far_k = far_q
+    def queries_and_keys(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[list[Tensor], Routes]:
+        """Queries and keys of local heads, then of routing heads, (b, h, n, d) each, and the routes of the latter."""
+        local_q, routing_q = self.q_proj(hidden).unflatten(-1, (-1, self.head_dim)).split(self.head_counts, 2)
+        local_k, routing_q = local_q, F.rms_norm(routing_q, routing_q.shape[-1:])  # (b, n, h, d), of norm √d
+        routing_k = routing_q
         if self.k_proj is not None:
-            near_k, *own = self.k_proj(hidden).unflatten(-1, (-1, self.head_dim)).split(self.key_sides, 2)
-            far_k = F.rms_norm(own[0], far_q.shape[-1:]) if own else far_q
-        routes = sequence.cached_choice(self.layer, lambda: self.route(far_q, far_k, sequence.keep))
-        parts = [near_q, near_k, far_q, far_k]
-        if sequence.rotary is not None:  # behind the choice: a cluster is one of content
+            local_k, *own = self.k_proj(hidden).unflatten(-1, (-1, self.head_dim)).split(self.key_counts, 2)
+            routing_k = F.rms_norm(own[0], routing_q.shape[-1:]) if own else routing_q
+        routes = sequence.cached_choice(self.layer, lambda: self.route(routing_q, routing_k, sequence.keep))
+        parts = [local_q, local_k, routing_q, routing_k]
+        if sequence.rotary is not None:  # after routing, because clusters are about content
             parts = [rotate(x, sequence.rotary) for x in parts]
-        near_q, near_k, far_q, far_k = (x.transpose(1, 2) for x in parts)
-        return (near_q, near_k), (far_q, far_k), routes
+        return [x.transpose(1, 2) for x in parts], routes
 
-    def route(self, q: Tensor, k: Tensor, keep: Tensor | None) -> Routes:
-        """Where queries and keys (b, n, h, d) of the routing heads go, and in training what the clusters learn."""
-        causal, (batch, length, heads, _) = self.config.is_decoder, q.shape
-        if not heads:
-            return Routes(None, torch.zeros(batch, 0, 1, length, dtype=torch.long, device=q.device), None)
-        q, k = (x.transpose(1, 2) * self.head_dim**-0.5 for x in (q, k))
-        statistics = None
-        if self.training and self.learns:
-            statistics = merge_statistics(
-                [cluster_statistics(x, self.centroids, keep) for x in ((q,) if causal else (q, k))]
-            )
-        if causal:
-            return Routes(None, nearest_centroid(q, self.centroids)[:, :, None], statistics)
-        size, count = self.config.cluster_size, self.config.clusters_per_head
-        real = torch.ones(batch, length, dtype=torch.bool, device=q.device) if keep is None else keep
-        sizes = None if size else -(-real.sum(1) // count)
-        if size is None:
-            size = count_blocks(length, count)
-        elif isinstance(length, int):
-            size = min(size, length)
-        layout = BucketLayout(*(nearest_tokens(x, self.centroids, size, sizes, keep) for x in (q, k)))  # type: ignore[reportArgumentType]
-        return Routes(replace(layout, missed=real[:, None] & ~layout.standing(length)), None, statistics)
-
-    def layout(self, routes: Routes, keep: Tensor | None) -> BucketLayout:
-        """Groups of the routing heads."""
-        if routes.layout is not None:
-            return routes.layout
-        assert routes.clusters is not None
-        return sorted_chunks(routes.clusters, keep, self.config.reach, causal=True)
-
-    def allowed(
-        self,
-        routes: Routes,
-        positions: Tensor,
-        key_positions: Tensor | None = None,
-        key_clusters: Tensor | None = None,
-    ) -> Tensor:
-        """How often each query reads each key, itself and those before it if not told of others: (b, h, n, m) int64."""
-        key_positions = positions if key_positions is None else key_positions
-        i, j = positions[:, None, :, None], key_positions[:, None, None, :]
-        near = self.window.allows(torch.zeros_like(i), i, j, 0) & (i >= 0) & (j >= 0)
-        if routes.layout is not None:
-            far = routes.layout.counts(positions.shape[1])
-        else:
-            assert routes.clusters is not None
-            key_clusters = routes.clusters if key_clusters is None else key_clusters
-            far = recent_counts(routes.clusters, key_clusters, positions, key_positions, self.config.reach)
-        return torch.cat([near.expand(-1, self.sides[0], -1, -1).long(), far], 1)
-
-    def finish_pass(self, sequence: SequenceInfo) -> None:
-        routes: list[Routes] = [part.decisions[self.layer] for part in sequence.parts if self.layer in part.decisions]
-        statistics = [route.statistics for route in routes if route.statistics is not None]
-        if statistics:
-            averages = self.centroids, self.sums, self.savings
-            seen = of_all_processes(merge_statistics(statistics))
-            # new tensors, which may be of a wider dtype: in bfloat16 a moving average stands still
-            self.centroids, self.sums, self.savings = moved_centroids(*averages, seen, self.config.ema_decay)
+    def allowed(self, routes: Routes, i: Tensor, j: Tensor, key_clusters: Tensor | None = None) -> Tensor:
+        """Number of times queries at `i` (b, n) attend to keys at `j` (b, m), of the same pass or in `key_clusters`."""
+        routed = self.counts(routes, i, j, key_clusters)
+        i, j = i[:, None, :, None], j[:, None, None, :]
+        local = self.window.allows(torch.zeros_like(i), i, j, 0) & (i >= 0) & (j >= 0)
+        return torch.cat([local.expand(-1, self.head_counts[0], -1, -1).long(), routed], 1)
 
 
 class EtRoutingPreTrainedModel(EtPreTrainedModel):
