@@ -1,4 +1,4 @@
-"""The Hub model card of a trained model: what it is, how it was trained, what was measured, how to load it.
+"""The Hub model card of a trained model: description, training, results, and code to load it.
 
 The metadata block is `huggingface_hub`'s own, so that results appear on the Hub as a `model-index`.
 """
@@ -18,7 +18,7 @@ from .costs import attention_flops
 from .models.base_configuration import EtConfig
 from .models.modeling_full import EtFullConfig
 
-PICTURE = "pattern.png"  # shown by the card of a folder that holds it
+PICTURE = "pattern.png"  # shown in the card if the folder contains it
 
 PIPELINE_TAGS = {
     "AutoModelForMaskedLM": "fill-mask",
@@ -33,7 +33,7 @@ PIPELINE_TAGS = {
 
 
 def loading_code(folder: str, auto_class: str, max_length: int | None = None) -> str:
-    """A few lines of Python that load a saved model and run it on a text or an image."""
+    """Python code that loads a saved model and runs it on a text or an image."""
     if auto_class not in PIPELINE_TAGS:
         raise ValueError(f"auto_class ({auto_class!r}) must be one of {', '.join(PIPELINE_TAGS)}.")
     if auto_class == "AutoModelForImageClassification":
@@ -93,9 +93,9 @@ def loading_code(folder: str, auto_class: str, max_length: int | None = None) ->
 
 
 def description_of(model: PreTrainedModel, inline: str | None = None) -> str:
-    """Paper, formula and cost from the docstring of the model's file, as Markdown; one paragraph of other models.
+    """Paper, formula and cost from the docstring of the model's file, as Markdown; for other models one paragraph.
 
-    Maths has the delimiters that the Hub renders, `\\\\( … \\\\)` within a line and `$$ … $$`; `inline` replaces the
+    Maths is in the delimiters that the Hub renders, `\\\\( … \\\\)` within a line and `$$ … $$`; `inline` replaces the
     former.
     """
     text = inspect.getdoc(inspect.getmodule(type(model))) or ""
@@ -103,15 +103,16 @@ def description_of(model: PreTrainedModel, inline: str | None = None) -> str:
         return text.partition("\n\n")[0]
     formula = re.compile(r"^\.\. math::[ \n](.*?)(?=\n\n\S|\Z)", re.S | re.M)
     text = formula.sub(lambda found: f"$$\n{dedent(' ' * 10 + found[1]).strip()}\n$$", text)
-    opening, closing = (inline, inline) if inline else (r"\\(", r"\\)")  # Markdown reads \\ as one backslash
+    opening, closing = (inline, inline) if inline else (r"\\(", r"\\)")  # Markdown renders \\ as one backslash
     text = re.sub(r":math:`(.*?)`", lambda found: f"{opening}{found[1]}{closing}", text, flags=re.S)
     return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
 
 
 def costs_of(config: PreTrainedConfig, max_length: int) -> dict[int, tuple[int, int]]:
-    """Length in tokens → FLOPs of mixing tokens in all layers, here and with full attention of the same size.
+    """FLOPs of mixing tokens in all layers by length in tokens, here and with full attention of the same size.
 
-    For powers of two from 512 and `max_length`, a sequence each; see costs.py. Nothing if it is not a variant.
+    The lengths are the powers of two from 512, and `max_length`, for one sequence each; see costs.py. Empty for models
+    that are not variants.
     """
     if not isinstance(config, EtConfig):
         return {}
@@ -142,12 +143,13 @@ def model_card(
     picture: str | None = None,
     code: Mapping[str, str] | None = None,
 ) -> ModelCard:
-    """The card of the model called `name`, which the Auto class `auto_class` opens.
+    """Create the card of the model `name`, which is loaded with the Auto class `auto_class`.
 
     `training` becomes a table, in its order. `results` become the measured results and the `model-index`; `command`
-    is the one that measures them. `datasets` and `base_model` are Hub ids. `description`, `limits` and `notes`, which
-    follow the results, are Markdown. `costs` are as from `costs_of`; `picture` is the file with the model's pattern;
-    `code` is the version and commit of this package that gave the results, as from `exporting.code_version`.
+    is the command that measures them. `datasets` and `base_model` are Hub ids. `description`, `limits` and `notes`
+    (placed after the results) are Markdown. `costs` is the output of `costs_of`; `picture` is the file with the pattern
+    of the model; `code` is the version and commit of this package that produced the results, as returned by
+    `exporting.code_version`.
     """
     data = ModelCardData(
         model_name=name,
@@ -169,7 +171,7 @@ def model_card(
         *([f"![The tokens that each token attends to]({picture})"] if picture else []),
         "## Use",
         f"```python\n{loading_code(name, auto_class, max_length)}\n```",
-        "The code of the model comes with it: only `transformers` and `trust_remote_code=True` are needed.",
+        "The code of the model is included on the Hub: only `transformers` and `trust_remote_code=True` are needed.",
         "## Results",
         _table(
             ("data", "split", "metric", "value"),
@@ -190,9 +192,9 @@ def model_card(
 
 
 def measured(cards: Path, slug: str) -> dict[str, float]:
-    """Results of a variant from the folders of the zoo in `cards`, by the names that `list` shows; empty if none.
+    """Results of a variant in the folders of the zoo in `cards`, named as in `list`; empty if there are none.
 
-    `nats/byte` is that of the causal language model, the others those of the classifier of eras, on the test splits.
+    `nats/byte` is that of the causal language model, the others are those of the era classifier, on the test splits.
     """
     classifier, language = (
         json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -213,7 +215,7 @@ def _cost_table(costs: Mapping[int, tuple[int, int]]) -> str:
         for length, (flops, full) in costs.items()
     ]
     head = ("tokens", "GFLOPs of mixing tokens", "full attention of the same size", "ratio")
-    return f"{_table(head, rows)}\n\nFor a forward pass over one sequence, counted; without projections and MLPs."
+    return f"{_table(head, rows)}\n\nCounted for a forward pass over one sequence; without projections and MLPs."
 
 
 def _number(value: Any) -> str:

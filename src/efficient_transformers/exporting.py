@@ -1,7 +1,7 @@
-"""Write a saved model as a folder that opens without this package: its files, and the code that the package has today.
+"""Write a saved model as a folder that opens without this package: its files, and the current code of the package.
 
-The folders in model_cards/ hold no code: in a checkout the package is installed, and its classes are the ones that
-open them. What leaves the checkout gets the code on the way out, so that no copy of it can grow stale.
+The folders in model_cards/ contain no code, because in a checkout the package is installed and its classes open them.
+The code is added on export, so that no copy of it becomes outdated.
 """
 
 import json
@@ -24,7 +24,7 @@ from .trust import PREPARATION, references
 
 README = "README.md"
 MODELS = Path(__file__).parent / "models"
-# what belongs to a model; everything else in a folder stays on this machine
+# files that belong to a model; everything else in a folder is not published
 PUBLISHED = (
     README, CONFIG, "generation_config.json", "model.safetensors", "model-*.safetensors", INDEX,
     "adapter_config.json", "adapter_model.safetensors", "model.onnx", "onnx/*.onnx", "onnx/*.json",
@@ -35,18 +35,18 @@ PUBLISHED = (
     "[0-9]_*/config.json", "[0-9]_*/model.safetensors",
     "metrics.json", "settings.yaml", "pattern.png", "LICENSE", "LICENSE.*", "NOTICE",
 )  # fmt: skip
-# where a training run or transformers may name files of this machine, and what such a name looks like in a text
+# files in which a training run or transformers may record local paths, and the form of such a path in a text
 WITH_PATHS = (CONFIG, "settings.yaml", "metrics.json", "tokenizer_config.json", "adapter_config.json")
 ROOTS = "home|Users|root|tmp|mnt|media|data|var|opt|srv|private|workspace|content|scratch|Volumes"
 LOCAL_PATH = re.compile(rf"(?<![\w.:/~-])/(?:{ROOTS})/[^\s\"'`<>|:,;()\[\]{{}}]+")
-# suffixes that a new repository keeps as large files (its .gitattributes), and the size above which every file is one
+# suffixes that a new repository stores as large files (its .gitattributes), and the size above which every file is one
 LARGE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".npy", ".npz", ".parquet", ".arrow", ".gz", ".zip")
 LARGE_BYTES = 10_000_000
 
 
 @dataclass(frozen=True)
 class PublicFile:
-    """A file that leaves the machine: its path in the folder, bytes, and whether the Hub will keep it by git LFS."""
+    """A file to publish: its path in the folder, its size in bytes, and whether the Hub stores it with git LFS."""
 
     path: str
     size: int
@@ -55,20 +55,20 @@ class PublicFile:
 
 @dataclass(frozen=True)
 class Selection:
-    """What of a folder leaves the machine, and why the rest does not: path → reason."""
+    """The files of a folder to publish, and the reason for each file left out: path → reason."""
 
     files: list[PublicFile]
     left_out: dict[str, str]
 
 
 def select_files(folder: str | Path) -> Selection:
-    """Tell the files of a folder that belong to a model (`PUBLISHED`, and code that a config names) from the others.
+    """Select the files of a folder that belong to a model (`PUBLISHED`, and code that a config names).
 
-    A link is followed only if it stays within the folder. Raises ValueError if there is no such folder.
+    A link is followed only if it stays within the folder. Raises ValueError if the folder does not exist.
     """
     root = Path(folder).resolve()
     if not root.is_dir():
-        raise ValueError(f"There is no folder {folder}: name one that save_pretrained or a training run has written.")
+        raise ValueError(f"There is no folder {folder}: name one written by save_pretrained or a training run.")
     code = {path.relative_to(root).as_posix() for path in named_code(root)}
     files, left_out = [], {}
     for path in sorted(root.rglob("*")):
@@ -90,31 +90,31 @@ def public_file(root: Path, name: str) -> PublicFile:
 
 
 def public_files(folder: str | Path) -> list[PublicFile]:
-    """The files of a folder that may leave the machine, by name. Raises ValueError if there is no such folder."""
+    """The files of a folder to publish, by name. Raises ValueError if the folder does not exist."""
     return select_files(folder).files
 
 
 def export(folder: str | Path, out: str | Path, *, link: bool = False) -> list[Path]:
     """Write the model saved in `folder` to `out`, which must be new or empty, and return the files there.
 
-    A variant of the zoo gets the code that the package has today, whatever lay in `folder`; a model of another kind is
-    copied as it is. The metadata of its card name the version and commit of the code. `link` makes symbolic links to
-    the files that do not change, instead of copies. Only files that belong to a model are written (`select_files`), and
-    absolute paths of this machine in the text files are cut to their last part.
+    A variant of the zoo gets the current code of the package, whatever code `folder` contains; other models are copied
+    unchanged. The metadata of the card name the version and commit of the code. With `link`, files that do not change
+    become symbolic links instead of copies. Only files that belong to a model are written (`select_files`), and
+    absolute local paths in the text files are reduced to their last part.
 
-    Raises ValueError if `folder` holds no saved model, if a file cannot be read, or if `out` is not empty or lies
-    within `folder`.
+    Raises ValueError if `folder` contains no saved model, if a file cannot be read, or if `out` is not empty or inside
+    `folder`.
     """
     root, target = Path(folder).resolve(), Path(out).resolve()
     selection = select_files(folder)
     if CONFIG not in {file.path for file in selection.files}:
-        reason = selection.left_out.get(CONFIG, "not there: save the model by save_pretrained")
-        raise ValueError(f"{folder} holds no saved model: {CONFIG} is {reason}.")
+        reason = selection.left_out.get(CONFIG, "missing: save the model with save_pretrained")
+        raise ValueError(f"{folder} contains no saved model: {CONFIG} is {reason}.")
     check_folder(root)
     if target == root or root in target.parents:
-        raise ValueError(f"{out} lies within {folder}, which is exported: name another folder.")
+        raise ValueError(f"{out} is inside {folder}, which is exported: choose another folder.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{out} is not an empty folder: name a new one, or empty it.")
+        raise ValueError(f"{out} is not an empty folder: choose a new one, or empty it.")
     config = read_json(root / CONFIG)
     ours, kept = is_variant(config), own_code(root)
     for file in selection.files:
@@ -130,17 +130,17 @@ def export(folder: str | Path, out: str | Path, *, link: bool = False) -> list[P
 
 
 def is_variant(config: Mapping[str, Any]) -> bool:
-    """Is this the config.json of a variant of the zoo?"""
+    """True if this is the config.json of a variant of the zoo."""
     return config.get("model_type") in {variant.model_type for variant in VARIANTS.values()}
 
 
 def own_code(root: Path) -> list[Path]:
-    """The Python files of a folder that belong to its tokenizer or processor and are none of this package."""
+    """The Python files of a folder that belong to its tokenizer or processor and not to this package."""
     return [path for path in named_code(root, PREPARATION) if not (MODELS / path.name).exists()]
 
 
 def named_code(root: Path, configs: Iterable[str] = (CONFIG, *PREPARATION)) -> list[Path]:
-    """The Python files of a folder that its configs name in `auto_map`, and those that they import."""
+    """The Python files of a folder that its configs name in `auto_map`, and the files imported by them."""
     named: set[str] = set()
     for path in (root / name for name in configs):
         if path.is_file():
@@ -155,9 +155,9 @@ def code_files(config: Mapping[str, Any]) -> set[str]:
 
 
 def foreign_code(folder: str | Path) -> list[str]:
-    """The code besides this package's that opening the export of a folder would run, described for a message.
+    """Descriptions of the code, other than this package's, that opening the export of a folder would run.
 
-    The export of a variant has the package's own code for the model; its tokenizer or processor may bring other code.
+    The export of a variant has the package's own code for the model; its tokenizer or processor may need other code.
     """
     root = Path(folder)
     ours = is_variant(read_json(root / CONFIG))
@@ -171,7 +171,7 @@ def foreign_code(folder: str | Path) -> list[str]:
 
 
 def write_code(config: dict[str, Any], target: Path) -> None:
-    """Write today's code of a variant to `target`, refer to it in config.json, and name its version in the card."""
+    """Write the current code of a variant to `target`, refer to it in config.json, and name its version in the card."""
     variant = VARIANTS[config["model_type"].removeprefix("et_")]
     custom_object_save(variant.model_class(), target)
     if "image_size" in config and (target / "preprocessor_config.json").exists():
@@ -187,7 +187,7 @@ def write_code(config: dict[str, Any], target: Path) -> None:
 
 
 def remove_local_paths(folder: Path) -> None:
-    """Cut the absolute paths of this machine in the text files of `folder` to their last part."""
+    """Reduce absolute local paths in the text files of `folder` to their last part."""
     found: set[str] = set()
 
     def cut(value: Any) -> Any:
@@ -220,13 +220,13 @@ def remove_local_paths(folder: Path) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a text file, not through a link to another one."""
+    """Write a text file, replacing a link instead of writing through it."""
     path.unlink(missing_ok=True)
     path.write_text(text, encoding="utf-8")
 
 
 def code_version() -> dict[str, str]:
-    """`version` of this package and, where it is known, the `commit`; `-dirty` if tracked files differ from it."""
+    """`version` of this package and, if known, the `commit`; `-dirty` if tracked files differ from it."""
     from . import __version__
 
     commit = checkout_commit() or installed_commit()
@@ -242,7 +242,7 @@ def checkout_commit() -> str | None:
 
 
 def installed_commit() -> str | None:
-    """The commit that `pip install git+…` has recorded (PEP 610)."""
+    """The commit recorded by `pip install git+…` (PEP 610)."""
     try:
         record = distribution("efficient-transformers").read_text("direct_url.json")
     except PackageNotFoundError:

@@ -1,7 +1,7 @@
-"""Code that a model brings along: named, and refused unless the caller allows it.
+"""Code that comes with a model: it is listed, and refused unless the caller allows it.
 
 Nothing in a folder can grant trust. `trust_remote_code` is an argument of every function that opens a tokenizer or a
-model, False by default, and an option of every command that may run foreign code. Settings files do not count.
+model, False by default, and an option of every command that may run foreign code. Settings files cannot set it.
 """
 
 import json
@@ -23,25 +23,25 @@ ALLOW = (
 
 
 class UntrustedCodeError(ValueError):
-    """Opening a model needs code that comes with it, which the caller has not allowed."""
+    """Opening a model needs code that comes with it, which the caller did not allow."""
 
 
 class Reference(NamedTuple):
-    """A class in a Python file: of another repository on the Hub, or, with repository "", of the same folder."""
+    """A class in a Python file: in another repository on the Hub, or, if repository is "", in the same folder."""
 
     repository: str
     file: str
     class_name: str
 
     def named_by(self, config: str) -> str:
-        """`file.py (class X, named by tokenizer_config.json)`, for messages."""
+        """Describe the class for messages: `file.py (class X, named by tokenizer_config.json)`."""
         place = f"{self.file} of {self.repository}" if self.repository else self.file
         return f"{place} (class {self.class_name}, named by {config})"
 
 
 @contextmanager
 def refusing_code(source: str | Path) -> Iterator[None]:
-    """Turn transformers' refusal to run the code of `source` into an UntrustedCodeError that names the code."""
+    """Convert transformers' refusal to run the code of `source` into an UntrustedCodeError that names the code."""
     try:
         yield
     except ValueError as error:
@@ -54,18 +54,18 @@ def refusing_code(source: str | Path) -> Iterator[None]:
 
 
 def named_classes(source: str | Path) -> list[str]:
-    """The code that opening a folder or a model of the Hub would run, as `Reference.named_by` describes it."""
+    """The code that opening a folder or a model on the Hub would run, as described by `Reference.named_by`."""
     configs = {name: read_config(source, name) for name in (CONFIG, *PREPARATION)}
     return [
         reference.named_by(name)
         for name, config in configs.items()
-        if config.get("model_type") not in CONFIG_MAPPING  # else an installed class opens it
+        if config.get("model_type") not in CONFIG_MAPPING  # otherwise an installed class opens it
         for reference in references(config)
     ]
 
 
 def read_config(source: str | Path, name: str) -> dict[str, Any]:
-    """A JSON file of a folder or a Hub name; empty if it is not there or cannot be read."""
+    """Read a JSON file of a folder or a Hub repository; empty if it does not exist or cannot be read."""
     try:
         path = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
         config = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
@@ -75,7 +75,7 @@ def read_config(source: str | Path, name: str) -> dict[str, Any]:
 
 
 def references(config: Mapping[str, Any]) -> list[Reference]:
-    """The classes that the `auto_map` of a config refers to, each once."""
+    """The classes that the `auto_map` of a config refers to, each of them once."""
     auto_map = config.get("auto_map")
     values = auto_map.values() if isinstance(auto_map, Mapping) else [auto_map]
     found: dict[Reference, None] = {}

@@ -245,7 +245,7 @@ def test_an_export_overwrites_nothing(published, tmp_path, capsys):
     (tmp_path / "notes.md").write_text("mine")
     for folder, out, said in (
         (published, tmp_path, "is not an empty folder"),
-        (published, published / "out", "lies within"),
+        (published, published / "out", "is inside"),
         (tmp_path, tmp_path / "out", "config.json is not there"),
         (tmp_path / "nowhere", tmp_path / "out", "There is no folder"),
     ):

@@ -712,7 +712,7 @@ def test_all_variants_are_trained_and_none_is_repeated(monkeypatch, capsys, tmp_
     command = ["--config", str(config), "--variants", "broken", "full", "linear", "wrong", "fulll"]
     with pytest.raises(SystemExit) as ended:
         train_all.main([*command, "--seeds", "0", "1", "--out", str(tmp_path / "runs"), "--learning_rate", "0.01"])
-    for text in ("these runs have failed", "broken: The run in", "There is no setting 'epohcs'", "no variant 'fulll'"):
+    for text in ("these runs failed", "broken: The run in", "There is no setting 'epohcs'", "no variant 'fulll'"):
         assert text in str(ended.value.code)
     trained = {path.parent.name for path in (tmp_path / "runs").glob("*/metrics.json")}
     assert trained == {"tiny-full", "tiny-linear", "tiny-full-seed-1", "tiny-linear-seed-1"}
@@ -724,7 +724,7 @@ def test_all_variants_are_trained_and_none_is_repeated(monkeypatch, capsys, tmp_
     command = ["--config", str(config), "--variants", "full"]
     train_all.main([*command, "--out", str(tmp_path / "runs"), "--learning_rate=0.01"])
     monkeypatch.setattr(running, "launch", lambda command: 143)
-    with pytest.raises(SystemExit, match="ended with code 143; the same command continues it"):
+    with pytest.raises(SystemExit, match="ended with exit code 143; the same command resumes it"):
         train_all.main([*command, "--out", str(tmp_path / "other")])
 
 

@@ -1,4 +1,4 @@
-"""How the scripts end when something the user gave cannot be used."""
+"""Exit codes and messages of the scripts for invalid input."""
 
 import sys
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from ..settings import InputError
 
-BAD_INPUT = 2  # exit code, as of argparse
+BAD_INPUT = 2  # exit code, as in argparse
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
     python training/evaluate.py runs/era-local [--max_length 512 …]
 
-Every setting of the run's task is an option, which takes the place of the recorded value. Code that the folder brings
-along, of its model, tokenizer or metrics, runs only with `--trust_remote_code`, also if the run was trained with it.
+Every setting of the run's task is an option, which overrides the recorded value. Code that comes with the folder, for
+its model, tokenizer or metrics, runs only with `--trust_remote_code`, even if the run was trained with it.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of the run; before the other options")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the run; before the other options")
     given, options = parser.parse_known_args(arguments)
     with input_errors():
         task_of(recorded_settings(given.folder)).evaluate_folder(given.folder, options)

@@ -1,4 +1,4 @@
-"""One run in a process of its own, unless it is finished already."""
+"""Start a run in a separate process, unless it is already finished."""
 
 import json
 import subprocess
@@ -13,15 +13,15 @@ TRAIN = REPOSITORY / "training/train.py"
 
 
 class RunFailed(Exception):
-    """A run has ended with another code than 0."""
+    """A run ended with a non-zero exit code."""
 
     def __init__(self, folder: Path, code: int):
-        super().__init__(f"The run in {folder} ended with code {code}; the same command continues it.")
+        super().__init__(f"The run in {folder} ended with exit code {code}; the same command resumes it.")
         self.code = code
 
 
 def train_or_find(config: Path, variant: str | None, options: list[str], launcher: list[str]) -> dict[str, Any]:
-    """The metrics of one run, which is trained unless it is there."""
+    """Return the metrics of one run, and train it first if necessary."""
     _, settings = read_settings(config, variant, options)
     finished = settings.folder / METRICS
     if not finished.exists():

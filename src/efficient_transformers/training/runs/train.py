@@ -1,11 +1,11 @@
-"""Train a model, evaluate it on the test split and save it, with its card, ready for the Hub.
+"""Train a model, evaluate it on the test split and save it, with its card, for the Hub.
 
     accelerate launch training/train.py --config configs/era.yaml --variant local [--learning_rate 1e-3 …] [--resume]
 
-The YAML names the task; every setting of it is an option, and `--model.hidden_size 256` sets a field of the model.
-An interrupted run goes on with `--resume`. Exit codes: 2 if something given cannot be used, 143 if SIGTERM has stopped
-the run. Code that a checkpoint, a tokenizer or a metric brings along runs only with `--trust_remote_code`: a YAML file
-cannot allow it.
+The YAML names the task. Every setting of the task is an option, and `--model.hidden_size 256` sets a field of the
+model.
+`--resume` resumes an interrupted run. Exit codes: 2 for invalid input, 143 if SIGTERM stopped the run. Code that comes
+with a checkpoint, a tokenizer or a metric runs only with `--trust_remote_code`: a YAML file cannot allow it.
 """
 
 import argparse
@@ -36,18 +36,18 @@ def main(arguments: list[str] | None = None) -> None:
             task.run(settings, command)
         except Stopped:
             again = command if settings.resume else f"{command} --resume"
-            PartialState().print(f"Stopped by SIGTERM and saved. To continue: {again}", flush=True)
-            sys.exit(143)  # what a shell reports for SIGTERM: a scheduler must not take the run for finished
+            PartialState().print(f"Stopped by SIGTERM; the state is saved. To resume: {again}", flush=True)
+            sys.exit(143)  # as a shell reports SIGTERM: a scheduler must not consider the run finished
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The options that say what the settings are, and those of the settings."""
+    """Split the command line into options that select the settings, and options that change them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML of settings, e.g. configs/era.yaml")
-    parser.add_argument("--variant", help="its section of the YAML, and its file in configs/variants")
-    parser.add_argument("-h", "--help", action="store_true", help="with --config: shows the settings of its task")
+    parser.add_argument("--variant", help="selects its section of the YAML, and its file in configs/variants")
+    parser.add_argument("-h", "--help", action="store_true", help="with --config: show the settings of its task")
     given, options = parser.parse_known_args(arguments)
     if given.config is None:
         if given.help:

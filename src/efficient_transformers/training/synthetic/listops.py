@@ -1,4 +1,4 @@
-"""ListOps (Nangia & Bowman 2018, arXiv:1804.06028): nested lists of digits, and the digit that they come to.
+"""ListOps (Nangia & Bowman 2018, arXiv:1804.06028): nested lists of digits, and the digit they evaluate to.
 
 Drawn by the recipe of the Long Range Arena (Tay et al. 2020, arXiv:2011.04006, and its `data/listops.py`).
 """
@@ -14,21 +14,21 @@ from .generated import Seed, with_special
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 END = "]"
 DIGITS = tuple("0123456789")
-OPERATOR_SHARE = 0.25  # of the nodes that may be either an operator or a digit
+OPERATOR_SHARE = 0.25  # of the nodes that may be an operator or a digit
 FIRST_DIGIT = len(OPERATORS) + 1
 
 
 class TooLong(Exception):
-    """The tree being drawn has outgrown the longest length."""
+    """The tree being drawn exceeds the maximum length."""
 
 
 @dataclass(frozen=True)
 class ListOps:
     """Trees of more than `min_tokens` and fewer than `max_tokens` operators, digits and brackets.
 
-    A node above depth `max_depth` is an operator with probability 1/4, of 2 to `max_args` arguments, and else a digit;
-    all are drawn uniformly. Trees outside the lengths are drawn again. The paper also leaves out trees drawn twice,
-    which at its lengths do not occur.
+    A node above depth `max_depth` is an operator with 2 to `max_args` arguments with probability 1/4, and otherwise a
+    digit; all are drawn uniformly. Trees outside the limits are drawn again. The paper also removes duplicate trees,
+    which do not occur at its lengths.
     """
 
     min_tokens: int = 500
@@ -44,7 +44,7 @@ class ListOps:
         for _ in range(self.max_depth - 1):
             longest = 2 + self.max_args * longest
         if self.max_args < 2:
-            raise InputError(f"max_args ({self.max_args}) must be at least 2: an operator has two arguments or more.")
+            raise InputError(f"max_args ({self.max_args}) must be at least 2: an operator has two or more arguments.")
         if not 0 <= self.min_tokens < self.max_tokens - 1 or self.min_tokens >= longest:
             raise InputError(
                 f"min_tokens ({self.min_tokens}) must be less than max_tokens ({self.max_tokens}) - 1 and than "
@@ -63,9 +63,9 @@ class ListOps:
                 return with_special(np.array(tokens), has_cls=True), value
 
     def _grow(self, draw: random.Random, depth: int, tokens: list[int]) -> int:
-        """Puts a subtree behind `tokens` and returns its value."""
+        """Append a subtree to `tokens` and return its value."""
         if len(tokens) >= self.max_tokens:
-            raise TooLong  # what cannot be kept need not be finished: the kept ones are the same
+            raise TooLong  # a rejected tree need not be completed
         if depth == self.max_depth or draw.random() > OPERATOR_SHARE:
             value = draw.randrange(10)
             tokens.append(FIRST_DIGIT + value)
@@ -78,7 +78,9 @@ class ListOps:
 
 
 def apply(operator: str, arguments: list[int]) -> int:
-    """Of an even number of arguments the median is the mean of the middle ones, rounded down; a sum is taken mod 10."""
+    """Value of an operator: the median of an even number of arguments is the mean of the middle two, rounded down; sums
+    are modulo 10.
+    """
     if operator == "[MIN":
         return min(arguments)
     if operator == "[MAX":
