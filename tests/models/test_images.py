@@ -71,7 +71,7 @@ def test_the_sizes_of_an_image_are_the_sizes_of_the_model():
         (HEAD, {"image_size": [14, 10, 3]}, r"image_size has 3 entries .* give \[height, width\]"),
         (HEAD, {"patch_size": 0}, r"patch_size \(0\) must be at least 1: 1 makes a token of every pixel"),
         (HEAD, {"num_channels": 0}, r"num_channels \(0\) must be at least 1"),
-        ("MaskedLM", {}, r"EtLocalForMaskedLM reads text and got image_size=\[14, 10\]: leave image_size out"),
+        ("MaskedLM", {}, r"EtLocalForMaskedLM takes text and got image_size=\[14, 10\]: leave image_size out"),
     ],
 )
 def test_bad_sizes_are_refused(head, fields, message):

@@ -39,11 +39,11 @@ def test_the_question_is_global_in_question_answering():
     ids[0, [4, 9, 19]] = SEPARATOR  # the second row has no separator, and so no question
     expected = torch.zeros(2, 20, dtype=torch.bool)
     expected[0, :4] = True
-    assert model.mark(ids, None).equal(expected)
+    assert model.global_tokens(ids, None).equal(expected)
     marked = torch.zeros_like(ids)
-    assert model.mark(ids, marked) is marked
+    assert model.global_tokens(ids, marked) is marked
     torch.testing.assert_close(model(ids).start_logits, model(ids, global_attention_mask=expected).start_logits)
-    with pytest.raises(ValueError, match=r"cannot be found in inputs_embeds: give global_attention_mask"):
+    with pytest.raises(ValueError, match=r"cannot be found in inputs_embeds: pass global_attention_mask"):
         model(inputs_embeds=torch.randn(1, 20, 32, dtype=torch.float64))
 
 

@@ -535,7 +535,10 @@ BAD_RUNS = {
         ["--frequency_bias=true", "--streaming=true", "--max_steps=1"],
         "frequency_bias is counted in all the training text",
     ),
-    "causal": (["--model.is_decoder=true"], "The model section cannot be used: EtLocalForMaskedLM reads both sides"),
+    "causal": (
+        ["--model.is_decoder=true"],
+        "The model section cannot be used: EtLocalForMaskedLM attends to both sides",
+    ),
 }
 
 

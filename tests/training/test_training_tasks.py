@@ -432,7 +432,7 @@ def test_questions_are_marked_where_a_variant_takes_marks():
     config = answer.TASK.build_config(longformer, tokenizer)
     model = build_model(longformer, config, AutoModelForQuestionAnswering)
     ids = torch.from_numpy(row["input_ids"].astype(np.int64))[None]
-    assert ids[model.mark(ids, None)].tolist() == marked[:-1]
+    assert ids[model.global_tokens(ids, None)].tolist() == marked[:-1]
     for model_type, values in (("et_local", {}), ("et_longformer", {"mark_question": False})):
         chosen = settings(AnswerSettings, max_question_length=16, stride=2, **values)
         assert (

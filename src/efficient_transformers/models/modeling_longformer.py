@@ -165,15 +165,15 @@ class EtLongformerForTokenClassification(ForTokenClassification, EtLongformerPre
 
 
 class EtLongformerForQuestionAnswering(ForQuestionAnswering, EtLongformerPreTrainedModel):
-    """Global are the tokens in front of the first `sep_token_id`, unless `global_attention_mask` says otherwise."""
+    """Makes the tokens before the first `sep_token_id` global, unless `global_attention_mask` is passed."""
 
-    def mark(self, input_ids: Tensor | None, marked: Tensor | None) -> Tensor | None:
+    def global_tokens(self, input_ids: Tensor | None, global_mask: Tensor | None) -> Tensor | None:
         config: EtLongformerConfig = self.config  # type: ignore[reportAssignmentType]
-        if marked is not None or config.num_global_tokens is not None or config.sep_token_id is None:
-            return marked
+        if global_mask is not None or config.num_global_tokens is not None or config.sep_token_id is None:
+            return global_mask
         if input_ids is None:
             raise ValueError(
-                "the question cannot be found in inputs_embeds: give global_attention_mask, or set num_global_tokens."
+                "the question cannot be found in inputs_embeds: pass global_attention_mask, or set num_global_tokens."
             )
         ends = (input_ids == config.sep_token_id).cumsum(1)
         return (ends == 0) & (ends[:, -1:] > 0)
