@@ -136,7 +136,7 @@ def test_a_known_mask_function_that_means_something_else_is_passed_on(monkeypatc
     arguments = {"batch_size": 2, "q_length": 50, "kv_length": 50, "mask_function": function, "device": "cpu"}
     mask = masks.efficient_mask(**arguments, local_size=7, dtype=torch.float32)
     assert mask.equal(masking_utils.sdpa_mask(**arguments, local_size=7))
-    assert "not what its parts are known for" in warnings.messages[0]
+    assert "differs from the meaning of its parts" in warnings.messages[0]
 
 
 def test_a_mask_of_the_callers_own_is_used():
@@ -482,7 +482,7 @@ def test_a_text_config_inside_another_one_is_written_through(tmp_path):
         ("mpnet", "local:4", None, "does not use transformers' attention interface"),
         ("bart", "local:4", None, "cross-attention"),
         ("distilbert", "local:4", [0], "no layer_idx"),
-        ("bert", "local:4", [9], r"numbered from 0 to 3"),
+        ("bert", "local:4", [9], r"numbered 0 to 3"),
         ("bert", "lokal:4", None, "'lokal:4'.*no attention pattern"),
         ("bert", "performer", None, "performer:<number of features>"),
         ("bert", ["linear", "full"], None, "all heads of a layer"),

@@ -246,7 +246,7 @@ def test_an_export_overwrites_nothing(published, tmp_path, capsys):
     for folder, out, said in (
         (published, tmp_path, "is not an empty folder"),
         (published, published / "out", "is inside"),
-        (tmp_path, tmp_path / "out", "config.json is not there"),
+        (tmp_path, tmp_path / "out", "config.json is missing"),
         (tmp_path / "nowhere", tmp_path / "out", "There is no folder"),
     ):
         assert main(["export", str(folder), str(out)]) == 2
