@@ -154,7 +154,7 @@ def test_a_group_is_drawn(runs, tmp_path):
 
 @pytest.mark.parametrize("text", ["{0}", "{1} {0}", "{0} {1} {0} {1}", "{1}"])
 def test_marks_that_do_not_fit_are_refused(text):
-    with pytest.raises(InputError, match=r"must have <!-- begin:era --> once and <!-- end:era --> once behind it"):
+    with pytest.raises(InputError, match=r"must contain <!-- begin:era --> once, and <!-- end:era --> once after it"):
         put(text.format(*marks("era")), "era", "table\n")
 
 
@@ -163,8 +163,8 @@ def test_what_cannot_be_reported_is_told(runs, tmp_path, monkeypatch):
     for arguments, message in {
         ("missing",): "error: There is no folder missing",
         (str(runs), "--only", "lra"): "error: There are no runs of 'lra'; there are some of clm, era",
-        (str(runs), "--beside", "lenght"): "error: No runs of clm, era differ in 'lenght', which --beside names",
-        (str(runs), "--out", "page.json"): r"error: --out \(page.json\) must be a page, as page.md",
+        (str(runs), "--beside", "lenght"): "error: No runs of clm, era differ in 'lenght', the setting of --beside",
+        (str(runs), "--out", "page.json"): r"error: --out \(page.json\) must be a page such as page.md",
         (str(runs), "--picture", "era"): r"error: --picture \('era'\) must have the form GROUP=FILE.png",
     }.items():
         with pytest.raises(SystemExit, match=message):
@@ -332,7 +332,7 @@ def test_nothing_bulky_and_no_path_of_the_machine_is_kept(tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", '{"name": "a package"}', '{"runs": [{"test": {}}]}', '{"runs": [1]}'])
 def test_a_file_that_keeps_no_runs_is_not_written_over(runs, tmp_path, content):
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(SystemExit, match=r"error: .*results.json cannot be read as kept runs"):
+    with pytest.raises(SystemExit, match=r"error: .*results.json cannot be read as stored runs"):
         report.main([str(runs), "--out", str(tmp_path / "results.md")])
     assert (tmp_path / "results.json").read_text() == content
     assert not (tmp_path / "results.md").exists()

@@ -1,4 +1,4 @@
-"""Metrics as `evaluate.Metric`s over scikit-learn and seqeval: `evaluate.load` needs the network for any of its own."""
+"""Metrics as `evaluate.Metric`s over scikit-learn and seqeval; `evaluate.load` would need a network connection."""
 
 import re
 import string
@@ -32,7 +32,7 @@ class _Metric(evaluate.Metric):
 
 
 class Accuracy(_Metric):
-    """Share of the examples whose class is predicted."""
+    """Share of examples whose class is predicted correctly."""
 
     inputs, prediction, reference = "lists of class ids", datasets.Value("int64"), datasets.Value("int64")
 
@@ -41,9 +41,9 @@ class Accuracy(_Metric):
 
 
 class MacroF1(_Metric):
-    """Mean of the classes' F1, so that a rare class counts as much as a frequent one.
+    """Mean of the F1 scores of the classes, so that rare classes count as much as frequent ones.
 
-    Classes that are neither true nor predicted anywhere do not count, as in scikit-learn.
+    Classes that occur neither as labels nor as predictions are ignored, as in scikit-learn.
     """
 
     inputs, prediction, reference = "lists of class ids", datasets.Value("int64"), datasets.Value("int64")
@@ -55,9 +55,9 @@ class MacroF1(_Metric):
 class EntityF1(_Metric):
     """Precision, recall and F1 of entities, as in CoNLL 2003 (Tjong Kim Sang and De Meulder 2003, arXiv:cs/0306050).
 
-    An entity is found if its type and all of its words are right; the F1 is over all entities of all documents. `I-X`
-    without an open entity of its type begins one. A tag without `B-` or `I-`, such as a part of speech, makes an entity
-    of each run of equal tags. Accuracy is the share of the words whose tag is right.
+    An entity is correct if its type and all of its words are; F1 is over all entities of all documents. `I-X` without
+    an open entity of its type begins an entity. Tags without `B-` or `I-`, such as parts of speech, form an entity from
+    each run of equal tags. Accuracy is the share of words with the correct tag.
     """
 
     inputs = "the tags of each document's words"
@@ -73,18 +73,18 @@ class EntityF1(_Metric):
 
 
 def _prefixed(tag: str) -> str:
-    # seqeval takes the first letter of any tag for its prefix
+    # seqeval takes the first letter of any tag as its prefix
     return tag if tag == "O" or tag.startswith(("B-", "I-")) else f"I-{tag}"
 
 
 class AnswerMatch(_Metric):
-    """SQuAD's scores (Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1): exact match, and F1 of the common words.
+    """SQuAD scores (Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1): exact match, and F1 of the common words.
 
-    Both are means over the questions, each compared with the reference that fits best. A question without references
-    has no answer, which an empty prediction matches (SQuAD 2.0; Rajpurkar et al. 2018, arXiv:1806.03822).
+    Both are means over the questions, with the best-matching reference for each. A question without references has no
+    answer, which an empty prediction matches (SQuAD 2.0; Rajpurkar et al. 2018, arXiv:1806.03822).
     """
 
-    inputs = "an answer to each question, and lists of the right ones"
+    inputs = "an answer to each question, and lists of correct answers"
     prediction, reference = datasets.Value("string"), datasets.List(datasets.Value("string"))
 
     def _compute(self, *, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -97,7 +97,7 @@ class AnswerMatch(_Metric):
 
 
 def _words(answer: str) -> list[str]:
-    """Normalised as in SQuAD: in lower case, without punctuation and articles."""
+    """Words normalised as in SQuAD: in lower case, without punctuation and articles."""
     answer = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", answer).split()
 
@@ -112,7 +112,7 @@ OWN_METRICS: dict[str, type[evaluate.Metric]] = {"accuracy": Accuracy, "macro_f1
 
 
 def check_trust(extra: Iterable[str], trust_remote_code: bool) -> None:
-    """Raise InputError, which names the code, if metrics are named whose code must not run."""
+    """Raise InputError with the code of the metrics if `extra` metrics are named without trust."""
     if extra and not trust_remote_code:
         code = "; ".join(f"{name!r} ({place_of(name)})" for name in extra)
         raise InputError(f"extra_metrics can only be computed by running code that comes with them: {code}. {ALLOW}.")
@@ -129,17 +129,17 @@ def place_of(name: str) -> str:
 def load_metrics(
     extra: Iterable[str] = (), own: Iterable[str] = tuple(OWN_METRICS), trust_remote_code: bool = False
 ) -> list[evaluate.EvaluationModule]:
-    """Our own metrics, and the `extra` ones, whose code comes from a file or the Hub and is run if it is trusted."""
+    """Load the built-in metrics and `extra` ones, whose code comes from a file or the Hub and runs if it is trusted."""
     check_trust(extra, trust_remote_code)
-    # nothing is shared between processes: every one computes the metrics of the gathered predictions
+    # nothing is shared between processes: each computes the metrics of the gathered predictions
     metrics: list[evaluate.EvaluationModule] = [OWN_METRICS[name](keep_in_memory=True) for name in own]
     for name in extra:
         try:
             metrics.append(evaluate.load(name))
-        except Exception as error:  # the Hub's failures have no common class
+        except Exception as error:  # errors of the Hub have no common class
             raise InputError(
                 f"The metric {name!r} of extra_metrics could not be loaded: {error}. "
-                f"Without a network leave it out; {', '.join(OWN_METRICS)} are always computed."
+                f"Without a network connection, omit it; {', '.join(OWN_METRICS)} are always computed."
             ) from error
     return metrics
 

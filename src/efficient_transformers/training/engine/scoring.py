@@ -1,4 +1,4 @@
-"""Scores of a model on one split: an evaluator for all tasks, and what it asks a task's scorer."""
+"""Scores of a model on one split: an evaluator for all tasks, and the scorers of tasks."""
 
 import math
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ from .metrics import OWN_METRICS, check_trust, compute_metrics, load_metrics
 
 
 class Scorer:
-    """Scores of one split: a finding per example, then the scores of all findings."""
+    """Compute scores of one split: first a finding per example, then the scores from all findings."""
 
-    names: ClassVar[tuple[str, ...]]  # scores, besides the loss, that `best_metric` may name
+    names: ClassVar[tuple[str, ...]]  # scores that `best_metric` may name, besides the loss
 
     def __init__(self, data: Any, settings: Any):
         self.data, self.settings = data, settings
@@ -39,12 +39,12 @@ class Scorer:
         raise NotImplementedError
 
     def counts(self) -> dict[str, int]:
-        """What the scores are a mean of, for `metrics.json`."""
+        """Number of examples behind the scores, for `metrics.json`."""
         return {"n": len(self.data)}
 
 
 class LabelScorer(Scorer):
-    """Loss and metrics of examples with one label each; `extra_metrics` of the settings are the user's."""
+    """Loss and metrics of examples with one label each; users add `extra_metrics` in the settings."""
 
     names = tuple(OWN_METRICS)
 
@@ -74,7 +74,7 @@ class LabelScorer(Scorer):
 
 
 class TokenScorer(Scorer):
-    """Loss and accuracy at the labelled tokens of a split, each token counting the same."""
+    """Loss and accuracy at the labelled tokens of a split, with equal weight for each token."""
 
     names = ("accuracy",)
 
@@ -83,7 +83,7 @@ class TokenScorer(Scorer):
         return torch.stack([token_sums(*self.aligned(*window)) for window in windows]).tolist()
 
     def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A window's logits (n, v) and the labels (n,) that they predict."""
+        """The logits (n, v) of a window and the labels (n,) that they predict."""
         return logits, labels
 
     def scores(self, found: list[list[float]]) -> dict[str, float]:
@@ -92,7 +92,7 @@ class TokenScorer(Scorer):
 
 
 class NextTokenScorer(TokenScorer):
-    """Each token is predicted from those before it."""
+    """Loss and accuracy where each token is predicted from the earlier ones."""
 
     def aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return logits[:-1], labels[1:]

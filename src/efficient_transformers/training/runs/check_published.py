@@ -1,10 +1,10 @@
-"""Open exported models as a user who downloads them would, and compare them with what their cards say.
+"""Open exported models as a user who downloads them would, and compare them with their cards.
 
 `python training/publish.py --check` exports folders of model_cards and runs this file on them, in a process that cannot
-import the package: this module imports nothing of it. The logits that a card records must be reproduced, and a
-classifier is evaluated on its test data, one window at a time: its accuracy must be that of the card, to the last
-digit. The parent process, which has the package, writes the windows to a file beside the exported folder. It has also
-made sure that all code in that folder is the package's own, or code that the user has allowed to run: it is run here.
+import the package; this module imports nothing from it. The logits recorded in a card must be reproduced, and a
+classifier is evaluated on its test data, one window at a time: its accuracy must match that of the card to the last
+digit. The parent process, which has the package, writes the windows to a file next to the exported folder. It also
+ensures that all code in that folder, which runs here, is the package's own or allowed by the user.
 """
 
 import argparse
@@ -17,21 +17,21 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.modules["efficient_transformers"] = None  # type: ignore[assignment] # an editable install must not hide a leak
-    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # nor the code of another folder
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # nor must the cached code of another folder
 
 import torch
 import transformers
 from huggingface_hub import ModelCard
 
 TEXT = "We the people of the United States, in order to form a more perfect union, establish justice."
-FIRST_LOGITS = 8  # of a language model, whose vocabulary is too long to record
-WINDOWS = "test_windows.json"  # beside the folder of a classifier: token ids and classes of its test windows
+FIRST_LOGITS = 8  # recorded for a language model, whose vocabulary is too large to record
+WINDOWS = "test_windows.json"  # next to the folder of a classifier: token ids and classes of its test windows
 CLASSIFIER = "AutoModelForSequenceClassification"
-TOLERANCE = 1e-3  # another processor adds up in another order
+TOLERANCE = 1e-3  # other processors add in another order
 
 
 def logits_of(folder: Path, auto_class: str, trust_remote_code: bool) -> list[float]:
-    """Logits of the fixed text: those of the classes, or the first ones of a language model's last token."""
+    """Logits of the fixed text: those of the classes, or the first ones at the last token of a language model."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.inference_mode():
@@ -40,7 +40,7 @@ def logits_of(folder: Path, auto_class: str, trust_remote_code: bool) -> list[fl
 
 
 def accuracy_of(folder: Path, windows: dict[str, list]) -> float:
-    """Share of the windows whose class is predicted, each window by itself."""
+    """Accuracy on the windows, each evaluated separately."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
     with torch.inference_mode():
         classes = [model(torch.tensor([ids])).logits.argmax().item() for ids in windows["input_ids"]]
@@ -52,7 +52,7 @@ def check(folder: Path) -> list[str]:
     card = ModelCard.load(folder / "README.md")
     found = re.search(r"```json\n(.*?)\n```", card.text, re.S)
     if found is None:
-        return ["its card records no logits"]
+        return ["its card has no recorded logits"]
     recorded, wrong = json.loads(found[1]), []
     logits = torch.tensor(logits_of(folder, recorded["auto_class"], trust_remote_code=True))
     difference = (logits - torch.tensor(recorded["logits"])).abs().max().item()
@@ -63,7 +63,7 @@ def check(folder: Path) -> list[str]:
         (stated,) = (result.metric_value for result in results if result.metric_type == "accuracy")
         windows = json.loads(folder.with_name(WINDOWS).read_text(encoding="utf-8"))
         if (accuracy := accuracy_of(folder, windows)) != stated:
-            wrong.append(f"its test accuracy is {accuracy} and not {stated}, as its card says")
+            wrong.append(f"its test accuracy is {accuracy}, but its card says {stated}")
     return wrong
 
 
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         except (OSError, ValueError, ImportError) as error:
             wrong = [f"it cannot be opened: {' '.join(str(error).split())}"]
         failed = failed or bool(wrong)
-        print(f"{folder.name}: {'; '.join(wrong) or 'as its card says'}", flush=True)
+        print(f"{folder.name}: {'; '.join(wrong) or 'matches its card'}", flush=True)
     sys.exit(int(failed))
 
 

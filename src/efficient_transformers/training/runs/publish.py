@@ -1,14 +1,14 @@
-"""Make the folder of the zoo from a finished run, write its card again, or check it.
+"""Publish a finished run as a folder of the zoo, rewrite its card, or check it.
 
     python training/publish.py runs/zoo_era-local model_cards/local-era
     python training/publish.py --cards model_cards/local-era [model_cards/linear-era …]
     python training/publish.py --check model_cards/local-era [model_cards/linear-era …]
 
-The folder holds no code: `efficient-transformers export` and `push` add that of the day. The weights are rounded to
-bfloat16, in files of at most 3 MB, and load as float32; the test scores of the card are those of the rounded weights.
-The card shows what a token attends to, and records the logits of a fixed text. `--check` exports each folder and runs
-check_published.py on it, in a process that cannot import the package. Code that a folder brings along, such as a
-tokenizer's, runs only with `--trust_remote_code`.
+The folder contains no code: `efficient-transformers export` and `push` add the current code. The weights are rounded to
+bfloat16, in files of at most 3 MB, and load as float32; the test scores in the card are those of the rounded weights.
+The card shows the tokens that each token attends to, and records the logits for a fixed text. `--check` exports each
+folder and runs check_published.py on it, in a process that cannot import the package. Code that comes with a folder,
+such as that of a tokenizer, runs only with `--trust_remote_code`.
 """
 
 import argparse
@@ -50,15 +50,15 @@ PUBLISHED: tuple[Task[Any], ...] = (classify.TASK, pretrain_mlm.TASK, pretrain_c
 
 
 def publish(run: Path, out: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Write the folder `out` and return its metrics. `trust_remote_code` lets code in `run` run.
+    """Write the folder `out` and return its metrics. `trust_remote_code` allows code in `run` to run.
 
     Raises InputError if the run is not finished, `out` is the run itself, the run's task is not in PUBLISHED, its files
-    need code that is not trusted, or a file gets too large.
+    need code that is not trusted, or a file is too large.
     """
     metrics = read_metrics(run)
     task = published_task(run, metrics)
     if out.resolve() == run.resolve():
-        raise InputError(f"{out} is the run itself, whose weights would be overwritten: name another folder.")
+        raise InputError(f"{out} is the run itself, whose weights would be overwritten: choose another folder.")
     trust = trust_options(trust_remote_code)
     settings = task.settings_class.from_yaml(run / SETTINGS, trust)
     settings.tokenizer = str(run)
@@ -70,14 +70,14 @@ def publish(run: Path, out: Path, *, trust_remote_code: bool = False) -> dict[st
     for old in out.glob("*.safetensors*"):
         old.unlink()
     model.save_pretrained(out, max_shard_size=MOST_BYTES)
-    for code in out.glob("*.py"):  # copies would grow stale: `export` adds the code
+    for code in out.glob("*.py"):  # copies would become outdated: `export` adds the code
         code.unlink()
     load_as_float32(out)
     fit_tokenizer(tokenizer, model.config)
     tokenizer.save_pretrained(out)
     shutil.copy(run / SETTINGS, out / SETTINGS)
     metrics["name"] = f"et-{out.name}"
-    write_json(out / METRICS, metrics)  # only a folder that has it is that of a finished run
+    write_json(out / METRICS, metrics)  # marks the folder as that of a finished run
 
     scores = task.evaluate_folder(out, ["--matmul_precision", "highest", *trust])
     metrics["test_before_rounding"], metrics["test"] = metrics["test"], {**metrics["test"], **scores}
@@ -93,7 +93,7 @@ def trust_options(trust_remote_code: bool) -> list[str]:
 
 
 def write_card(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Write picture and card of a folder of the zoo, from its weights, settings and metrics."""
+    """Write picture and card of a folder of the zoo from its weights, settings and metrics."""
     metrics = read_metrics(folder)
     task = published_task(folder, metrics)
     settings = task.settings_class.from_yaml(folder / SETTINGS)
@@ -104,7 +104,7 @@ def write_card(folder: Path, *, trust_remote_code: bool = False) -> None:
     metrics["model"]["costs"] = costs_of(model.config, metrics["model"]["max_length"])
     sections = [settings.card_notes or "", logits]
     settings.card_notes = "\n\n".join(section.strip() for section in sections if section)
-    settings.out = str(folder)  # where the picture is
+    settings.out = str(folder)  # contains the picture
     labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
     card = task.card(settings, metrics, description_of(model), labels, metrics.get("command", ""))
     (folder / README).write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
@@ -113,18 +113,18 @@ def write_card(folder: Path, *, trust_remote_code: bool = False) -> None:
 def published_task(folder: Path, metrics: dict[str, Any]) -> Task[Any]:
     if (task := task_of(metrics["settings"])) not in PUBLISHED:
         known = ", ".join(each.name for each in PUBLISHED)
-        raise InputError(f"{folder} is of the task {task.name}; what can be published is of {known}.")
+        raise InputError(f"{folder} is a run of the task {task.name}; only {known} can be published.")
     return task
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
     if not (run / METRICS).exists():
-        raise InputError(f"{run} holds no finished run: it has no {METRICS}.")
+        raise InputError(f"{run} contains no finished run: it has no {METRICS}.")
     return json.loads((run / METRICS).read_text(encoding="utf-8"))
 
 
 def draw_pattern(folder: Path, model_type: str, trust_remote_code: bool) -> None:
-    """The picture of the card: what tokens attend to in the first layer, and in others that differ."""
+    """Draw the picture of the card: the tokens attended to in the first layer, and in layers that differ from it."""
     if (variant := VARIANTS.get(model_type.removeprefix("et_"))) is not None:
         drawn = plots.load_model(str(folder), DRAWN_TOKENS, None, trust_remote_code=trust_remote_code)
         figure = plots.pattern_figure(read_matrices(*drawn), variant.title)
@@ -133,27 +133,27 @@ def draw_pattern(folder: Path, model_type: str, trust_remote_code: bool) -> None
 
 
 def reduce_colours(path: Path) -> None:
-    """Give a picture a palette, in which it takes a third of the bytes; its curves and matrices look the same."""
+    """Convert a picture to a palette, which takes a third of the bytes; curves and matrices look the same."""
     Image.open(path).convert("RGB").quantize(PALETTE).save(path, optimize=True)
 
 
 def recorded_logits(folder: Path, auto_class: str, trust_remote_code: bool) -> str:
-    """The section of the card that a check compares."""
+    """The section of the card that `--check` compares."""
     logits = check_published.logits_of(folder, auto_class, trust_remote_code)
     recorded = {"auto_class": auto_class, "text": check_published.TEXT, "logits": logits}
     which = "" if auto_class == check_published.CLASSIFIER else " (last token, first entries of the vocabulary)"
     return (
-        "## Recorded logits\n\nThe weights are stored in bfloat16 and load as float32, in which the results were "
-        f"measured. The logits of a fixed text{which}, by which a copy can be checked:\n\n"
+        "## Recorded logits\n\nThe weights are stored in bfloat16 and load as float32, the precision of the results. "
+        f"The logits for a fixed text{which}, to verify a copy:\n\n"
         f"```json\n{json.dumps(recorded)}\n```"
     )
 
 
 def check(folders: list[Path], *, trust_remote_code: bool = False) -> int:
-    """Export folders and compare them with their cards, in a process without the package; return its exit code.
+    """Export folders and compare them with their cards in a process without the package; return its exit code.
 
     That process runs the code of the exported folders: the package's own, and with `trust_remote_code` any other.
-    Raises UntrustedCodeError, which names the code, without.
+    Otherwise, raises UntrustedCodeError, which names the code.
     """
     with tempfile.TemporaryDirectory() as temporary:
         exported = []
@@ -172,7 +172,7 @@ def check(folders: list[Path], *, trust_remote_code: bool = False) -> int:
 
 
 def test_windows(folder: Path, trust_remote_code: bool) -> dict[str, list[Any]]:
-    """Token ids and classes of a classifier's test windows, cut as for its card."""
+    """Token ids and classes of a classifier's test windows, split as for its card."""
     settings = classify.ClassifySettings.from_yaml(folder / SETTINGS)
     positions = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["max_position_embeddings"]
     length = min(settings.max_length or settings.window_length or positions, positions)
@@ -183,15 +183,15 @@ def test_windows(folder: Path, trust_remote_code: bool) -> dict[str, list[Any]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+", help="RUN and OUT, or the folders to write or to check")
+    parser.add_argument("folders", type=Path, nargs="+", help="RUN and OUT, or the folders to rewrite or check")
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--cards", action="store_true", help="write picture and card of each folder again")
+    modes.add_argument("--cards", action="store_true", help="rewrite picture and card of each folder")
     modes.add_argument("--check", action="store_true", help="compare each folder with its card")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that the folders bring along")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the folders")
     given = parser.parse_args(arguments)
     trust = given.trust_remote_code
     if not (given.check or given.cards) and len(given.folders) != 2:
-        parser.error("a run and the folder to write are needed")
+        parser.error("a run and an output folder are required")
     with input_errors(ValueError, OSError):
         if given.check:
             sys.exit(check(given.folders, trust_remote_code=trust))

@@ -1,17 +1,18 @@
-"""Tables, and pictures, of finished runs, written into docs/results.md between the marks of their own.
+"""Write tables and pictures of finished runs into docs/results.md, between marks.
 
 python training/report.py [FOLDER …] [--out docs/results.md] [--only GROUP …] [--picture GROUP=docs/GROUP.png …]
     [--beside SETTING]
 
-Every `metrics.json` below the folders (default: runs) is read. Runs of one YAML of configs make a table, runs that
-differ in their seed alone a row. A table stands between `<!-- begin:GROUP -->` and `<!-- end:GROUP -->`, where the next
-call replaces it; a group without marks is put at the end. All other text stays as it is. With `--beside max_length`
-runs that differ in that setting stand side by side in one line, in groups that have such runs.
+Reads every `metrics.json` below the folders (default: runs). The runs of one YAML file in configs form a table, and
+runs that differ only in their seed form a row. A table is written between `<!-- begin:GROUP -->` and `<!-- end:GROUP
+-->`, where the next call replaces it; a group without marks is appended. All other text is kept. With `--beside
+max_length`, runs that differ in that setting are shown side by side in one row, in groups that have such runs.
 
-The runs of the tables are kept beside the page, in docs/results.json, and read from there, too: tables are extended, or
-made again, when the folders are gone. A run below the folders takes the place of the kept one of its settings and seed.
-Each kept run is a line, to be deleted if it is no longer wanted. How a group stood, side by side or not, is kept as
-well; `--beside none` gives each run its row again.
+The runs of the tables are stored next to the page, in docs/results.json, and are read from there too, so that tables
+can be extended or rewritten when the folders are gone. A run below the folders replaces the stored one with the same
+settings and seed. Each stored run is one line, which can be deleted. The choice of side-by-side settings is stored as
+well;
+`--beside none` gives each run its own row again.
 """
 
 import argparse
@@ -33,11 +34,11 @@ from .errors import input_errors
 RUNS = Path("runs")
 LOWER_IS_BETTER = {"loss", "perplexity", "nats_per_byte", "bits_per_byte"}
 MEMORY = "peak memory, MB"
-MOST_COMMANDS = 4  # more are those of train_all.py, in one line of the text around the table
+MOST_COMMANDS = 4  # more are replaced by one train_all.py command in the text around the table
 SHOWN_BY_ANOTHER = {"perplexity"}  # exp(loss)
 NOT_OF_A_ROW = FREE_TO_CHANGE | {"seed", "config"}
 NEEDED = {"test", "training", "model", "settings"}
-# the rest, the history of the training above all, is long and in no table
+# the rest, mainly the training history, is long and not shown in tables
 KEPT = ("test", "validation", "training", "model", "peak_memory_mb", "command", "settings", "versions")
 # an absolute path, or one from a home folder, at the start of a text, a word or a value
 ABSOLUTE = re.compile(r"""(?<![^\s=:'"\[{(,])(?:~\w*)?/[\w.][^\s'"\]}),]*""")
@@ -46,14 +47,14 @@ OF_A_CHECKOUT = {"configs", "model_cards", "runs", "training"}
 
 @dataclass
 class Row:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     name: str
     settings: dict[str, Any]
     runs: list[dict[str, Any]]
 
     def values(self, column: str) -> pd.Series:
-        """Those of the runs that have it, e.g. `training.steps`."""
+        """Values of a column such as `training.steps` for the runs that have it."""
         table = pd.json_normalize(self.runs)
         return pd.Series(table.get(column, []), dtype=float).dropna()
 
@@ -73,22 +74,22 @@ class Row:
 
     @property
     def speed(self) -> str:
-        """Tokens per second, the mean of the runs."""
+        """Tokens per second, mean over the runs."""
         return f"{self.values('training.tokens_per_second').mean():,.0f}"
 
     @property
     def memory(self) -> str:
-        """The most that a run has taken, in MB; empty if it was not measured."""
+        """Largest peak memory of the runs, in MB; empty if it was not measured."""
         peaks = pd.concat([self.values("training.peak_memory_mb"), self.values("peak_memory_mb")])
         return f"{peaks.max():,.0f}" if len(peaks) else ""
 
 
 @dataclass
 class Kept:
-    """Contents of the file beside the page."""
+    """Contents of the file next to the page."""
 
     runs: list[dict[str, Any]] = field(default_factory=list)
-    beside: dict[str, str] = field(default_factory=dict)  # group → the setting whose values stand side by side
+    beside: dict[str, str] = field(default_factory=dict)  # group → the setting whose values are shown side by side
 
     @classmethod
     def read(cls, path: Path) -> "Kept":
@@ -98,24 +99,24 @@ class Kept:
             kept = cls(**json.loads(path.read_text(encoding="utf-8")))
             complete = isinstance(kept.beside, dict) and all(run.keys() >= NEEDED for run in kept.runs)
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} cannot be read as kept runs: {error}") from error
+            raise InputError(f"{path} cannot be read as stored runs: {error}") from error
         if not complete:
-            raise InputError(f"{path} cannot be read as kept runs: each must have {', '.join(sorted(NEEDED))}.")
+            raise InputError(f"{path} cannot be read as stored runs: each must have {', '.join(sorted(NEEDED))}.")
         return kept
 
     def write(self, path: Path) -> None:
-        """A run a line, so that a diff shows which came and went."""
+        """Write one run per line, so that a diff shows which runs were added and removed."""
         runs = ",".join(f"\n  {json.dumps(run, ensure_ascii=False)}" for run in self.runs)
         beside = json.dumps(dict(sorted(self.beside.items())), ensure_ascii=False)
         write_whole(path, f'{{\n "beside": {beside},\n "runs": [{runs}\n ]\n}}\n')
 
 
 def read_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """What is kept of all finished runs below the folders, each once, the newest last."""
+    """Read all finished runs below the folders, each of them once, the newest last."""
     paths: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise InputError(f"There is no folder {folder}: name folders of runs, which have a {METRICS} below them.")
+            raise InputError(f"There is no folder {folder}: name folders that contain runs with a {METRICS}.")
         for path in folder.rglob(METRICS):
             if CHECKPOINTS not in path.parts:
                 paths.setdefault(path.resolve(), path)
@@ -135,7 +136,7 @@ def read_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def kept_of(run: dict[str, Any]) -> dict[str, Any]:
-    """A run as it is kept and put into tables: without what no table needs, and without the machine's paths."""
+    """The parts of a run that tables need, without local paths."""
     kept = {key: without_machine(run[key]) for key in KEPT if key in run}
     kept["model"].pop("costs", None)
     settings = {key: value for key, value in kept["settings"].items() if key not in FREE_TO_CHANGE - {"config", "task"}}
@@ -145,7 +146,7 @@ def kept_of(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_machine(value: Any) -> Any:
-    """`value` with absolute paths cut to what lies in the checkout, and those of other places to their names."""
+    """Shorten absolute paths in `value` to the part inside the checkout, and others to their last part."""
     if isinstance(value, dict):
         return {key: without_machine(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -159,7 +160,7 @@ def inner_path(found: re.Match[str]) -> str:
 
 
 def latest(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of runs with the same settings and seed the last, in an order that does not depend on where they were found."""
+    """The last one of all runs with the same settings and seed, in an order independent of their folders."""
     found = {(*group_of(run), json.dumps(settings_of(run), sort_keys=True), seed_of(run)): run for run in runs}
     return [found[key] for key in sorted(found)]
 
@@ -169,11 +170,10 @@ def seed_of(run: dict[str, Any]) -> int:
 
 
 def settings_of(run: dict[str, Any]) -> dict[str, Any]:
-    """Those that make a row; a setting that is newer than the run had its default then."""
-
+    """Settings that distinguish rows; a setting newer than the run has its default value."""
     try:
         settings_class = task_of(run["settings"]).settings_class
-    except InputError:  # an older run of a file that is not in configs
+    except InputError:  # an older run of a file that is no longer in configs
         settings_class = Settings
     defaults: dict[str, Any] = {}
     for setting in fields(settings_class):
@@ -185,7 +185,7 @@ def settings_of(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def group_of(run: dict[str, Any]) -> tuple[str, str]:
-    """The run's YAML and variant; of a run that does not tell them, its data and the model."""
+    """The YAML file and variant of a run; if they were not recorded, its data and model."""
     group, _, name = (run["settings"].get("config") or "").partition("/")
     return group or Path(run["settings"]["data"]).stem, name or run["model"]["model_type"].removeprefix("et_")
 
@@ -211,7 +211,7 @@ def rows_of(runs: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
 
 
 def tell_apart(rows: Sequence[Row]) -> None:
-    """Rows of one name get what they differ in behind it."""
+    """Append to rows with the same name the settings in which they differ."""
     names = [row.name for row in rows]
     for row, name in zip(rows, names, strict=True):
         others = [flat(other.settings) for other, same in zip(rows, names, strict=True) if same == name]
@@ -226,9 +226,9 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def score_names(rows: Sequence[Row]) -> list[str]:
-    """Names of the test scores, the one that the runs were told to look at first; whole numbers are counts.
+    """Names of the test scores, the run's `best_metric` first; whole numbers are counts and are omitted.
 
-    A classifier's loss may choose its weights, but its accuracy is what it is for.
+    If a classifier's weights are selected by loss, its accuracy still comes first.
     """
     found: dict[str, None] = {}
     for row in rows:
@@ -244,7 +244,7 @@ def score_names(rows: Sequence[Row]) -> list[str]:
 
 
 def spread(values: Iterable[float]) -> str:
-    """Mean ± sample standard deviation; of one value, the value; nothing of none."""
+    """Mean ± sample standard deviation; a single value is shown as it is, and no values as an empty string."""
     series = pd.Series(list(values), dtype=float)
     if len(series) < 2:
         return "".join(f"{value:.3f}" for value in series)
@@ -252,14 +252,14 @@ def spread(values: Iterable[float]) -> str:
 
 
 def markdown(lines: Sequence[dict[str, str]]) -> str:
-    """A table of one line at least; a column of which all cells are empty is left out."""
+    """A table with at least one line; columns with only empty cells are omitted."""
     cells = pd.DataFrame(lines)
     cells = cells.loc[:, (cells != "").any()]
     return "".join(f"| {' | '.join(line)} |\n" for line in [cells.columns, ["---"] * cells.shape[1], *cells.to_numpy()])
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, and the commands that give it, if they are few."""
+    """Markdown table, followed by the commands that produce it if there are few."""
     names = score_names(rows)
     lines = [
         {
@@ -292,7 +292,7 @@ def under(rows: Sequence[Row], more: str = "") -> str:
 
 
 def side_by_side(rows: Sequence[Row], setting: str) -> str:
-    """Markdown: the first score of rows that differ in `setting` alone in one line, the best of any of them first."""
+    """Markdown table in which rows that differ only in `setting` share one line; the best first scores come first."""
     score = score_names(rows)[0]
     values = sorted({row.settings.get(setting) for row in rows}, key=lambda value: (value is not None, value))
     heads = dict(zip(values, columns(rows, score, setting, values), strict=True))
@@ -322,7 +322,7 @@ def side_by_side(rows: Sequence[Row], setting: str) -> str:
 
 
 def columns(rows: Sequence[Row], score: str, setting: str, values: Sequence[Any]) -> list[str]:
-    """A head for each value of `setting`; of max_length the tokens, without one as many as the model takes."""
+    """A column title per value of `setting`; for max_length the number of tokens, or the model's maximum if unset."""
     if setting != "max_length":
         return [score if value is None else f"{score}, {setting}={value}" for value in values]
     taken = {run["model"].get("max_length") for row in rows if row.settings.get(setting) is None for run in row.runs}
@@ -342,7 +342,7 @@ def marks(group: str) -> tuple[str, str]:
 
 
 def put(text: str, group: str, content: str) -> str:
-    """`text` with `content` between the marks of `group`, which come at the end if it has none."""
+    """`text` with `content` between the marks of `group`, which are appended if missing."""
     begin, end = marks(group)
     counts = text.count(begin), text.count(end)
     if counts == (0, 0):
@@ -350,14 +350,14 @@ def put(text: str, group: str, content: str) -> str:
         return f"{before}## {group}\n\n{begin}\n{content}{end}\n"
     if counts != (1, 1) or text.index(begin) > text.index(end):
         raise InputError(
-            f"The text must have {begin} once and {end} once behind it, and has {counts[0]} and {counts[1]}: mend it."
+            f"The text must contain {begin} once, and {end} once after it, but has {counts[0]} and {counts[1]}: fix it."
         )
     at = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
     return at.sub(lambda _: f"{begin}\n{content}{end}", text)
 
 
 def draw(group: str, rows: Sequence[Row], path: Path) -> None:
-    """A dot for each row at the mean of its first score, and a line of the standard deviation to both sides."""
+    """Plot the mean of the first score of each row as a dot, with a bar of one standard deviation to both sides."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -392,11 +392,11 @@ def chosen(groups: dict[str, list[Row]], group: str) -> list[Row]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER", help="of runs (default: runs)")
+    parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER", help="folders of runs (default: runs)")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--only", nargs="+", metavar="GROUP", help="groups to write (default: all)")
-    parser.add_argument("--picture", nargs="+", default=[], metavar="GROUP=FILE.png", help="draws a group as well")
-    parser.add_argument("--beside", metavar="SETTING", help="runs that differ in it stand side by side; none: not")
+    parser.add_argument("--picture", nargs="+", default=[], metavar="GROUP=FILE.png", help="plot a group as well")
+    parser.add_argument("--beside", metavar="SETTING", help="show runs that differ in it side by side; none: do not")
     given = parser.parse_args(arguments)
     with input_errors():
         written, runs = write_page(given)
@@ -404,11 +404,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write_page(given: argparse.Namespace) -> tuple[list[str], int]:
-    """Writes the page, the runs beside it, and the pictures; returns the groups written, and the number of runs."""
+    """Write the page, the stored runs and the pictures; return the groups written and the number of runs."""
     file = given.out.with_suffix(".json")
     if file == given.out:
         raise InputError(
-            f"--out ({given.out}) must be a page, as {given.out.with_suffix('.md')}: {file} keeps its runs."
+            f"--out ({given.out}) must be a page such as {given.out.with_suffix('.md')}: {file} stores its runs."
         )
     kept = Kept.read(file)
     folders = given.folders or ([RUNS] if not kept.runs or any(RUNS.rglob(METRICS)) else [])
@@ -425,7 +425,7 @@ def write_page(given: argparse.Namespace) -> tuple[list[str], int]:
         draw_asked(picture, groups)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     kept.runs = latest([*kept.runs, *(run for run in found if group_of(run)[0] in written)])
-    kept.write(file)  # before the page, which can be made of it again
+    kept.write(file)  # before the page, which can be recreated from it
     write_whole(given.out, text)
     return list(written), len(kept.runs)
 
@@ -433,7 +433,7 @@ def write_page(given: argparse.Namespace) -> tuple[list[str], int]:
 def settings_beside(
     kept: Kept, groups: Collection[str], written: dict[str, list[Row]], asked: str | None
 ) -> dict[str, str]:
-    """Group → the setting whose values stand side by side: as kept, but for the groups that `--beside` is about."""
+    """Group → the setting to show side by side: as stored, except for the groups that `--beside` changes."""
     beside = {group: setting for group, setting in kept.beside.items() if group in groups}
     if asked is None:
         return beside
@@ -441,5 +441,5 @@ def settings_beside(
         return {group: setting for group, setting in beside.items() if group not in written}
     about = [group for group, rows in written.items() if differ(rows, asked)]
     if not about:
-        raise InputError(f"No runs of {', '.join(written)} differ in {asked!r}, which --beside names.")
+        raise InputError(f"No runs of {', '.join(written)} differ in {asked!r}, the setting of --beside.")
     return beside | dict.fromkeys(about, asked)
