@@ -1,10 +1,10 @@
-"""Conversion: a BERT-like checkpoint of transformers becomes a variant of the zoo that can hold its weights.
+"""Conversion: a checkpoint of transformers becomes a variant of the zoo that can hold its weights.
 
     conversion = convert("google-bert/bert-base-uncased", "local", max_position_embeddings=4096, window_size=128)
     print(conversion.report)
     conversion.save("bert-local")  # config, code, safetensors, tokenizer, report
 
-`rules` holds the tables that a new source or variant adds to.
+`layouts` holds the table that a new kind of source adds to, `rules` those for a new variant.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,10 @@ from ..folders import fit_tokenizer
 from ..models.base_resizing import stretch_positions
 from ..models.ops_checks import check_at_least
 from ..registry import VARIANTS
-from .config import make_config, reads_blocks
+from .config import fields_of_source, make_config, reads_blocks
+from .layouts import SOURCES
 from .report import Conversion, Report
-from .rules import CREATED, DIFFERENCES, POSITIONS, SOURCES
+from .rules import CREATED, DIFFERENCES, POSITIONS
 from .source import check_source, choose_head, head_of, load_source, name_of, read_config, read_tokenizer
 from .weights import blocks_of_eval_mode, checked_blocks, fill, fold_scale, renamed_weights
 
@@ -60,18 +61,20 @@ def convert(
         check_at_least("max_position_embeddings", max_position_embeddings, 1, "it is the longest input in tokens")
     source_config = source.config if isinstance(source, PreTrainedModel) else read_config(source)
     check_source(source_config)
+    layout = SOURCES[source_config.model_type]
     source_head = head_of(source, source_config)
     target = VARIANTS[variant]
-    head = choose_head(head, source_head, target)
+    head = choose_head(head, source_head, source_config, target)
     kept_head = head if head == source_head else None  # another head's weights may have the same names
     report = Report(name_of(source), source_config.model_type, variant, head)
+    report.notes += layout.notes(source_config, kept_head)
 
     model, unloaded = load_source(source, source_config, head)
     weights = renamed_weights(model, source_config, kept_head, unloaded, report)
     tokenizer = None if isinstance(source, PreTrainedModel) else read_tokenizer(source, report, trust_remote_code)
 
     table = weights[POSITIONS]
-    if SOURCES[source_config.model_type].offset_positions:
+    if layout.offset_positions:
         table = table[source_config.pad_token_id + 1 :]
     length = max_position_embeddings or len(table)
     weights[POSITIONS] = stretch_positions(table, length, positions)
@@ -85,7 +88,8 @@ def convert(
     config = make_config(target, source_config, kept_head, length, tokenizer, block_tables, fields)
     if tokenizer is not None:
         fit_tokenizer(tokenizer, config)
-    if getattr(source_config, "attention_probs_dropout_prob", 0) and not config.attention_probs_dropout_prob:
+    theirs = fields_of_source(source_config)
+    if theirs.get("attention_probs_dropout_prob", 0) and not config.attention_probs_dropout_prob:
         report.notes.append("attention_probs_dropout_prob is 0: the variant has no attention weights to drop from")
     if getattr(source_config, "rescale_embeddings", False):
         fold_scale(weights, config, head, report)
@@ -97,5 +101,5 @@ def convert(
         block_tables = blocks_of_eval_mode(config, report)
     if block_tables is not None:
         weights |= checked_blocks(config, block_tables)
-    fill(converted, weights, head is not None, report)
+    fill(converted, weights, head is not None, report, layout.created.get(kept_head or "", ()))
     return Conversion(converted.eval(), report, tokenizer)

@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig
 
 from ..models.base_kernel_attention import KernelConfig
 from ..registry import Variant
-from .rules import BERT_LAYOUT, BLOCK_FIELDS, CHOICES, SHARED_FIELDS, SIZES, SOURCES, TRANSFORMERS_FIELDS
+from .layouts import SOURCES
+from .rules import BLOCK_FIELDS, CHOICES, SHARED_FIELDS, SIZES, TRANSFORMERS_FIELDS
 
 
 def make_config(
@@ -34,7 +35,8 @@ def make_config(
     values = default_fields(variant, source_config, tokenizer, own)
     if not fields.keys() & {"num_labels", "id2label", "label2id"}:
         values |= {"id2label": source_config.id2label, "label2id": source_config.label2id}
-    values |= {"classifier_pooling": "cls", "max_position_embeddings": length}
+    pooling = "last" if SOURCES[source_config.model_type].is_decoder else "cls"
+    values |= {"classifier_pooling": pooling, "max_position_embeddings": length}
     values |= SHARED_FIELDS.get((source_config.model_type, variant.slug), lambda _: {})(source_config)
     values |= of_blocks
     try:
@@ -60,28 +62,34 @@ def check_known(fields: Mapping[str, Any], own: set[str], variant: Variant) -> N
             )
 
 
+def fields_of_source(source_config: PreTrainedConfig) -> dict[str, Any]:
+    """The source's sizes and choices under the names they have here."""
+    values = {name: getattr(source_config, name) for name in (*SIZES, *CHOICES) if hasattr(source_config, name)}
+    return values | SOURCES[source_config.model_type].fields(source_config)
+
+
 def fixed_fields(source_config: PreTrainedConfig, kept_head: str | None, own: set[str]) -> dict[str, Any]:
     """Fields that the source's weights determine."""
     source = SOURCES[source_config.model_type]
-    fixed = {name: getattr(source_config, name) for name in SIZES if hasattr(source_config, name)} | BERT_LAYOUT
-    if source.classifier_act == "hidden_act" and kept_head == "SequenceClassification":
-        fixed["pooler_act"] = source_config.hidden_act
-    elif "pooler_act" in own:
-        fixed["pooler_act"] = "tanh"
-    if kept_head == "MaskedLM":
-        if source.lm_act and source_config.hidden_act not in source.lm_act:
-            raise ValueError(
-                f"the source's hidden_act ({source_config.hidden_act!r}) must be 'gelu', which its language model's "
-                "head always uses: convert without that head (head='Model')."
-            )
-        if not source_config.tie_word_embeddings:
-            fixed["tie_word_embeddings"] = False
+    theirs = fields_of_source(source_config)
+    fixed = {**source.layout, **{name: theirs[name] for name in (*SIZES, *source.layout) if name in theirs}}
+    if "pooler_act" in own:
+        act = source.pooler_act.get(kept_head or "", "tanh")
+        fixed["pooler_act"] = getattr(source_config, act, act) or "linear"
+    if kept_head == "MaskedLM" and source.lm_act and theirs["hidden_act"] not in source.lm_act:
+        raise ValueError(
+            f"the source's hidden_act ({theirs['hidden_act']!r}) must be 'gelu', which its language model's head "
+            "always uses: convert without that head (head='Model')."
+        )
+    if kept_head in ("MaskedLM", "CausalLM") and not source_config.tie_word_embeddings:
+        fixed["tie_word_embeddings"] = False
     return fixed
 
 
 def default_fields(variant: Variant, source_config: PreTrainedConfig, tokenizer: Any, own: set[str]) -> dict[str, Any]:
     """Choices of the source that the caller may change."""
-    values = {name: getattr(source_config, name) for name in CHOICES if hasattr(source_config, name)}
+    theirs = fields_of_source(source_config)
+    values = {name: theirs[name] for name in CHOICES if name in theirs}
     if "sep_token_id" in own:
         of_tokenizer = getattr(tokenizer, "sep_token_id", None)
         values["sep_token_id"] = getattr(source_config, "sep_token_id", None) or of_tokenizer

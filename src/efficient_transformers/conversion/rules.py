@@ -1,106 +1,15 @@
-"""How the checkpoints of transformers map onto the variants: names of weights, new weights, and fields of configs.
+"""What the variants make of a source: new weights, weights that find no place, and fields of configs.
 
-What a source is called and how it maps is one entry of `SOURCES`; what a variant has beyond the source is one entry of
-`CREATED`; fields that a pair of them shares are one entry of `SHARED_FIELDS`.
+What a variant has beyond the source is one entry of `CREATED`; fields that a pair of them shares are one entry of
+`SHARED_FIELDS`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 from transformers import PreTrainedConfig
 
-Rules = tuple[tuple[str, str | None], ...]  # pattern of a whole name -> what it is called here; None: left
-
-BODY: Rules = (
-    (r"embeddings\.(word|position|token_type)_embeddings\.weight", r"model.embeddings.\1_embeddings.weight"),
-    (r"embeddings\.LayerNorm\.(weight|bias)", r"model.embeddings.norm.\1"),
-    (r"embeddings\.projection\.(weight|bias)", r"model.embeddings.projection.\1"),
-    (r"encoder\.layer\.(\d+)\.attention\.self\.query\.(\w+)", r"model.layers.\1.mixer.q_proj.\2"),
-    (r"encoder\.layer\.(\d+)\.attention\.self\.key\.(\w+)", r"model.layers.\1.mixer.k_proj.\2"),
-    (r"encoder\.layer\.(\d+)\.attention\.self\.value\.(\w+)", r"model.layers.\1.mixer.v_proj.\2"),
-    (r"encoder\.layer\.(\d+)\.attention\.self\.query_global\.(\w+)", r"model.layers.\1.mixer.global_q_proj.\2"),
-    (r"encoder\.layer\.(\d+)\.attention\.self\.key_global\.(\w+)", r"model.layers.\1.mixer.global_k_proj.\2"),
-    (r"encoder\.layer\.(\d+)\.attention\.self\.value_global\.(\w+)", r"model.layers.\1.mixer.global_v_proj.\2"),
-    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(\w+)", r"model.layers.\1.mixer.o_proj.\2"),
-    (r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm\.(\w+)", r"model.layers.\1.mixer_norm.\2"),
-    (r"encoder\.layer\.(\d+)\.fourier\.output\.LayerNorm\.(\w+)", r"model.layers.\1.mixer_norm.\2"),
-    (r"encoder\.layer\.(\d+)\.intermediate\.dense\.(\w+)", r"model.layers.\1.mlp.up_proj.\2"),
-    (r"encoder\.layer\.(\d+)\.output\.dense\.(\w+)", r"model.layers.\1.mlp.down_proj.\2"),
-    (r"encoder\.layer\.(\d+)\.output\.LayerNorm\.(\w+)", r"model.layers.\1.mlp_norm.\2"),
-    (r"pooler\.(?:dense\.)?(weight|bias)", r"model.pooler.dense.\1"),
-)
-BERT_LM: Rules = (
-    (r"cls\.predictions\.transform\.dense\.(\w+)", r"lm_head.dense.\1"),
-    (r"cls\.predictions\.transform\.LayerNorm\.(\w+)", r"lm_head.norm.\1"),
-    (r"cls\.predictions\.bias", r"lm_head.decoder.bias"),  # the same tensor as decoder.bias
-    (r"cls\.predictions\.decoder\.(\w+)", r"lm_head.decoder.\1"),
-)
-ROBERTA_LM: Rules = (
-    (r"lm_head\.dense\.(\w+)", r"lm_head.dense.\1"),
-    (r"lm_head\.layer_norm\.(\w+)", r"lm_head.norm.\1"),
-    (r"lm_head\.bias", r"lm_head.decoder.bias"),  # the same tensor as decoder.bias
-    (r"lm_head\.decoder\.(\w+)", r"lm_head.decoder.\1"),
-)
-LINEAR: Rules = ((r"classifier\.(weight|bias)", r"classifier.\1"),)
-# a head with a dense layer of its own: that one is what is called a pooler here, and the body's pooler goes unread
-TWO_LAYERS: Rules = (
-    (r"pooler\..*", None),
-    (r"classifier\.dense\.(\w+)", r"model.pooler.dense.\1"),
-    (r"classifier\.out_proj\.(\w+)", r"classifier.\1"),
-)
-SPAN: Rules = ((r"qa_outputs\.(\w+)", r"qa_outputs.\1"),)
-
-
-@dataclass(frozen=True)
-class Source:
-    """One kind of checkpoint.
-
-    heads: the renaming of each head that has a counterpart here; used if the model keeps that head.
-    offset_positions: does the position table begin with `pad_token_id + 1` rows that no token reads?
-    lm_act: activation of the language model's head if it is not `hidden_act`.
-    classifier_act: activation of the sequence classifier's dense layer.
-    """
-
-    heads: Mapping[str, Rules]
-    body: Rules = BODY
-    offset_positions: bool = False
-    lm_act: tuple[str, ...] | None = None
-    classifier_act: Literal["tanh", "hidden_act"] = "tanh"
-
-
-ROBERTA_HEADS = {
-    "MaskedLM": ROBERTA_LM,
-    "SequenceClassification": TWO_LAYERS,
-    "TokenClassification": LINEAR,
-    "QuestionAnswering": SPAN,
-    "MultipleChoice": LINEAR,
-}
-BERT_HEADS = {**ROBERTA_HEADS, "MaskedLM": BERT_LM, "SequenceClassification": LINEAR}
-BIG_BIRD_HEADS = {**BERT_HEADS, "SequenceClassification": TWO_LAYERS, "QuestionAnswering": ()}
-GELU = ("gelu", "gelu_python")  # two names of the same function
-
-SOURCES: dict[str, Source] = {
-    "bert": Source(BERT_HEADS),
-    "roberta": Source(ROBERTA_HEADS, offset_positions=True, lm_act=GELU),
-    "longformer": Source(ROBERTA_HEADS, offset_positions=True, lm_act=GELU),
-    "big_bird": Source(BIG_BIRD_HEADS, classifier_act="hidden_act"),
-    "fnet": Source(BERT_HEADS),
-}
-
-
-@dataclass(frozen=True)
-class Creation:
-    """Weights the source may lack.
-
-    pattern: of their names. like: name of the weight they begin as a copy of; None leaves them as initialised.
-    how: what the report says.
-    """
-
-    pattern: str
-    like: str | None
-    how: str
-
+from .layouts import Creation
 
 POSITIONS = "model.embeddings.position_embeddings.weight"
 WORDS = "model.embeddings.word_embeddings.weight"
@@ -175,5 +84,4 @@ CHOICES = (
     "eos_token_id",
     "problem_type",
 )
-BERT_LAYOUT = {"norm_first": False, "position_embedding_type": "learned", "is_decoder": False}
 TRANSFORMERS_FIELDS = {"num_labels", "id2label", "label2id", "problem_type", "chunk_size_feed_forward"}

@@ -9,10 +9,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from ..folders import check_folder
 from ..models.base_configuration import TEXT_HEADS
-from ..registry import Variant
+from ..registry import VARIANTS, Variant
 from ..trust import UntrustedCodeError, refusing_code
+from .layouts import SOURCES, UNSUPPORTED
 from .report import Report
-from .rules import SOURCES
 
 
 def read_config(source: str | Path) -> PreTrainedConfig:
@@ -34,6 +34,11 @@ def read_config(source: str | Path) -> PreTrainedConfig:
 
 
 def check_type(model_type: Any) -> None:
+    if model_type in UNSUPPORTED:
+        raise ValueError(
+            f"the source's model_type ({model_type!r}) cannot be converted: {UNSUPPORTED[model_type]}. Use one of "
+            f"{', '.join(SOURCES)}."
+        )
     if model_type not in SOURCES:
         raise ValueError(f"the source's model_type ({model_type!r}) must be one of {', '.join(SOURCES)}.")
 
@@ -41,6 +46,7 @@ def check_type(model_type: Any) -> None:
 def check_source(config: PreTrainedConfig) -> None:
     """Refuse what no variant computes."""
     check_type(config.model_type)
+    source = SOURCES[config.model_type]
     for name in ("is_decoder", "add_cross_attention"):
         if getattr(config, name, False):
             raise ValueError(f"the source has {name}=True: only encoders can be converted.")
@@ -49,7 +55,7 @@ def check_source(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"the source's position_embedding_type ({kind!r}) must be 'absolute': no variant has weights for another."
         )
-    if SOURCES[config.model_type].offset_positions and config.pad_token_id is None:
+    if source.offset_positions and config.pad_token_id is None:
         raise ValueError("the source's pad_token_id (None) must be a number: its positions are counted from there.")
 
 
@@ -65,12 +71,20 @@ def head_of(source: str | Path | PreTrainedModel, config: PreTrainedConfig) -> s
     else:
         class_name = (config.architectures or [f"{stem(config)}Model"])[0]
     suffix = class_name.removeprefix(stem(config))
-    return {"Model": None, "ForPreTraining": "MaskedLM"}.get(suffix, suffix.removeprefix("For"))
+    return None if suffix == "Model" else SOURCES[config.model_type].suffixes.get(suffix, suffix.removeprefix("For"))
 
 
-def choose_head(head: str | None, source_head: str | None, variant: Variant) -> str | None:
+def choose_head(head: str | None, source_head: str | None, config: PreTrainedConfig, variant: Variant) -> str | None:
     wanted = source_head if head is None else None if head == "Model" else head
     known = [name for name in variant.heads if name in TEXT_HEADS]
+    if SOURCES[config.model_type].is_decoder:
+        if not variant.causal:
+            causal = ", ".join(entry.slug for entry in VARIANTS.values() if entry.causal)
+            raise ValueError(
+                f"the source ({config.model_type}) is a decoder, and {variant.model_type} has no causal form: choose "
+                f"one of {causal}."
+            )
+        known = [*(name for name in known if name != "MaskedLM"), "CausalLM"]
     if wanted is not None and wanted not in known:
         whose = "the source's" if head is None else "the"
         raise ValueError(
@@ -98,6 +112,14 @@ def quiet():
         transformers.logging.set_verbosity(level)
 
 
+def class_of(config: PreTrainedConfig, head: str | None) -> Any:
+    """transformers' class with this head; the bare body if there is none."""
+    suffixes = [f"For{head}", *(end for end, name in SOURCES[config.model_type].suffixes.items() if name == head)]
+    names = [f"{stem(config)}{suffix}" for suffix in (suffixes if head else ()) if suffix != "ForPreTraining"]
+    name = next((name for name in names if hasattr(transformers, name)), f"{stem(config)}Model")
+    return getattr(transformers, name)
+
+
 def load_source(
     source: str | Path | PreTrainedModel, config: PreTrainedConfig, head: str | None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -108,7 +130,7 @@ def load_source(
     """
     if isinstance(source, PreTrainedModel):
         return source, {}
-    model_class = getattr(transformers, f"{stem(config)}For{head}" if head else f"{stem(config)}Model")
+    model_class = class_of(config, head)
     with quiet():
         return model_class.from_pretrained(
             source,

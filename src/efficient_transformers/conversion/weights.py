@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.ops_checks import check_entries, check_shape
+from .layouts import SOURCES, Creation, Rules
 from .report import Report
-from .rules import CREATED, LEFT, SOURCES, WITHOUT_ATTENTION, WORDS, Rules
+from .rules import CREATED, LEFT, WITHOUT_ATTENTION, WORDS
 
 
 def renamed_weights(
@@ -28,20 +29,22 @@ def renamed_weights(
     absent = {state[name].data_ptr() for name in missing if name in state}  # tied weights have two names
     for name, tensor in state.items():
         short = name.removeprefix(model.base_model_prefix + ".")
-        in_body = short.startswith(("embeddings.", "encoder."))
+        in_body = short.startswith(source.parts)
         if name in missing and in_body:
             raise ValueError(
                 f"the source has no {name!r} of the right size: its files must hold every weight of the body."
             )
         if tensor.data_ptr() in absent:
             continue
-        new = look_up(short, rules)
-        if new is not None:
-            weights[new] = tensor
-            report.copied[new] = name
-        elif in_body:
+        parts = [(look_up(part, rules), values) for part, values in source.unpack(short, tensor, config)]
+        found = {new: values for new, values in parts if new is not None}
+        weights |= found
+        report.copied |= dict.fromkeys(found, name)
+        if len(found) == len(parts):
+            continue
+        if in_body:
             raise ValueError(f"the source's weight {name!r} has no counterpart: no variant has such a part.")
-        elif tensor.data_ptr() not in {weight.data_ptr() for weight in weights.values()}:
+        if tensor.data_ptr() not in {weight.data_ptr() for weight in weights.values()}:
             report.left[name] = "no counterpart in the model"
     report.left |= dict.fromkeys(sorted(unloaded.get("unexpected_keys", ())), f"no part of {type(model).__name__}")
     return weights
@@ -97,8 +100,17 @@ def checked_blocks(config: Any, tables: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"model.layers.{layer}.mixer.random_blocks": table.long() for layer, table in enumerate(tables)}
 
 
-def fill(model: PreTrainedModel, weights: dict[str, Tensor], has_head: bool, report: Report) -> None:
-    """Give every weight of `model` its value; nothing is left over or left out without a word in the report."""
+def fill(
+    model: PreTrainedModel,
+    weights: dict[str, Tensor],
+    has_head: bool,
+    report: Report,
+    created: Sequence[Creation] = (),
+) -> None:
+    """Give every weight of `model` its value; nothing is left over or left out without a word in the report.
+
+    `created` are the weights that the source's head has here alone; they precede `CREATED`.
+    """
     state = {name if has_head else f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     variant = model.config.model_type
     places = LEFT if model.config.attends else (*WITHOUT_ATTENTION, *LEFT)
@@ -118,10 +130,15 @@ def fill(model: PreTrainedModel, weights: dict[str, Tensor], has_head: bool, rep
                 )
             values[name] = weights[name]
             continue
-        creation = next((entry for entry in CREATED if re.fullmatch(entry.pattern, name)), None)
+        creation = next((entry for entry in (*created, *CREATED) if re.fullmatch(entry.pattern, name)), None)
         if creation is None:
             raise ValueError(f"{variant} needs {name!r}, which the source does not have: choose another variant.")
-        values[name] = tensor if creation.like is None else weights[re.sub(creation.pattern, creation.like, name)]
+        if creation.like is None:
+            values[name] = tensor
+        elif isinstance(creation.like, str):
+            values[name] = weights[re.sub(creation.pattern, creation.like, name)]
+        else:
+            values[name] = creation.like(tensor)
         report.created[name] = creation.how
     model.load_state_dict({name if has_head else name.removeprefix("model."): x for name, x in values.items()})
     if not has_head:

@@ -1,0 +1,384 @@
+"""The layout of every kind of source: names of its weights, fields of its config, and what no variant computes.
+
+A new kind is one entry of `SOURCES`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+Rules = tuple[tuple[str, str | None], ...]  # pattern of a whole name -> what it is called here; None: left
+
+
+def layer_rules(prefix: str, parts: Mapping[str, str]) -> Rules:
+    """Rules for the parts of all layers, `<prefix>.<number>.<part>`: name of a part there -> here."""
+    return tuple(
+        (rf"{re.escape(prefix)}\.(\d+)\.{re.escape(theirs)}\.(weight|bias)", rf"model.layers.\1.{ours}.\2")
+        for theirs, ours in parts.items()
+    )
+
+
+def renamed(theirs: str, ours: str) -> tuple[str, str]:
+    """Rule for the weight and the bias of one layer."""
+    return rf"{re.escape(theirs)}\.(weight|bias)", rf"{ours}.\1"
+
+
+EMBEDDINGS: Rules = (
+    (r"embeddings\.(word|position|token_type)_embeddings\.weight", r"model.embeddings.\1_embeddings.weight"),
+    renamed("embeddings.LayerNorm", "model.embeddings.norm"),
+)
+POOLER: Rules = ((r"pooler\.(?:dense\.)?(weight|bias)", r"model.pooler.dense.\1"),)
+MLP = {"intermediate.dense": "mlp.up_proj", "output.dense": "mlp.down_proj", "output.LayerNorm": "mlp_norm"}
+BODY: Rules = (
+    *EMBEDDINGS,
+    renamed("embeddings.projection", "model.embeddings.projection"),
+    *layer_rules(
+        "encoder.layer",
+        {
+            "attention.self.query": "mixer.q_proj",
+            "attention.self.key": "mixer.k_proj",
+            "attention.self.value": "mixer.v_proj",
+            "attention.self.query_global": "mixer.global_q_proj",
+            "attention.self.key_global": "mixer.global_k_proj",
+            "attention.self.value_global": "mixer.global_v_proj",
+            "attention.output.dense": "mixer.o_proj",
+            "attention.output.LayerNorm": "mixer_norm",
+            "fourier.output.LayerNorm": "mixer_norm",
+            **MLP,
+        },
+    ),
+    *POOLER,
+)
+DISTILBERT_BODY: Rules = (
+    *EMBEDDINGS,
+    *layer_rules(
+        "transformer.layer",
+        {
+            "attention.q_lin": "mixer.q_proj",
+            "attention.k_lin": "mixer.k_proj",
+            "attention.v_lin": "mixer.v_proj",
+            "attention.out_lin": "mixer.o_proj",
+            "sa_layer_norm": "mixer_norm",
+            "ffn.lin1": "mlp.up_proj",
+            "ffn.lin2": "mlp.down_proj",
+            "output_layer_norm": "mlp_norm",
+        },
+    ),
+)
+ELECTRA_BODY: Rules = (renamed("embeddings_project", "model.embeddings.projection"), *BODY)
+ALBERT_BODY: Rules = (
+    *EMBEDDINGS,
+    renamed("encoder.embedding_hidden_mapping_in", "model.embeddings.projection"),
+    *layer_rules(
+        "encoder.layer",
+        {
+            "attention.query": "mixer.q_proj",
+            "attention.key": "mixer.k_proj",
+            "attention.value": "mixer.v_proj",
+            "attention.dense": "mixer.o_proj",
+            "attention.LayerNorm": "mixer_norm",
+            "ffn": "mlp.up_proj",
+            "ffn_output": "mlp.down_proj",
+            "full_layer_layer_norm": "mlp_norm",
+        },
+    ),
+    *POOLER,
+)
+GPT2_BODY: Rules = (
+    (r"wte\.weight", "model.embeddings.word_embeddings.weight"),
+    (r"wpe\.weight", "model.embeddings.position_embeddings.weight"),
+    *layer_rules(
+        "h",
+        {
+            "ln_1": "mixer_norm",
+            "attn.query": "mixer.q_proj",
+            "attn.key": "mixer.k_proj",
+            "attn.value": "mixer.v_proj",
+            "attn.c_proj": "mixer.o_proj",
+            "ln_2": "mlp_norm",
+            "mlp.c_fc": "mlp.up_proj",
+            "mlp.c_proj": "mlp.down_proj",
+        },
+    ),
+    renamed("ln_f", "model.norm"),
+)
+
+
+def lm_rules(dense: str, norm: str, decoder: str, bias: str | None = None) -> Rules:
+    """Rules for BERT's language model head; `bias` is a second name of the decoder's bias."""
+    rules = renamed(dense, "lm_head.dense"), renamed(norm, "lm_head.norm"), renamed(decoder, "lm_head.decoder")
+    return rules if bias is None else (*rules, (re.escape(bias), "lm_head.decoder.bias"))
+
+
+BERT_LM = lm_rules(
+    "cls.predictions.transform.dense",
+    "cls.predictions.transform.LayerNorm",
+    "cls.predictions.decoder",
+    "cls.predictions.bias",
+)
+ROBERTA_LM = lm_rules("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias")
+DISTILBERT_LM = lm_rules("vocab_transform", "vocab_layer_norm", "vocab_projector")
+ELECTRA_LM = lm_rules("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head")
+ALBERT_LM = lm_rules("predictions.dense", "predictions.LayerNorm", "predictions.decoder", "predictions.bias")
+LINEAR: Rules = (renamed("classifier", "classifier"),)
+# heads with a dense layer of their own: that one is what is called a pooler here, and the body's pooler goes unread
+TWO_LAYERS: Rules = (
+    (r"pooler\..*", None),
+    renamed("classifier.dense", "model.pooler.dense"),
+    renamed("classifier.out_proj", "classifier"),
+)
+PRE_CLASSIFIER: Rules = (renamed("pre_classifier", "model.pooler.dense"), *LINEAR)
+SUMMARY: Rules = (renamed("sequence_summary.summary", "model.pooler.dense"), *LINEAR)
+SPAN: Rules = (renamed("qa_outputs", "qa_outputs"),)
+ROBERTA_HEADS = {
+    "MaskedLM": ROBERTA_LM,
+    "SequenceClassification": TWO_LAYERS,
+    "TokenClassification": LINEAR,
+    "QuestionAnswering": SPAN,
+    "MultipleChoice": LINEAR,
+}
+BERT_HEADS = {**ROBERTA_HEADS, "MaskedLM": BERT_LM, "SequenceClassification": LINEAR}
+BIG_BIRD_HEADS = {**BERT_HEADS, "SequenceClassification": TWO_LAYERS, "QuestionAnswering": ()}
+DISTILBERT_HEADS = {
+    **BERT_HEADS,
+    "MaskedLM": DISTILBERT_LM,
+    "SequenceClassification": PRE_CLASSIFIER,
+    "MultipleChoice": PRE_CLASSIFIER,
+}
+ELECTRA_HEADS = {**ROBERTA_HEADS, "MaskedLM": ELECTRA_LM, "MultipleChoice": SUMMARY}
+GPT2_HEADS = {
+    "CausalLM": ((r"lm_head\.weight", "lm_head.weight"),),
+    "SequenceClassification": ((r"score\.weight", "classifier.weight"),),
+    "TokenClassification": LINEAR,
+    "QuestionAnswering": SPAN,
+}
+
+
+@dataclass(frozen=True)
+class Creation:
+    """Weights the source may lack.
+
+    pattern: of their names. how: what the report says.
+    like: name of the weight they begin as a copy of, or a function of the initialised tensor; None leaves them as
+        initialised.
+    """
+
+    pattern: str
+    like: str | Callable[[Tensor], Tensor] | None
+    how: str
+
+
+# the score of GPT-2's classifier is a product with the last token's state, without a bias or a layer before it
+GPT2_CLASSIFIER = (
+    Creation(r"model\.pooler\.dense\.weight", lambda x: torch.eye(len(x)), "identity: the source has no pooler"),
+    Creation(r"model\.pooler\.dense\.bias", None, "zero: the source has no pooler"),
+    Creation(r"classifier\.bias", None, "zero: the source has no bias"),
+)
+
+BERT_LAYOUT = {
+    "norm_first": False,
+    "position_embedding_type": "learned",
+    "is_decoder": False,
+    "embedding_size": None,
+}
+GPT2_LAYOUT = {**BERT_LAYOUT, "norm_first": True, "is_decoder": True, "type_vocab_size": 0}
+
+
+def as_it_is(name: str, tensor: Tensor, config: PreTrainedConfig) -> Iterable[tuple[str, Tensor]]:
+    return [(name, tensor)]
+
+
+def unrolled(name: str, tensor: Tensor, config: PreTrainedConfig) -> Iterable[tuple[str, Tensor]]:
+    """A weight of one of ALBERT's groups of layers, once for each layer that has it."""
+    found = re.fullmatch(r"encoder\.albert_layer_groups\.(\d+)\.albert_layers\.(\d+)\.(.*)", name)
+    if found is None:
+        return [(name, tensor)]
+    group, inner, rest = int(found[1]), int(found[2]), found[3]
+    layers, groups, per_group = config.num_hidden_layers, config.num_hidden_groups, config.inner_group_num
+    repeats = [number for number in range(layers) if int(number / (layers / groups)) == group]  # rounded as there
+    return [(f"encoder.layer.{number * per_group + inner}.{rest}", tensor) for number in repeats]
+
+
+def transposed(name: str, tensor: Tensor, config: PreTrainedConfig) -> Iterable[tuple[str, Tensor]]:
+    """GPT-2's Conv1D, (in, out), as a linear layer's (out, in); queries, keys and values apart, queries scaled."""
+    found = re.fullmatch(r"h\.(\d+)\.(?:attn|mlp)\.(c_attn|c_proj|c_fc)\.(?:weight|bias)", name)
+    if found is None:
+        return [(name, tensor)]
+    tensor = tensor.t() if tensor.dim() == 2 else tensor
+    if found[2] != "c_attn":
+        return [(name, tensor)]
+    query, key, value = tensor.chunk(3)
+    return [
+        (name.replace("c_attn", "query"), query * gpt2_scale(config, int(found[1]))),
+        (name.replace("c_attn", "key"), key),
+        (name.replace("c_attn", "value"), value),
+    ]
+
+
+def gpt2_scale(config: PreTrainedConfig, layer: int) -> float:
+    """Scores of GPT-2's `layer` over those of attention scaled by 1/√d."""
+    scale = 1.0 if config.scale_attn_weights else (config.hidden_size // config.num_attention_heads) ** 0.5
+    return scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
+
+
+def no_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    return {}
+
+
+def distilbert_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    return {
+        "intermediate_size": config.hidden_dim,
+        "hidden_act": config.activation,
+        "type_vocab_size": 0,
+        "layer_norm_eps": 1e-12,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "classifier_dropout": config.seq_classif_dropout,
+    }
+
+
+def electra_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    return {"embedding_size": None if config.embedding_size == config.hidden_size else config.embedding_size}
+
+
+def albert_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    return {
+        "embedding_size": config.embedding_size,  # also if it is hidden_size: there is a projection anyhow
+        "num_hidden_layers": config.num_hidden_layers * config.inner_group_num,
+        "classifier_dropout": config.classifier_dropout_prob,
+    }
+
+
+def gpt2_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    return {
+        "intermediate_size": config.n_inner or 4 * config.hidden_size,
+        "hidden_act": config.activation_function,
+        "layer_norm_eps": config.layer_norm_epsilon,
+        "hidden_dropout_prob": config.resid_pdrop,
+        "attention_probs_dropout_prob": config.attn_pdrop,
+    }
+
+
+def no_notes(config: PreTrainedConfig, head: str | None) -> list[str]:
+    return []
+
+
+def albert_notes(config: PreTrainedConfig, head: str | None) -> list[str]:
+    return [
+        f"layers: {config.num_hidden_groups * config.inner_group_num} of the source's, which it applies "
+        f"{config.num_hidden_layers} times in all, are stored once for each time and no longer share their weights"
+    ]
+
+
+def electra_notes(config: PreTrainedConfig, head: str | None) -> list[str]:
+    summary = config.summary_type, config.summary_use_proj
+    if head == "MultipleChoice" and summary != ("first", True):
+        raise ValueError(
+            f"the source's summary_type and summary_use_proj {summary} must be ('first', True): a choice is judged by "
+            "a dense layer on its first token. Convert without that head (head='Model')."
+        )
+    return []
+
+
+def gpt2_notes(config: PreTrainedConfig, head: str | None) -> list[str]:
+    notes = []
+    if {gpt2_scale(config, layer) for layer in range(config.num_hidden_layers)} != {1.0}:
+        notes.append(
+            "queries are multiplied by what the source scales its scores by besides 1/√d: scale_attn_weights is "
+            f"{config.scale_attn_weights}, scale_attn_by_inverse_layer_idx {config.scale_attn_by_inverse_layer_idx}"
+        )
+    if config.embd_pdrop != config.resid_pdrop:
+        notes.append(f"embd_pdrop ({config.embd_pdrop}) becomes hidden_dropout_prob ({config.resid_pdrop})")
+    return notes
+
+
+@dataclass(frozen=True)
+class Source:
+    """One kind of checkpoint.
+
+    heads: the renaming of each head that has a counterpart here; used if the model keeps that head.
+    body: the renaming of the body. parts: how the names of its weights begin, but for the pooler's.
+    unpack: one weight of the source as one or several, under names that `body` knows.
+    suffixes: ends of class names that name a head otherwise than `For<head>`.
+    layout: fields of every checkpoint of this kind. fields: those whose names in the source's config differ.
+    offset_positions: does the position table begin with `pad_token_id + 1` rows that no token reads?
+    lm_act: activation of the language model's head if it is not `hidden_act`.
+    pooler_act: activation of a head's dense layer if it is not tanh; the name of a field of the source's config, or of
+        an activation.
+    created: weights that a kept head has here alone, and how they are made.
+    notes: notes for the report, by config and kept head. Raises ValueError for what no variant computes.
+    """
+
+    heads: Mapping[str, Rules]
+    body: Rules = BODY
+    parts: tuple[str, ...] = ("embeddings.", "encoder.")
+    unpack: Callable[[str, Tensor, PreTrainedConfig], Iterable[tuple[str, Tensor]]] = as_it_is
+    suffixes: Mapping[str, str] = field(default_factory=lambda: {"ForPreTraining": "MaskedLM"})
+    layout: Mapping[str, Any] = field(default_factory=lambda: BERT_LAYOUT)
+    fields: Callable[[PreTrainedConfig], dict[str, Any]] = no_fields
+    offset_positions: bool = False
+    lm_act: tuple[str, ...] | None = None
+    pooler_act: Mapping[str, str] = field(default_factory=dict)
+    created: Mapping[str, tuple[Creation, ...]] = field(default_factory=dict)
+    notes: Callable[[PreTrainedConfig, str | None], list[str]] = no_notes
+
+    @property
+    def is_decoder(self) -> bool:
+        return self.layout["is_decoder"]
+
+
+GELU = ("gelu", "gelu_python")  # two names of the same function
+ROBERTA = Source(ROBERTA_HEADS, offset_positions=True, lm_act=GELU)
+
+SOURCES: dict[str, Source] = {
+    "bert": Source(BERT_HEADS),
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "camembert": ROBERTA,
+    "longformer": ROBERTA,
+    "big_bird": Source(BIG_BIRD_HEADS, pooler_act={"SequenceClassification": "hidden_act"}),
+    "fnet": Source(BERT_HEADS),
+    "distilbert": Source(
+        DISTILBERT_HEADS,
+        DISTILBERT_BODY,
+        ("embeddings.", "transformer."),
+        fields=distilbert_fields,
+        pooler_act={"SequenceClassification": "relu", "MultipleChoice": "relu"},
+    ),
+    "electra": Source(
+        ELECTRA_HEADS,
+        ELECTRA_BODY,
+        ("embeddings.", "embeddings_project.", "encoder."),
+        suffixes={},  # `ForPreTraining` is the discriminator
+        fields=electra_fields,
+        lm_act=GELU,
+        pooler_act={"SequenceClassification": "gelu", "MultipleChoice": "summary_activation"},
+        notes=electra_notes,
+    ),
+    "albert": Source(
+        {**BERT_HEADS, "MaskedLM": ALBERT_LM},
+        ALBERT_BODY,
+        unpack=unrolled,
+        fields=albert_fields,
+        notes=albert_notes,
+    ),
+    "gpt2": Source(
+        GPT2_HEADS,
+        GPT2_BODY,
+        ("wte.", "wpe.", "h.", "ln_f."),
+        unpack=transposed,
+        suffixes={"LMHeadModel": "CausalLM"},
+        layout=GPT2_LAYOUT,
+        fields=gpt2_fields,
+        pooler_act={"SequenceClassification": "linear"},
+        created={"SequenceClassification": GPT2_CLASSIFIER},
+        notes=gpt2_notes,
+    ),
+}
+BIAS = "its attention adds a learned bias for the distance of query and key, which no engine here adds"
+UNSUPPORTED = {"mpnet": BIAS, "deberta": BIAS, "deberta-v2": BIAS}  # kinds that look convertible -> why they are not
