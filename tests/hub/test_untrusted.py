@@ -3,9 +3,11 @@
 import contextlib
 import json
 import shutil
+from pathlib import Path
 
 import finetune_with_trainer
 import pytest
+import torch
 import transformers
 import yaml
 from repository import ROOT
@@ -14,6 +16,7 @@ from transformers import BertConfig, BertModel
 
 from efficient_transformers import cli
 from efficient_transformers.conversion import convert
+from efficient_transformers.training.engine.checkpoints import MANIFEST, files_of, seal
 from efficient_transformers.training.engine.outputs import finished_settings
 from efficient_transformers.training.runs import evaluate, publish, train
 from efficient_transformers.training.tasks.lra import LraSettings
@@ -196,3 +199,120 @@ def test_a_folder_does_not_say_where_files_are_written(finished, tmp_path):
     assert settings.cache is None
     assert not settings.trust_remote_code
     assert finished_settings(LraSettings, folder, ["--cache", "here"]).cache == "here"
+
+
+# --- checkpoints
+
+
+class Crafted:
+    """Unpickled, it writes the marker."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.write_text, (self.marker, "has run")
+
+
+def write_crafted(path, marker):
+    torch.save({"step": 0, "random_state": Crafted(marker)}, path)
+
+
+def seal_again(checkpoint):
+    """Match the checksums to the crafted files, as their author would."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    (checkpoint / MANIFEST).write_text(json.dumps({name: seal(path) for name, path in files_of(checkpoint)}))
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The folder of a run that has two checkpoints and is not finished, beside its config."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    config = write_config(folder, TINY, write_labelled(folder), epochs=1, checkpoint_steps=2)
+    train.main(["--config", str(config)])
+    reset_accelerate()
+    (folder / "out/metrics.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def resumed(interrupted, tmp_path):
+    """A copy of the interrupted run, and a function that resumes it."""
+    shutil.copytree(interrupted / "out", tmp_path / "out")
+    config = str(interrupted / "tiny.yaml")
+    return tmp_path / "out", lambda: train.main(["--config", config, "--out", str(tmp_path / "out"), "--resume"])
+
+
+def checkpoints_of(folder):
+    found = sorted((folder / "checkpoints").glob("step-*"))
+    assert len(found) == 2
+    return found
+
+
+def test_a_checkpoint_holds_no_pickle(resumed):
+    folder, resume = resumed
+    files = [path for path in (folder / "checkpoints").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    resume()
+
+
+PICKLES = ("custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "scheduler.bin", "scaler.pt",
+           "pytorch_model.bin", "sampler.bin", "dl_state_dict.bin")  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [PICKLES, PICKLES[:1]], ids=["all", "schedule"])
+@pytest.mark.parametrize("older", [False, True], ids=["beside our files", "as of an older version"])
+def test_a_crafted_pickle_in_a_checkpoint_is_not_opened(resumed, marker, older, names):
+    folder, resume = resumed
+    for checkpoint in checkpoints_of(folder):
+        for path in checkpoint.iterdir():
+            if older and path.name not in ("progress.json", "model.safetensors"):
+                path.unlink()
+        for name in names:
+            write_crafted(checkpoint / name, marker)
+        seal_again(checkpoint)
+    if older:
+        with pytest.raises(SystemExit, match=r"it has no state.json: an older version saved it, as pickles"):
+            resume()
+    else:
+        resume()
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "random-0.safetensors", "state.json"])
+def test_a_pickle_under_another_name_is_not_opened(resumed, marker, name):
+    folder, resume = resumed
+    for checkpoint in checkpoints_of(folder):
+        write_crafted(checkpoint / name, marker)
+        seal_again(checkpoint)
+    with pytest.raises(SystemExit, match=r"The checkpoint .* is not one of this run") as ended:
+        resume()
+    assert ended.value.code == 2
+    assert not marker.exists()
+
+
+def test_a_checkpoint_names_no_files_elsewhere(resumed):
+    folder, resume = resumed
+    for checkpoint in checkpoints_of(folder):
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        (checkpoint / MANIFEST).write_text(json.dumps({**manifest, "/dev/zero": [0, 0]}))
+    with pytest.raises(SystemExit, match="names /dev/zero, which is not in its folder"):
+        resume()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "publish", "fine-tune", "plot", "example"])
+def test_pickled_weights_execute_nothing(finished, tmp_path, marker, command):
+    folder = tmp_path / "folder"
+    shutil.copytree(finished, folder)
+    (folder / "model.safetensors").unlink()
+    write_crafted(folder / "pytorch_model.bin", marker)
+    with contextlib.suppress(SystemExit, Exception):  # each reports it in its own way
+        COMMANDS[command](folder, tmp_path / "out")
+    assert not marker.exists()
+
+
+def test_a_crafted_pickle_runs_where_it_is_opened(tmp_path, marker):
+    """The tests above would notice."""
+    write_crafted(tmp_path / "file", marker)
+    torch.load(tmp_path / "file", weights_only=False)
+    assert marker.exists()

@@ -138,8 +138,8 @@ def test_a_metric_that_cannot_be_loaded_is_named(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(metrics.evaluate, "load", refuse)
-    with pytest.raises(InputError, match=r"'mcc' of extra_metrics could not be loaded from the Hub: no network"):
-        metrics.load_metrics(["mcc"])
+    with pytest.raises(InputError, match=r"'mcc' of extra_metrics could not be loaded: no network"):
+        metrics.load_metrics(["mcc"], trust_remote_code=True)
 
 
 # --- order of the data
@@ -388,10 +388,11 @@ def test_a_run_is_not_continued_by_other_processes(tmp_path):
 
     (tmp_path / "step-000000001").mkdir()
     (tmp_path / "step-000000001/progress.json").write_text(json.dumps(vars(Progress(step=1))))
+    (tmp_path / "step-000000001/state.json").write_text("{}")
     seals = {name: seal(path) for name, path in files_of(tmp_path / "step-000000001")}
     (tmp_path / "step-000000001/files.json").write_text(json.dumps(seals))
     with pytest.raises(InputError, match="was saved by 1 processes and cannot be resumed by 2"):
-        Checkpoints(tmp_path, 2, Two()).load()
+        Checkpoints(tmp_path, 2, Two()).load(None)
 
 
 # --- errors before any work

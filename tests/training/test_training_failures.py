@@ -94,9 +94,9 @@ def flip(path):
 
 
 SPOILT = {
-    "truncated": ("optimizer.bin", truncate, r"optimizer.bin has [\d,]+ bytes of [\d,]+"),
+    "truncated": ("optimizer.safetensors", truncate, r"optimizer.safetensors has [\d,]+ bytes of [\d,]+"),
     "one bit": ("model.safetensors", flip, "model.safetensors has changed"),
-    "missing": ("random_states_0.pkl", Path.unlink, "random_states_0.pkl: No such file"),
+    "missing": ("random-0.safetensors", Path.unlink, "random-0.safetensors: No such file"),
     "not JSON": ("files.json", truncate, "files.json or progress.json: "),
     "other JSON": ("files.json", lambda path: path.write_text("[1]"), "files.json or progress.json: "),
     "no list": ("files.json", Path.unlink, "files.json: No such file"),
@@ -162,13 +162,13 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("size", [200_000, 400_000], ids=["safetensors", "torch"])
+@pytest.mark.parametrize("size", [200_000, 400_000], ids=["weights", "moments"])
 def test_a_checkpoint_that_cannot_be_written_is_told_of(monkeypatch, finished, config, tmp_path, size):
     save = Checkpoints.save
 
-    def limited(self, progress):
+    def limited(self, progress, state):
         with largest_file(size) if progress.step == 9 else contextlib.nullcontext():
-            save(self, progress)
+            save(self, progress, state)
 
     monkeypatch.setattr(Checkpoints, "save", limited)
     with pytest.raises(SystemExit) as error:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from ..settings import InputError
 from .sharding import load_whole, whole_state
+from .state import STATE, TrainingState
 
 PARTIAL = ".partial"  # a folder being written or removed; never loaded, deleted at the next start
 PROGRESS, MANIFEST = "progress.json", "files.json"  # the manifest has the size and CRC-32 of every other file
@@ -58,14 +59,14 @@ class Checkpoints:
     def all(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if path.suffix != PARTIAL)
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress, state: TrainingState) -> None:
         """Save to a temporary folder and rename it once it is on disk: `step-<n>` folders are always complete."""
         final = self.folder / f"step-{progress.step:09d}"
         if final.exists():
             return
         partial = final.with_suffix(PARTIAL)
         with writing(f"The checkpoint of step {progress.step}", self.folder, partial):
-            self.accelerator.save_state(str(partial))
+            state.save(partial)
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 write_json(partial / PROGRESS, dataclasses.asdict(progress))
@@ -78,8 +79,8 @@ class Checkpoints:
                     shutil.rmtree(old.rename(old.with_suffix(PARTIAL)))
         self.accelerator.wait_for_everyone()
 
-    def load(self) -> Progress:
-        """Restore the prepared objects and random states; return a new Progress if there is no checkpoint.
+    def load(self, state: TrainingState) -> Progress:
+        """Restore the state of the newest checkpoint and return its progress, or a new one if there is none.
 
         A corrupt checkpoint is reported and removed, and the previous one is loaded.
         """
@@ -99,7 +100,13 @@ class Checkpoints:
                 f"The checkpoint {path.name} was saved by {progress.processes} processes and cannot be resumed "
                 f"by {self.accelerator.num_processes}: start the same number, or start again with --overwrite."
             )
-        self.accelerator.load_state(str(path))
+        try:
+            state.load(path)
+        except Exception as error:  # the checksums say that nothing has changed, not who wrote the files or what
+            raise InputError(
+                f"The checkpoint {path} is not one of this run ({type(error).__name__}: {error}): start again with "
+                "--overwrite, or set --out to another folder."
+            ) from error
         # remove newer, corrupt ones, which would block new checkpoints of the same step
         if self.accelerator.is_main_process:
             for spoilt in self.all():
@@ -149,10 +156,14 @@ def fault_of(checkpoint: Path) -> str | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         for name, (size, checksum) in manifest.items():
+            if not (checkpoint / name).resolve().is_relative_to(checkpoint.resolve()):
+                return f"{MANIFEST} names {name}, which is not in its folder"
             found = seal(checkpoint / name)
             if found != (size, checksum):
                 return f"{name} has {found[0]:,} bytes of {size:,}" if found[0] != size else f"{name} has changed"
         read_progress(checkpoint)
+        if STATE not in manifest:
+            return f"it has no {STATE}: an older version saved it, as pickles, which are not opened"
     except OSError as error:
         return f"{Path(error.filename or '').name}: {error.strerror}"
     except (ValueError, TypeError, AttributeError) as error:  # invalid JSON, or JSON with other content
@@ -161,7 +172,13 @@ def fault_of(checkpoint: Path) -> str | None:
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    return Progress(**json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")))
+    """Raises ValueError or TypeError for a file that holds something else."""
+    progress = Progress(**json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")))
+    for field in dataclasses.fields(Progress):
+        value = getattr(progress, field.name)
+        if field.type is int and not (type(value) is int and value >= 0):
+            raise ValueError(f"{field.name} ({value!r}) must be a count")
+    return progress
 
 
 def files_of(folder: Path) -> list[tuple[str, Path]]:

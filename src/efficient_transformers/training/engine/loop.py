@@ -21,6 +21,7 @@ from .batches import Batch, EpochSampler, Steps, lengths_of
 from .checkpoints import Checkpoints, Progress
 from .outputs import CHECKPOINTS
 from .sharding import name_blocks
+from .state import TrainingState
 from .streaming import Stream, StreamedSteps
 
 
@@ -82,7 +83,7 @@ def train(
                     run.model.train()
                 stops = heard(accelerator) and not run.over
                 if stops or run.must_save:
-                    run.checkpoints.save(progress)
+                    run.checkpoints.save(progress, run.state)
                 if stops:
                     accelerator.end_training()
                     raise Stopped
@@ -104,9 +105,7 @@ class Run:
     settings: Settings
     steps: Steps | StreamedSteps
     total: int  # optimizer steps
-    model: torch.nn.Module
-    optimizer: Any
-    schedule: Any
+    state: TrainingState
     checkpoints: Checkpoints
     progress: Progress
 
@@ -123,24 +122,28 @@ class Run:
         total = settings.max_steps or settings.epochs * (steps.per_epoch or 0)  # a stream has max_steps
         # not prepared: accelerate would step it once per process, but the steps counted here are optimizer steps
         schedule = get_scheduler(settings.schedule, optimizer, math.ceil(settings.warmup_ratio * total), total)
-        accelerator.register_for_checkpointing(schedule)
-        progress = checkpoints.load()
+        state = TrainingState(accelerator, prepared, optimizer, schedule)
+        progress = checkpoints.load(state)
         if progress.step:
             accelerator.print(f"Resuming after step {progress.step} of {total}.")
         start_tracker(accelerator, settings, progress.step)
-        return cls(accelerator, settings, steps, total, prepared, optimizer, schedule, checkpoints, progress)
+        return cls(accelerator, settings, steps, total, state, checkpoints, progress)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.state.model
 
     def step(self, batches: list[Batch]) -> float:
         """Take one optimizer step on all processes and return its loss."""
-        losses, norm = take_step(self.accelerator, self.settings, self.model, self.optimizer, batches)
+        losses, norm = take_step(self.accelerator, self.settings, self.model, self.state.optimizer, batches)
         if not self.accelerator.optimizer_step_was_skipped:  # fp16 skips a step if its gradients overflow
-            self.schedule.step()
+            self.state.schedule.step()
         epoch_ended = self.progress.steps_of_epoch + 1 == self.steps.per_epoch
         return record_step(self.accelerator, self.progress, batches, losses, norm, epoch_ended)
 
     def log(self, loss: float) -> None:
         if self.is_last or self.progress.step % self.settings.log_steps == 0:
-            values = {"train/loss": loss, "train/learning_rate": self.schedule.get_last_lr()[0]}
+            values = {"train/loss": loss, "train/learning_rate": self.state.schedule.get_last_lr()[0]}
             self.accelerator.log(values | {"train/tokens": self.progress.tokens}, step=self.progress.step)
 
     @property

@@ -107,9 +107,7 @@ def self_pretrain(
         learn(accelerator, inner, model, data, tokenizer, causal)
     record = json.loads((inner.folder / RECORD).read_text(encoding="utf-8"))
     take_body(model, inner.folder / BODY)
-    # what the accelerator holds of that model would be part of each checkpoint of this one
     accelerator.free_memory()
-    accelerator._custom_objects.clear()
     set_seed(settings.seed)
     return record
 
