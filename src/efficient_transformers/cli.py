@@ -17,9 +17,9 @@ from .any_model.report import attention_report
 from .cards import costs_of, description_of, measured
 from .conversion import SOURCES, convert
 from .costs import costs_table
-from .exporting import export, public_file, select_files
+from .exporting import README, export, public_file, select_files
 from .models.base_configuration import EtConfig
-from .publishing import missing_for_push, push, staged
+from .publishing import missing_for_push, push, staged, to_fill_in
 from .registry import VARIANTS, variant_of
 
 # longest input of `describe`, in tokens: the arithmetic of a pattern is counted tile by tile
@@ -290,6 +290,8 @@ def show_upload(folder: str, repo_id: str) -> None:
     print(f"{sum(file.size for file in files):>13,}  bytes in {len(files)} files to {repo_id}")
     for name, reason in select_files(folder).left_out.items():
         print(f"{'left out':>13}       {name} ({reason})")
+    for line in to_fill_in(folder) if (Path(folder) / README).exists() else ():
+        print(f"{'to fill in':>13}       {line}")
 
 
 if __name__ == "__main__":

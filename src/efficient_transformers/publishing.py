@@ -53,6 +53,19 @@ def missing_for_push(folder: str | Path) -> list[str]:
     return missing
 
 
+def to_fill_in(folder: str | Path) -> list[str]:
+    """What the metadata of a model card leave open, which nobody but the author knows, with the line that says it."""
+    card = load_card(Path(folder) / README).data.to_dict()
+    lines = {
+        "license": "the licence of the model (license: …)",
+        "language": "the language of its texts (language: …)",
+        "datasets": "its data, if they are on the Hub (datasets: …)",
+    }
+    if card.get("pipeline_tag") == "image-classification":
+        del lines["language"]
+    return [line for name, line in lines.items() if not card.get(name)]
+
+
 def push(
     folder: str | Path,
     repo_id: str,

@@ -115,7 +115,7 @@ def content(windows):
 def test_windows_cover_the_text_without_overlap(tokenizer):
     text = " ".join(f"word{i}" for i in range(40))
     ids = tokenizer(text)["input_ids"]
-    windows, sources = cut_windows([text, "short"], tokenizer, 16, window_length=16)
+    windows, sources, *_ = cut_windows([text, "short"], tokenizer, 16, window_length=16)
     assert [len(window) for window in windows[: sources.count(0) - 1]] == [16] * (sources.count(0) - 1)
     assert content(window for window, source in zip(windows, sources, strict=True) if source == 0) == ids[1:-1]
     assert all(window[0] == ids[0] and window[-1] == ids[-1] for window in windows)
@@ -127,26 +127,26 @@ def test_windows_cover_the_text_without_overlap(tokenizer):
 def test_a_short_rest_is_dropped(tokenizer, rest, kept):
     # one token a letter; 14 fill a window of 16, and the rest counts its two special tokens
     text = " a" * (14 + rest - 2)
-    windows, _ = cut_windows([text], tokenizer, 16, window_length=16, shortest_window=4)
+    windows, *_ = cut_windows([text], tokenizer, 16, window_length=16, shortest_window=4)
     assert [len(window) for window in windows] == ([16, rest] if kept else [16])
 
 
 def test_a_short_only_window_is_kept(tokenizer):
-    windows, sources = cut_windows(["a", "b"], tokenizer, 16, window_length=16, shortest_window=10)
+    windows, sources, *_ = cut_windows(["a", "b"], tokenizer, 16, window_length=16, shortest_window=10)
     assert [len(window) for window in windows] == [3, 3]
     assert sources == [0, 1]
 
 
 def test_max_length_cuts_the_same_windows(tokenizer):
     text = " a b c d e f g" * 10
-    whole, whole_sources = cut_windows([text], tokenizer, 16, window_length=16, shortest_window=4)
-    cut, sources = cut_windows([text], tokenizer, 7, window_length=16, shortest_window=4)
+    whole, whole_sources, *_ = cut_windows([text], tokenizer, 16, window_length=16, shortest_window=4)
+    cut, sources, *_ = cut_windows([text], tokenizer, 7, window_length=16, shortest_window=4)
     assert sources == whole_sources
     assert cut == [window if len(window) <= 7 else [*window[:6], window[-1]] for window in whole]
 
 
 def test_without_windows_a_text_is_one_example(tokenizer):
-    windows, sources = cut_windows([" a" * 50, "b"], tokenizer, 8)
+    windows, sources, *_ = cut_windows([" a" * 50, "b"], tokenizer, 8)
     assert [len(window) for window in windows] == [8, 3]
     assert sources == [0, 1]
 
@@ -156,7 +156,7 @@ def test_the_era_task(tokenizer):
     loaded = load_documents(era)
     assert loaded.labels == [prepare.era_of(year) for year in prepare.LAST_YEARS]
     # only the test split is encoded, which takes a second; it stands in for the others
-    windows = list(encode_documents(loaded, "test", tokenizer, 4096, era)["input_ids"])
+    windows = encode_documents(loaded, "test", tokenizer, 4096, era).column("input_ids")
     assert len(windows) == 100
     assert all(512 <= len(window) <= 4096 for window in windows)
     assert not set("123456789") & set("".join(tokenizer.batch_decode(windows)))

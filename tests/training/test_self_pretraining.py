@@ -151,9 +151,9 @@ def test_special_tokens_are_not_denoised():
 
 
 BAD = {
-    "share": ("--self_pretrain_mask_share=1", r"self_pretrain_mask_share \(1.0\) must lie between 0 and 1"),
-    "epochs": ("--self_pretrain_epochs=0", r"self_pretrain_epochs \(0\) must be at least 1; leave it out"),
-    "rate": ("--self_pretrain_learning_rate=0", r"self_pretrain_learning_rate \(0.0\) must be positive"),
+    "share": ("--self_pretrain_mask_share=1", r"self_pretrain_mask_share \(1.0\) must be more than 0 and less than 1"),
+    "epochs": ("--self_pretrain_epochs=0", r"self_pretrain_epochs \(0\) must be at least 1: leave it out"),
+    "rate": ("--self_pretrain_learning_rate=0", r"self_pretrain_learning_rate \(0.0\) must be more than 0"),
 }
 
 

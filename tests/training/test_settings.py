@@ -197,7 +197,7 @@ BAD_SETTINGS = {
     "section": ("model: bert", "model ('bert') must be a section of `field: value` lines."),
     "zero": ("batch_size: 0", "batch_size (0) must be at least 1."),
     "share": ("warmup_ratio: 5", "warmup_ratio (5.0) must lie between 0 and 1"),
-    "rate": ("learning_rate: 0", "learning_rate (0.0) must be positive."),
+    "rate": ("learning_rate: 0", "learning_rate (0.0) must be more than 0 and at most 1."),
     "both": ("resume: true\noverwrite: true", "resume and overwrite contradict each other"),
     "two models": ("model: {model_type: bert, checkpoint: x}", "model must name either model_type"),
     "no model": ("model: {}", "model must name either model_type"),

@@ -74,8 +74,11 @@ def test_a_bag_of_words_reads_what_the_model_would(config, capsys):
     scores = json.loads(capsys.readouterr().out)
     assert {name: split["accuracy"] for name, split in scores.items()} == dict.fromkeys(scores, 1.0)
     assert sum(split["n"] for split in scores.values()) == 60
-    bag_of_words.main(["--config", str(config), "--max_length=5"])  # [CLS], "we are at", [SEP]
+    short = ["--config", str(config), "--max_length=5"]  # [CLS], "we are at", [SEP]
+    bag_of_words.main([*short, "--long_documents=truncate"])
     assert json.loads(capsys.readouterr().out)["train"]["accuracy"] < 0.7
+    bag_of_words.main(short)
+    assert json.loads(capsys.readouterr().out) == scores  # the windows of a document, joined
 
 
 # --- settings that need a model

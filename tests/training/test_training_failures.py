@@ -276,7 +276,7 @@ def test_a_loss_that_is_not_a_number_names_step_and_batch(poisoned, tmp_path):
 def train_lengths(config):
     settings = ClassifySettings.from_yaml(config)
     data = encode_documents(load_documents(settings), "train", bpe(), 24, settings)
-    return [len(ids) for ids in data["input_ids"]]
+    return data.lengths
 
 
 def test_a_gradient_that_is_not_finite_is_told_before_it_is_saved(poisoned, tmp_path):

@@ -104,7 +104,7 @@ def test_fashion_mnist_is_read_with_a_channel(tmp_path):
             "nowhere/.* does not exist: install the Debian package dataset",
         ),
         ({"label_column": "colour"}, "has no column 'colour'; there are: image, label. Set label_column"),
-        ({"held_out": 0.7}, r"held_out \(0.7\) must lie between 0 and 0.5"),
+        ({"held_out": 0.7}, r"held_out \(0.7\) must be more than 0 and less than 0.5"),
         ({"held_out": 0.02}, "90 images of 3 classes are too few to cut a validation split from"),
         (
             {"image_processor": {"image_std": 0.5, "size": 3}},

@@ -523,8 +523,8 @@ def test_an_added_mask_token_leaves_the_embeddings_of_a_checkpoint():
 
 
 BAD_RUNS = {
-    "no share": (["--mlm_probability=0"], r"mlm_probability \(0.0\) must lie between 0 and 1"),
-    "all": (["--mlm_probability=1"], r"mlm_probability \(1.0\) must lie between 0 and 1"),
+    "no share": (["--mlm_probability=0"], r"mlm_probability \(0.0\) must be more than 0 and less than 1"),
+    "all": (["--mlm_probability=1"], r"mlm_probability \(1.0\) must be more than 0 and less than 1"),
     "packing": (["--packing=tight"], r"packing \('tight'\) must be one of documents, padding"),
     "metric": (["--best_metric=perplexity"], r"best_metric \('perplexity'\) must be loss"),
     "seed": (["--seed=-1"], r"seed \(-1\) must lie between 0 and 4294967295"),

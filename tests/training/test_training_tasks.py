@@ -209,9 +209,12 @@ def test_overlapping_windows_own_every_token_once(length, room, overlap):
 
 def test_a_text_is_cut_at_either_end():
     text = "we are at war with the states"
-    assert shortened(text, bpe(), 3) == text[: len(shortened(text, bpe(), 3))]
-    assert shortened(text, bpe(), 2, "end").split() == ["the", "states"]
-    assert shortened(text, bpe(), 99) == text
+    start, tokens = shortened(text, bpe(), 3)
+    assert start == text[: len(start)] == "we are at"
+    assert tokens == 7
+    end, _ = shortened(text, bpe(), 2, "end")
+    assert end.split() == ["the", "states"]
+    assert shortened(text, bpe(), 99) == (text, 7)
 
 
 # --- tags

@@ -6,6 +6,7 @@ jsonargparse reads the values and checks their types; what goes beyond a type is
 import copy
 import dataclasses
 import functools
+import math
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -20,11 +21,58 @@ REPOSITORY = Path(__file__).resolve().parents[3]  # of a checkout
 CONFIGS = REPOSITORY / "configs"
 TRUST = "trust_remote_code"  # a setting that no file can make
 VARIANTS, VARIANT = "variants", "{variant}"  # the section and the folder of variants; stands for a variant's name
+# settings that change neither the data nor the weights, and so may differ when a run is continued
+FREE_TO_CHANGE = {
+    "out", "overwrite", "resume", "checkpoint_steps", "keep_checkpoints", "keep_checkpoints_at_end", "log_steps",
+    "tracker", "eval_batch_size", "license", "language", "card_notes", "config", "task",
+    "cache_tokens", "num_workers", "dataloader_num_workers", "trust_remote_code",
+}  # fmt: skip
+# where the data come from: the licence and the language that a YAML gives for the card are those of its own
+DATA = ("data", "data_config", "validation_data", "test_data", "more_data")
 SettingsType = TypeVar("SettingsType", bound="Settings")
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used; shown as one line, without a traceback."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have. `least` and `most` belong to it, `above` and `below` do not."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    why: str = ""
+
+    def check(self, name: str, value: float) -> None:
+        """Raise InputError, which says the range, unless `value` lies in it and is finite."""
+        low = self.least if self.above is None else self.above
+        high = self.most if self.below is None else self.below
+        inside = (low is None or value > low or (value == low and self.above is None)) and (
+            high is None or value < high or (value == high and self.below is None)
+        )
+        if inside and math.isfinite(value):
+            return
+        if math.isinf(value) and inside:
+            rule = "be a finite number"
+        elif self.least is not None and self.most is not None:
+            rule = f"lie between {self.least} and {self.most}"
+        else:
+            rules = (
+                ("at least", self.least),
+                ("more than", self.above),
+                ("at most", self.most),
+                ("less than", self.below),
+            )
+            rule = "be " + " and ".join(f"{words} {limit}" for words, limit in rules if limit is not None)
+        raise InputError(f"{name} ({value}) must {rule}{f': {self.why}' if self.why else ''}.")
+
+
+def ranged(default: Any, **limits: Any) -> Any:
+    """A setting of a dataclass with its default and the `Range` of its numbers."""
+    return dataclasses.field(default=default, metadata={"range": Range(**limits)})
 
 
 @dataclasses.dataclass
@@ -36,39 +84,43 @@ class Settings:
     data_config: str | None = None  # configuration of a Hub data set
     validation_data: str | None = None  # files of their own; what is missing is cut from the training data
     test_data: str | None = None
-    split_seed: int = 0  # of that cut; apart from `seed`, so that runs with several seeds see the same splits
-    max_length: int | None = None  # tokens that the model sees of each example; default: as many as it can
+    # of that cut; apart from `seed`, so that runs with several seeds see the same splits
+    split_seed: int = ranged(0, least=0, most=2**32 - 1)
+    # tokens that the model sees of each example; default: as many as it can
+    max_length: int | None = ranged(None, least=3, why="fewer hold no text")
     # model
     model: dict[str, Any] = dataclasses.field(default_factory=dict)  # `model_type` or `checkpoint`, and config fields
     tokenizer: str | None = None  # folder or Hub name; default: the checkpoint's own
     trust_remote_code: bool = False  # run code that comes with a checkpoint, tokenizer or metric; an option only
     reinitialize: bool = False  # train although tensors of the checkpoint's body are missing or have another shape
     # optimisation
-    epochs: int = 3
-    max_steps: int | None = None  # optimiser steps; takes the place of `epochs`
-    batch_size: int = 8  # examples of one process in one forward pass
-    eval_batch_size: int = 16
-    gradient_accumulation: int = 1
-    global_batch_size: int | None = None  # examples of a step of all processes; default: batch_size x processes x
-    # gradient_accumulation. With it a run takes the same steps on any number of processes, in as many batches of at
-    # most batch_size as they need
+    epochs: int = ranged(3, least=1)
+    max_steps: int | None = ranged(None, least=1)  # optimiser steps; takes the place of `epochs`
+    batch_size: int = ranged(8, least=1)  # examples of one process in one forward pass
+    eval_batch_size: int = ranged(16, least=1)
+    gradient_accumulation: int = ranged(1, least=1)
+    # examples of a step of all processes; default: batch_size x processes x gradient_accumulation. With it a run takes
+    # the same steps on any number of processes, in as many batches of at most batch_size as they need
+    global_batch_size: int | None = ranged(None, least=1)
     sort_by_length: bool = True  # batches of similar length, which pad less
-    dataloader_num_workers: int = 0  # processes that make the batches of training; 0: the one that trains
-    learning_rate: float = 5e-5
-    head_learning_rate: float | None = None  # of weights that the checkpoint does not bring; default: learning_rate
-    weight_decay: float = 0.01
-    warmup_ratio: float = 0.1
+    # processes that make the batches of training; 0: the one that trains
+    dataloader_num_workers: int = ranged(0, least=0)
+    learning_rate: float = ranged(5e-5, above=0, most=1)
+    # of weights that the checkpoint does not bring; default: learning_rate
+    head_learning_rate: float | None = ranged(None, above=0, most=1)
+    weight_decay: float = ranged(0.01, least=0, most=10)
+    warmup_ratio: float = ranged(0.1, least=0, most=1, why="it is a share of the steps")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    max_grad_norm: float = 1.0
-    seed: int = 0
+    max_grad_norm: float = ranged(1.0, above=0)
+    seed: int = ranged(0, least=0, most=2**32 - 1)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # default: what `accelerate launch` was told
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     # watching
     eval_first: bool = False  # evaluate before training, too: where a converted or trained checkpoint starts from
-    eval_steps: int | None = None  # default: at the end of every epoch
+    eval_steps: int | None = ranged(None, least=1)  # default: at the end of every epoch
     best_metric: str = "loss"
-    patience: int | None = None  # evaluations without a gain after which training stops
-    log_steps: int = 10
+    patience: int | None = ranged(None, least=1)  # evaluations without a gain after which training stops
+    log_steps: int = ranged(10, least=1)
     tracker: Literal["tensorboard", "none"] = "tensorboard"
     # output
     task: str | None = None  # name of the task in `tasks.TASKS`
@@ -76,10 +128,11 @@ class Settings:
     out: str | None = None  # default: runs/<name of the YAML>-<variant>
     overwrite: bool = False
     resume: bool = False
-    checkpoint_steps: int | None = None  # default: after every evaluation
-    keep_checkpoints: int = 2
+    checkpoint_steps: int | None = ranged(None, least=1)  # default: after every evaluation
+    keep_checkpoints: int = ranged(2, least=1)
     keep_checkpoints_at_end: bool = False
-    license: str | None = None  # these three go into the model card
+    # these three go into the model card; those of a YAML only where options leave its data and its model as they are
+    license: str | None = None
     language: str | None = None
     card_notes: str | None = None  # Markdown: what was measured beyond this run
 
@@ -104,7 +157,8 @@ class Settings:
             given = cls.parser().parse_args(options, defaults=False).as_dict()
         except ArgumentError as error:
             raise InputError(cls._explain(error)) from error
-        return cls.from_dict(merge({name: value for name, value in values.items() if name != TRUST}, given))
+        values = {name: value for name, value in values.items() if name != TRUST}
+        return cls.from_dict(without_claims(values, merge(values, given), given))
 
     @classmethod
     def from_dict(cls: type[SettingsType], values: Mapping[str, Any]) -> SettingsType:
@@ -153,31 +207,16 @@ class Settings:
         return said
 
     def check(self) -> None:
-        """Values that have the right type and cannot work all the same."""
-        for name in ("epochs", "max_steps", "batch_size", "global_batch_size", "eval_batch_size",
-                     "gradient_accumulation", "max_length",
-                     "eval_steps", "patience", "log_steps", "checkpoint_steps", "keep_checkpoints"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} ({value}) must be at least 1.")
+        """Values that have the right type and cannot work all the same: out of their `Range`, or not together."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and (limits := field.metadata.get("range")) is not None:
+                limits.check(field.name, value)
         if self.global_batch_size is not None and self.gradient_accumulation > 1:
             raise InputError(
                 f"gradient_accumulation ({self.gradient_accumulation}) follows from global_batch_size "
                 f"({self.global_batch_size}): leave out one of them."
             )
-        for name in ("seed", "split_seed"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise InputError(f"{name} ({getattr(self, name)}) must lie between 0 and {2**32 - 1}.")
-        if self.dataloader_num_workers < 0:
-            raise InputError(f"dataloader_num_workers ({self.dataloader_num_workers}) must not be negative.")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise InputError(
-                f"warmup_ratio ({self.warmup_ratio}) must lie between 0 and 1: it is a share of the steps."
-            )
-        for name in ("learning_rate", "head_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"{name} ({value}) must be positive.")
         if bool(self.model.get("model_type")) == bool(self.model.get("checkpoint")):
             raise InputError(
                 "model must name either model_type (a new model) or checkpoint (one to start from): give --variant, "
@@ -257,6 +296,24 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
         replaced = "checkpoint" in upper and "checkpoint" not in lower
         merged["model"] = upper if replaced else {**lower, **upper}
     return merged
+
+
+def without_claims(values: Mapping[str, Any], merged: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`merged` without what the YAML's `values` say for the card, where options (`given`) make it untrue.
+
+    `license` and `language` are those of the YAML's data, `license` that of its checkpoint, too. `card_notes` are of
+    the model that the YAML trains, with any seed.
+    """
+    changed = {name for name, value in given.items() if merged[name] != values.get(name)}
+    of_data = bool(changed & set(DATA))
+    models = [settings.get("model") for settings in (values, merged)]
+    checkpoints = [model.get("checkpoint") if isinstance(model, dict) else None for model in models]
+    untrue = {
+        "license": of_data or checkpoints[0] != checkpoints[1],
+        "language": of_data,
+        "card_notes": bool(changed - FREE_TO_CHANGE - {"seed"}),
+    }
+    return {**merged, **{name: None for name, is_untrue in untrue.items() if is_untrue and name not in given}}
 
 
 def wanted(annotation: Any) -> str:

@@ -8,7 +8,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from ..settings import InputError
-from .packing import IGNORED, Packing, Windows, encoded, slices, special_frame
+from .packing import IGNORED, Packing, Windows, encoded, packed_coverage, slices, special_frame
 
 
 @dataclass
@@ -50,9 +50,10 @@ class CausalPacker:
         self.shortest_window = max(2, shortest_window) if packing == "padding" else 2
 
     def __call__(self, texts: list[str]) -> list[CausalWindow]:
+        """The windows of the texts; `coverage` then says how much of these they show."""
         head, _ = special_frame(self.tokenizer, texts)
         end = np.array([self.tokenizer.eos_token_id], dtype=np.int32)
-        documents = []
+        documents, counts = [], []
         for text, (ids, encoding) in zip(texts, encoded(self.tokenizer, texts), strict=True):
             if len(ids):
                 assert encoding is not None
@@ -60,14 +61,22 @@ class CausalPacker:
                 sizes[np.isin(ids, self.tokenizer.all_special_ids)] = 0  # those that stand in the text itself
                 framed = np.concatenate([head, ids, end]), np.pad(sizes, (len(head), len(end)))
                 documents.append(CausalWindow(*framed))
+                counts.append(len(ids))
         if self.packing == "documents" and documents:
             rows = ([getattr(document, row) for document in documents] for row in ("ids", "sizes"))
             documents = [CausalWindow(*map(np.concatenate, rows))]
-        return [
-            CausalWindow(document.ids[part], document.sizes[part])
+        windows = [
+            [
+                CausalWindow(document.ids[part], document.sizes[part])
+                for part in slices(len(document.ids), self.max_length, self.shortest_window)
+            ]
             for document in documents
-            for part in slices(len(document.ids), self.max_length, self.shortest_window)
         ]
+        # where one token is left over, which nothing predicts, it is an end token and no text
+        whole = [len(document.ids) - 1 for document in documents]
+        shown = [sum(len(window.ids) for window in own) for own in windows]
+        self.coverage = packed_coverage(len(texts), counts, whole, shown)
+        return [window for own in windows for window in own]
 
 
 class CausalWindows(Windows):

@@ -2,14 +2,25 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import datasets
+import numpy as np
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..settings import InputError
+from ..settings import InputError, ranged
+from .coverage import Coverage
+from .packing import encoded, slices, special_frame
 from .texts import SPLITS, Row, TextSettings, load_splits, text_of, value_of
 from .token_cache import cache_file, cached_map
+
+FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        **{name: datasets.Value("int64") for name in ("labels", "document", "tokens", "seen")},
+    }
+)
 
 
 @dataclass
@@ -18,13 +29,15 @@ class DocumentSettings(TextSettings):
 
     label_column: str = "label"
     mask_digits: bool = False  # every digit becomes 0, so that a number cannot give the label away
-    window_length: int | None = None  # tokens of a window, special tokens included; default: one example a document
-    shortest_window: int = 512  # a shorter rest of a document is dropped, unless it is the only window
+    # tokens of a window, special tokens included; every window is an example
+    window_length: int | None = ranged(None, least=8)
+    # without window_length, what becomes of a document longer than the model sees: windows over all of it, whose logits
+    # are averaged in evaluation, or truncate: its first tokens alone
+    long_documents: Literal["windows", "truncate"] = "windows"
+    shortest_window: int = ranged(512, least=1)  # a shorter rest of a document is dropped, unless it is the only window
 
     def check(self) -> None:
         super().check()
-        if self.window_length is not None and self.window_length < 8:
-            raise InputError(f"window_length ({self.window_length}) must be at least 8 tokens.")
         if self.window_length and self.max_length and self.max_length > self.window_length:
             raise InputError(
                 f"max_length ({self.max_length}) must not exceed window_length ({self.window_length}): "
@@ -83,7 +96,7 @@ def _label_of(row: Row, settings: DocumentSettings) -> str:
 
 def encode_documents(
     documents: Documents, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int, settings: DocumentSettings
-) -> datasets.Dataset:
+) -> "DocumentWindows":
     """Windows of a split, with `input_ids` and `labels`, on the disk if they are cached and else in memory."""
     ids = {name: i for i, name in enumerate(documents.labels)}
     how = {
@@ -91,18 +104,82 @@ def encode_documents(
         "labels": documents.labels,
         "max_length": max_length,
         **{name: getattr(settings, name) for name in ("mask_digits", "window_length", "shortest_window")},
+        "long_documents": settings.long_documents,
     }
 
-    def windows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def windows(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         texts = [re.sub(r"\d", "0", text) if settings.mask_digits else text for text in batch["text"]]
-        kept, sources = cut_windows(texts, tokenizer, max_length, settings.window_length, settings.shortest_window)
-        return {"input_ids": kept, "labels": [ids[batch["label"][source]] for source in sources]}
+        cut = cut_windows(
+            texts,
+            tokenizer,
+            max_length,
+            settings.window_length,
+            settings.shortest_window,
+            whole=settings.long_documents == "windows",
+        )
+        return {
+            "input_ids": cut.windows,
+            "labels": [ids[batch["label"][source]] for source in cut.sources],
+            "document": [indices[source] for source in cut.sources],
+            "tokens": [cut.tokens[source] for source in cut.sources],
+            "seen": cut.seen,
+        }
 
     texts, labels = documents.splits[split]
     table = datasets.Dataset.from_dict({"text": texts, "label": labels})
     file = cache_file(tokenizer, texts, how | {"of": labels}) if settings.cache_tokens else None
     workers = min(settings.num_workers, len(table)) if settings.num_workers else None
-    return cached_map(table, windows, file, batch_size=64, num_proc=workers, desc=f"tokenising {split}")
+    options = {"batch_size": 64, "num_proc": workers, "with_indices": True, "features": FEATURES}
+    found = cached_map(table, windows, file, desc=f"tokenising {split}", **options)
+    return DocumentWindows(found, len(texts))
+
+
+class DocumentWindows(Dataset):
+    """The windows of a split as a data set of `input_ids` and `labels`.
+
+    `documents` are the indices of the windows' documents, ascending.
+    """
+
+    def __init__(self, table: datasets.Dataset, documents: int):
+        self.table = table.select_columns(["input_ids", "labels"])
+        columns: Any = table.select_columns(["document", "tokens", "seen"]).with_format("numpy")[:]
+        self.documents: list[int] = columns["document"].tolist()
+        tokens, seen = np.zeros((2, documents), dtype=np.int64)
+        tokens[columns["document"]] = columns["tokens"]
+        np.add.at(seen, columns["document"], columns["seen"])
+        self.coverage = Coverage()
+        for whole, shown in zip(tokens.tolist(), seen.tolist(), strict=True):
+            self.coverage.add(whole, shown)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.table[index]
+
+    def column(self, name: str) -> list[Any]:
+        """`input_ids` or `labels` of all windows."""
+        return list(self.table[name])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each window."""
+        return [len(ids) for ids in self.table["input_ids"]]
+
+
+class Cut(NamedTuple):
+    """Windows of texts.
+
+    windows: token ids of each, special tokens included.
+    sources: the index of each window's text, ascending.
+    seen: tokens of text that each window shows and the one before it does not.
+    tokens: tokens of each text.
+    """
+
+    windows: list[list[int]]
+    sources: list[int]
+    seen: list[int]
+    tokens: list[int]
 
 
 def cut_windows(
@@ -111,32 +188,42 @@ def cut_windows(
     max_length: int,
     window_length: int | None = None,
     shortest_window: int = 1,
-) -> tuple[list[list[int]], list[int]]:
-    """Token ids of every window and the index of its text.
+    *,
+    whole: bool = False,
+) -> Cut:
+    """Cut texts into windows. A text without tokens has none.
 
     Windows have `window_length` tokens with the special ones, and do not overlap. Of each the first `max_length` are
-    kept, so that runs with different `max_length` see the same windows; the special tokens at the end stay.
-    Without `window_length` a text is one window.
+    kept, so that runs with different `max_length` see the same windows; the special tokens at the end stay. A rest of
+    fewer than `shortest_window` tokens, special ones included, is dropped unless it is all there is.
+    Without `window_length`, windows of `max_length` show the `whole` text, the last one its last tokens, which overlap
+    those of the window before it; or the text is one window, its first tokens (its last ones, if the tokenizer's
+    `truncation_side` is left).
     """
-    encoded = tokenizer(
-        texts,
-        truncation=True,
-        max_length=window_length or max_length,
-        return_overflowing_tokens=window_length is not None,
-        return_special_tokens_mask=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )
-    sources = encoded["overflow_to_sample_mapping"] if window_length is not None else list(range(len(texts)))
-    windows, kept_sources = [], []
-    previous = None
-    for tokens, special, source in zip(encoded["input_ids"], encoded["special_tokens_mask"], sources, strict=True):
-        first, previous = source != previous, source
-        if window_length is not None and not first and len(tokens) < shortest_window:
-            continue
-        if len(tokens) > max_length:
-            tail = special[::-1].index(0) if 0 in special else 0
-            tokens = tokens[: max_length - tail] + tokens[len(tokens) - tail :]
-        windows.append(tokens)
-        kept_sources.append(source)
-    return windows, kept_sources
+    head, tail = (part.tolist() for part in special_frame(tokenizer, texts))
+    added = len(head) + len(tail)
+    room = max_length - added
+    if room < 1:
+        raise InputError(
+            f"max_length ({max_length}) leaves no room for text beside the special tokens that the tokenizer adds "
+            f"({added}): raise it."
+        )
+    cut = Cut([], [], [], [])
+    for source, (array, _) in enumerate(encoded(tokenizer, texts)):
+        ids, count = array.tolist(), len(array)
+        cut.tokens.append(count)
+        if window_length is not None:
+            parts = list(slices(count, window_length - added, shortest_window - added))
+        elif whole:
+            parts = [slice(max(0, min(start, count - room)), start + room) for start in range(0, count, room)]
+        else:
+            first = max(0, count - room) if tokenizer.truncation_side == "left" else 0
+            parts = [slice(first, first + room)] if count else []
+        shown = 0
+        for part in parts:
+            window = ids[part][:room]
+            cut.windows.append([*head, *window, *tail])
+            cut.sources.append(source)
+            cut.seen.append(len(window) - max(0, shown - part.start))
+            shown = part.start + len(window)
+    return cut

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from .coverage import Coverage
+
 
 class Features(Dataset):
     """Windows as a data set.
@@ -13,10 +15,17 @@ class Features(Dataset):
     rows: the model's inputs, a mapping for each window.
     notes: what the evaluation needs of each window besides, such as the index of its document.
     shared: what the evaluation needs of the split as a whole.
+    coverage: how much of the documents the windows show.
     """
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], notes: Sequence[Any] = (), shared: Any = None):
-        self.rows, self.notes, self.shared = rows, notes, shared
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        notes: Sequence[Any] = (),
+        shared: Any = None,
+        coverage: Coverage | None = None,
+    ):
+        self.rows, self.notes, self.shared, self.coverage = rows, notes, shared, coverage
 
     def __len__(self) -> int:
         return len(self.rows)

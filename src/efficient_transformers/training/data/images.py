@@ -9,7 +9,7 @@ import torch
 from sklearn.model_selection import train_test_split
 from transformers import BaseImageProcessor
 
-from ..settings import InputError, Settings, find_path
+from ..settings import InputError, Settings, find_path, ranged
 from .fashion_mnist import CLASSES, FOLDER, read_fashion_mnist
 
 FASHION_MNIST = "fashion_mnist"
@@ -24,13 +24,12 @@ class PictureSettings(Settings):
     image_folder: str = FOLDER  # for fashion_mnist: the folder of its four files
     image_column: str = "image"
     label_column: str = "label"
-    held_out: float = 0.05  # share of the training images for each split without images of its own
+    # share of the training images for each split without images of its own
+    held_out: float = ranged(0.05, above=0, below=0.5, why="it is a share of the images")
     image_processor: dict[str, Any] = field(default_factory=dict)  # fields, e.g. image_mean; default: -1 to 1
 
     def check(self) -> None:
         super().check()
-        if not 0 < self.held_out < 0.5:
-            raise InputError(f"held_out ({self.held_out}) must lie between 0 and 0.5: it is a share of the images.")
         for name in self.image_processor:
             if name not in PROCESSOR_FIELDS:
                 raise InputError(

@@ -15,6 +15,7 @@ from tqdm.auto import trange
 from transformers import PreTrainedTokenizerBase
 
 from ..settings import InputError
+from .coverage import Coverage, coverage_of
 
 Packing = Literal["documents", "padding", "best_fit"]
 NO_WORD = -1  # the word of a special token
@@ -66,11 +67,17 @@ class Packer:
             check_words(tokenizer)
 
     def __call__(self, texts: list[str]) -> list[Window]:
+        """The windows of the texts; `coverage` then says how much of these they show."""
         documents = [document for document in self.tokenised(texts) if len(document.ids)]
+        sizes = [len(document.ids) for document in documents]
         if self.packing == "documents" and documents:
             documents = [self.joined(documents)]
         head, tail = special_frame(self.tokenizer, texts)
-        return [window for document in documents for window in self.cut(document, head, tail)]
+        windows = [list(self.cut(document, head, tail)) for document in documents]
+        added = len(head) + len(tail)
+        shown = [sum(len(window.ids) - added for window in own) for own in windows]
+        self.coverage = packed_coverage(len(texts), sizes, [len(document.ids) for document in documents], shown)
+        return [window for own in windows for window in own]
 
     def tokenised(self, texts: list[str]) -> Iterator[Window]:
         for ids, encoding in encoded(self.tokenizer, texts):
@@ -103,8 +110,19 @@ class Packer:
                 )
 
 
+def packed_coverage(texts: int, sizes: Sequence[int], whole: Sequence[int], shown: Sequence[int]) -> Coverage:
+    """Of a split's texts, whose documents have these `sizes` without those that are empty.
+
+    `whole` and `shown` are the tokens of what is cut, one document each or all joined, and of its windows.
+    """
+    missing = [max(0, all_of_it - seen) for all_of_it, seen in zip(whole, shown, strict=True)]
+    return Coverage(texts, texts - len(sizes), sum(map(bool, missing)), sum(sizes), sum(missing))
+
+
 class Windows(Dataset):
     """The windows of a split as a data set; a subclass says what a model gets of each, and what there is to predict."""
+
+    coverage: Coverage | None = None  # of the texts that were cut
 
     def __init__(self, windows: Sequence[Any]):
         self.windows = windows
@@ -131,6 +149,7 @@ class Rows(Windows):
 
     def __init__(self, windows: Any, lengths: list[int], max_length: int):
         super().__init__(windows)
+        self.coverage = coverage_of(windows)
         self.window_lengths, self.rows = lengths, best_fit(lengths, max_length)
 
     def __len__(self) -> int:
@@ -251,12 +270,12 @@ def check_offsets(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
 
 def shortened(
     text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, keep: Literal["start", "end"] = "start"
-) -> str:
-    """The text, or of a longer one what its first or its last `tokens` tokens stand for."""
+) -> tuple[str, int]:
+    """The text, or of a longer one what its first or its last `tokens` tokens stand for; and how many it has."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     if len(offsets) <= tokens:
-        return text
-    return text[: offsets[tokens - 1][1]] if keep == "start" else text[offsets[-tokens][0] :]
+        return text, len(offsets)
+    return text[: offsets[tokens - 1][1]] if keep == "start" else text[offsets[-tokens][0] :], len(offsets)
 
 
 def check_words(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from sklearn.model_selection import train_test_split
 
-from ..settings import REPOSITORY, InputError, Settings, find_path
+from ..settings import REPOSITORY, InputError, Settings, find_path, ranged
 
 BUNDLED = {"era": REPOSITORY / "data" / "sotu"}
+Source = Literal["bundled", "local", "hub", "generated"]
 SPLITS = ("train", "validation", "test")
 HELD_OUT = 0.15  # of the training data, for each split that has no file of its own
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -34,12 +35,16 @@ class TextSettings(Settings):
     text_column: str = "text"
     more_data: list[str] = field(default_factory=list)  # files whose documents are trained on, too
     cache_tokens: bool = True  # keep what texts are cut into for next time: see token_cache.py
-    num_workers: int | None = None  # processes that tokenise; default: the tokenizer's own threads
+    num_workers: int | None = ranged(None, least=1)  # processes that tokenise; default: the tokenizer's own threads
 
-    def check(self) -> None:
-        super().check()
-        if self.num_workers is not None and self.num_workers < 1:
-            raise InputError(f"num_workers ({self.num_workers}) must be at least 1.")
+
+def source_of(data: str) -> Source:
+    """Where the setting `data` is found, as the loaders look for it; names of this package's own examples are last."""
+    if data in BUNDLED:
+        return "bundled"
+    if find_path(data) is not None or Path(data).suffix in SUFFIXES or data.startswith((".", "/", "~")):
+        return "local"
+    return "hub" if "/" in data else "generated"
 
 
 def load_texts(settings: TextSettings) -> dict[str, list[str]]:

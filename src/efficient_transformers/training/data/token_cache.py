@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import datasets
 import numpy as np
@@ -15,7 +15,9 @@ import pyarrow as pa
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1  # counts changes in how texts are cut, after which nothing older is read
+from .coverage import Coverage
+
+FORMAT = 2  # counts changes in how texts are cut, after which nothing older is read
 Row = TypeVar("Row")
 
 
@@ -56,7 +58,7 @@ def one_process_first() -> Iterator[None]:
 
 def cached_map(
     table: datasets.Dataset,
-    cut: Callable[[dict[str, list[Any]]], dict[str, list[Any]]],
+    cut: Callable[..., dict[str, list[Any]]],
     file: Path | None,
     **options: Any,
 ) -> datasets.Dataset:
@@ -76,18 +78,30 @@ def cached_map(
     return table.map(cut, **options)
 
 
+class Pack(Protocol[Row]):
+    """Cuts texts into rows; `coverage` is that of the texts of the last call."""
+
+    coverage: Coverage
+
+    def __call__(self, texts: list[str]) -> list[Row]: ...
+
+
 def cached_rows(
-    pack: Callable[[list[str]], list[Row]], row_class: type[Row], texts: list[str], file: Path | None
-) -> list[Row]:
-    """Rows of a dataclass of int32 arrays that `pack` makes of the texts."""
+    pack: "Pack[Row]", row_class: type[Row], texts: list[str], file: Path | None
+) -> tuple[list[Row], Coverage]:
+    """Rows of a dataclass of int32 arrays that `pack` makes of the texts, and its `coverage`."""
     if file is None:
-        return pack(texts)
+        return pack(texts), pack.coverage
     names = [field.name for field in fields(row_class)]  # type: ignore[arg-type]
 
     def columns(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = pack(batch["text"])
-        return {name: [getattr(row, name) for row in rows] for name in names}
+        arrays = {name: [getattr(row, name) for row in rows] for name in names}
+        return arrays | {name: [count] * len(rows) for name, count in pack.coverage.to_dict().items()}
 
     table = cached_map(datasets.Dataset.from_dict({"text": texts}), columns, file, batch_size=None)
-    found: Any = table.with_format("numpy", dtype=np.int32)[:]
-    return [row_class(*arrays) for arrays in zip(*(found[name] for name in names), strict=True)] if len(table) else []
+    if not len(table):
+        return [], Coverage(len(texts), len(texts))
+    found: Any = table.select_columns(names).with_format("numpy", dtype=np.int32)[:]
+    counts = table.remove_columns(names)[0]
+    return [row_class(*arrays) for arrays in zip(*(found[name] for name in names), strict=True)], Coverage(**counts)

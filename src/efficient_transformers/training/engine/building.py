@@ -25,12 +25,19 @@ from .sharding import on_cpus, settle_sharding
 def make_accelerator(settings: Settings) -> Accelerator:
     torch.set_float32_matmul_precision(settings.matmul_precision)
     folder = str(settings.folder)
-    accelerator = Accelerator(
-        cpu=on_cpus(),
-        mixed_precision=settings.mixed_precision,
-        log_with=None if settings.tracker == "none" else settings.tracker,
-        project_config=ProjectConfiguration(project_dir=folder, logging_dir=str(settings.folder / LOGS)),
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=on_cpus(),
+            mixed_precision=settings.mixed_precision,
+            log_with=None if settings.tracker == "none" else settings.tracker,
+            project_config=ProjectConfiguration(project_dir=folder, logging_dir=str(settings.folder / LOGS)),
+        )
+    except ValueError as error:  # of the precision, or of what `accelerate launch` was told
+        raise InputError(
+            f"mixed_precision ({settings.mixed_precision!r}) cannot be used here: {error} Set it to no or bf16."
+        ) from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("mixed_precision ('fp16') needs a GPU: set it to no or bf16.")
     settle_sharding(accelerator, settings)
     # tied weights are saved once, as they should be, and accelerate warns of it at every checkpoint
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)

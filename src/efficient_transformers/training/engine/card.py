@@ -9,10 +9,14 @@ from accelerate import Accelerator
 from huggingface_hub import EvalResult, ModelCard
 
 from ...cards import PICTURE, loading_code, model_card
-from ..data.texts import BUNDLED
+from ...exporting import README
+from ...publishing import to_fill_in
+from ..data.coverage import coverage_lines
+from ..data.texts import BUNDLED, source_of
 from ..settings import REPOSITORY, Settings, find_path
 from .loop import format_scores
 
+LONG = 1024  # tokens; a model that sees fewer is not tagged as one of long documents
 METRIC_NAMES = {
     "accuracy": "Accuracy",
     "macro_f1": "Macro F1",
@@ -40,22 +44,33 @@ def make_card(
     unit: str,
     limits: Sequence[str],
     training_rows: Mapping[str, Any] | None = None,
+    test_unit: str | None = None,
+    averaged: bool = False,
 ) -> ModelCard:
-    """The model card, from the same numbers as `metrics.json`: `shown` are test scores, `unit` names what is counted.
+    """The model card, from the same numbers as `metrics.json`.
+
+    `shown` are test scores; `unit` names what is counted, `test_unit` that of the test data if it is another one.
+    `averaged` says that scores are of the mean logits of a document's windows.
 
     The name of the model is `metrics["name"]`, or else that of its folder.
     """
     model, code = metrics["model"], metrics.get("code", {})
     # a path on the disk says nothing to a reader of the card, and its folders are nobody's business
     dataset = settings.data if settings.data in BUNDLED else Path(settings.data).name
-    on_hub = "/" in settings.data and not Path(settings.data).suffix
+    source = metrics["training"].get("data_source") or source_of(settings.data)
+    on_hub = source == "hub"
     reads_text = auto_class != "AutoModelForImageClassification"
-    longest_text = f"It sees at most {model['max_length']:,} tokens of a text; cut or divide longer ones."
+    longest_text = f"It sees at most {model['max_length']:,} tokens of a text; " + (
+        "of longer ones the logits of windows over the whole text are averaged, also for the results above."
+        if averaged
+        else "cut or divide longer ones."
+    )
     results = [
         EvalResult(
             task_type=task_type,
-            dataset_type=settings.data if on_hub else dataset,
-            dataset_name=dataset,
+            # files of the user's own are no data set of the Hub that has their name
+            dataset_type=settings.data if on_hub else "local" if source == "local" else dataset,
+            dataset_name=f"{dataset} (local)" if source == "local" else dataset,
             dataset_split="test",
             metric_type=METRIC_TYPES.get(key, key),
             metric_name=METRIC_NAMES.get(key, key),
@@ -68,7 +83,7 @@ def make_card(
         auto_class=auto_class,
         description=description,
         results=results,
-        training=training_table(settings, metrics, dataset, unit, training_rows or {}),
+        training=training_table(settings, metrics, dataset, (unit, test_unit or unit), training_rows or {}),
         command=command,
         limits=[*limits, longest_text] if reads_text else limits,
         max_length=model["max_length"],
@@ -80,24 +95,26 @@ def make_card(
         costs={int(length): tuple(flops) for length, flops in model.get("costs", {}).items()},
         code=code,
         picture=PICTURE if (settings.folder / PICTURE).exists() else None,
-        tags=["long-documents", model["model_type"]] if reads_text else [model["model_type"]],
+        tags=[*(["long-documents"] if reads_text and model["max_length"] >= LONG else []), model["model_type"]],
     )
 
 
 def training_table(
-    settings: Settings, metrics: dict[str, Any], dataset: str, unit: str, rows: Mapping[str, Any]
+    settings: Settings, metrics: dict[str, Any], dataset: str, units: tuple[str, str], rows: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The card's table of the training, with the `rows` of the task."""
     training, before, code = metrics["training"], metrics.get("before"), metrics.get("code", {})
     more = [Path(name).name for name in getattr(settings, "more_data", [])]
     checkpoint = settings.model.get("checkpoint")
     versions = metrics["versions"] | ({"efficient_transformers": code["version"]} if code else {})
+    documents = coverage_lines(metrics.get("data", {}))
     rate = f"{settings.learning_rate:g}"
     if settings.head_learning_rate is not None:
         rate += f" ({settings.head_learning_rate:g} of new weights)"
     return {
-        "data": f"{' and '.join([dataset, *more])}: {training['windows']:,} {unit}",
-        "test data": f"{metrics['test']['n']:,} {unit}",
+        "data": f"{' and '.join([dataset, *more])}: {training['windows']:,} {units[0]}",
+        "test data": f"{metrics['test']['n']:,} {units[1]}",
+        **{f"documents, {line.partition(': ')[0]}": line.partition(": ")[2] for line in documents},
         **({"initialised from": published_name(checkpoint) or Path(checkpoint).name} if checkpoint else {}),
         **({"validation before training": format_scores(before)} if before else {}),
         **rows,
@@ -141,3 +158,5 @@ def report(
         f"Saved in {settings.folder}. To load it:\n\n"
         f"{loading_code(str(settings.folder), auto_class, metrics['model']['max_length'])}"
     )
+    if missing := to_fill_in(settings.folder):
+        accelerator.print(f"\nTo fill in at the top of {settings.folder / README}: {'; '.join(missing)}.")

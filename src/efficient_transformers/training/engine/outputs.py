@@ -1,5 +1,6 @@
 """The output folder of a run: refused, begun, continued; and the files that make it ready for the Hub."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,17 +26,11 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from ...exporting import code_version
 from ...folders import fit_tokenizer
-from ..settings import InputError, Settings, SettingsType, compose, merge
+from ..settings import FREE_TO_CHANGE, InputError, Settings, SettingsType, compose, merge
 from .checkpoints import Progress, flush, writing
 from .sharding import whole_state
 
 SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpoints", "runs"
-# settings that change neither the data nor the weights, and so may differ when a run is continued
-FREE_TO_CHANGE = {
-    "out", "overwrite", "resume", "checkpoint_steps", "keep_checkpoints", "keep_checkpoints_at_end", "log_steps",
-    "tracker", "eval_batch_size", "license", "language", "card_notes", "config", "task",
-    "cache_tokens", "num_workers", "dataloader_num_workers", "trust_remote_code",
-}  # fmt: skip
 
 
 def finished_metrics(accelerator: Accelerator, settings: Settings) -> dict[str, Any] | None:
@@ -58,13 +53,18 @@ def finished_metrics(accelerator: Accelerator, settings: Settings) -> dict[str, 
 
 def _check_folder(settings: Settings) -> None:
     folder = settings.folder
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise InputError(f"The folder {folder} cannot be written ({error.strerror}): set out to another.") from None
-    if not any(path.suffix != ".partial" for path in folder.iterdir()):
+    finally:
+        for path in made:  # data or model may prove bad, and the run begins later
+            with contextlib.suppress(OSError):
+                path.rmdir()
+    if made or not any(path.suffix != ".partial" for path in folder.iterdir()):
         return
     # only what a run has written is ever deleted or continued
     if not (folder / SETTINGS).exists():
@@ -84,9 +84,9 @@ def _check_folder(settings: Settings) -> None:
 def begin_folder(accelerator: Accelerator, settings: Settings) -> None:
     """Called when data and model have proved good: a run that cannot start neither deletes nor leaves anything."""
     if accelerator.is_main_process:
-        if settings.overwrite:
+        if settings.overwrite and settings.folder.exists():
             shutil.rmtree(settings.folder)
-            settings.folder.mkdir()
+        settings.folder.mkdir(parents=True, exist_ok=True)
         if not (settings.folder / SETTINGS).exists():
             write_whole(settings.folder / SETTINGS, settings.to_yaml())
     accelerator.wait_for_everyone()

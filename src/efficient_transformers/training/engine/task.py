@@ -1,6 +1,7 @@
 """One training task: its data, its model, and a run from the first check of the settings to the card."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...cards import description_of
+from ..data.coverage import coverage_lines, recorded
 from ..data.features import Features
-from ..data.texts import SPLITS, TextSettings
+from ..data.texts import SPLITS, TextSettings, source_of
 from ..settings import InputError, Settings
 from .building import build_config, build_model, load_tokenizer, make_accelerator, model_facts, visible_length
 from .card import make_card, report
@@ -162,6 +164,7 @@ class Task(Generic[S]):
         for name, size in sizes.items():
             if not size:
                 raise InputError(f"The {name} data holds nothing to learn from: no example has anything to predict.")
+        coverage = recorded(data)
         self.start(settings, ready.model, data["train"])
         facts = model_facts(ready.model, ready.max_length)
         validate, test = (
@@ -174,6 +177,8 @@ class Task(Generic[S]):
             f"{facts['model_type']}, {facts['parameters']:,} parameters; {self.sizes(list(sizes.values()), ready)}; "
             f"{hardware(accelerator)}"
         )
+        for line in coverage_lines(coverage):
+            accelerator.print(line)
         learnt = self.before_training(accelerator, settings, ready, data)
         trained, progress = train(accelerator, settings, ready.model, data["train"], ready.collate, validate)
         scores = {
@@ -183,6 +188,8 @@ class Task(Generic[S]):
         size = sizes["train"]
         seen = size if isinstance(size, int) else progress.step * settings.step_size(accelerator.num_processes)
         metrics = metrics_of(accelerator, settings, progress, seen, facts, scores, command) | learnt
+        metrics |= {"data": coverage} if coverage else {}
+        metrics["training"]["data_source"] = source_of(settings.data)
         card = self.card(settings, metrics, description_of(ready.model), ready.labels, command)
         finish_folder(accelerator, settings, trained, ready.preparation, card, metrics)
         report(accelerator, settings, metrics, self.auto_class.__name__, self.shown(metrics))
@@ -194,8 +201,11 @@ class Task(Generic[S]):
         accelerator = make_accelerator(settings)
         ready = self.ready(settings, folder)
         scorer = self.scorer(ready.encode("test"), settings)
+        for line in coverage_lines(recorded({"test": scorer.data}), incomplete_only=True):
+            if accelerator.is_main_process:
+                print(line, file=sys.stderr)
         test = Evaluator(accelerator, scorer, ready.collate, settings.eval_batch_size)
-        scores = {**test(accelerator.prepare_model(ready.model, evaluation_mode=True)), "n": len(scorer.data)}
+        scores = {**test(accelerator.prepare_model(ready.model, evaluation_mode=True)), "n": scorer.counts()["n"]}
         accelerator.print(json.dumps({"max_length": ready.max_length, **scores}))
         return scores
 

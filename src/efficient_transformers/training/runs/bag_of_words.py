@@ -31,8 +31,14 @@ def scores_of(settings: ClassifySettings) -> dict[str, dict[str, float]]:
     texts, labels = {}, {}
     for name in SPLITS:
         examples = source.encode(name, length, None)  # type: ignore[arg-type]  # no model is needed to cut windows
-        texts[name] = tokenizer.batch_decode([row["input_ids"] for row in examples], skip_special_tokens=True)
-        labels[name] = [row["labels"] for row in examples]
+        windows = tokenizer.batch_decode(examples.column("input_ids"), skip_special_tokens=True)
+        texts[name], labels[name] = windows, examples.column("labels")
+        if not settings.window_length:  # the model's scores, too, are of documents
+            whole: dict[int, list[str]] = {}
+            for document, window in zip(examples.documents, windows, strict=True):
+                whole.setdefault(document, []).append(window)
+            of_document = dict(zip(examples.documents, labels[name], strict=True))
+            texts[name], labels[name] = [" ".join(own) for own in whole.values()], list(of_document.values())
     bag = make_pipeline(TfidfVectorizer(sublinear_tf=True), LinearSVC()).fit(texts["train"], labels["train"])
     metrics = load_metrics()
     return {

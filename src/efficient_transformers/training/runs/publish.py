@@ -178,7 +178,7 @@ def test_windows(folder: Path, trust_remote_code: bool) -> dict[str, list[Any]]:
     length = min(settings.max_length or settings.window_length or positions, positions)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     windows = encode_documents(load_documents(settings), "test", tokenizer, length, settings)
-    return {name: list(windows[name]) for name in ("input_ids", "labels")}
+    return {name: windows.column(name) for name in ("input_ids", "labels")}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..engine.outputs import CHECKPOINTS, FREE_TO_CHANGE, METRICS, write_whole
-from ..settings import InputError, Settings
+from ..engine.outputs import CHECKPOINTS, METRICS, write_whole
+from ..settings import FREE_TO_CHANGE, InputError, Settings
 from ..tasks import task_of
 from .errors import input_errors
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from ..data.coverage import Coverage
 from ..data.texts import SPLITS
 from ..settings import InputError
 
@@ -73,6 +74,13 @@ class Examples(Dataset):
     @property
     def lengths(self) -> list[int]:
         return [min(len(ids), self.max_length or len(ids)) for ids in self.ids]
+
+    @property
+    def coverage(self) -> Coverage:
+        found = Coverage()
+        for ids, shown in zip(self.ids, self.lengths, strict=True):
+            found.add(len(ids), shown)
+        return found
 
 
 def generate(generator: Generator, split: str, size: int, seed: int, cache: str | None = None) -> Examples:

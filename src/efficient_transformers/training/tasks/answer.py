@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.coverage import Coverage
 from ..data.excerpts import sentences
 from ..data.features import Features
 from ..data.packing import check_offsets, shortened
@@ -21,7 +22,7 @@ from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
 from ..engine.metrics import AnswerMatch, compute_metrics
 from ..engine.scoring import Scorer
 from ..engine.task import Source, Task
-from ..settings import InputError
+from ..settings import InputError, ranged
 
 NAMES = (
     "Adams", "Baker", "Carter", "Dalton", "Ellis", "Foster", "Grant", "Hayes", "Irving", "Jordan", "Keller", "Logan",
@@ -38,24 +39,16 @@ class AnswerSettings(TextSettings):
     context_column: str = "context"
     answers_column: str = "answers"  # SQuAD's: {"text": [...], "answer_start": [...]}, characters from 0
     null_answers: bool = False  # questions may have no answer, as in SQuAD 2.0
-    null_threshold: float = 0.0  # log-odds against "no answer" that an answer needs
-    stride: int = 128  # tokens that a window of a long context shares with the one before it
-    max_question_length: int = 64  # tokens; a longer question is cut
-    max_answer_length: int = 30  # tokens; no longer span is ever given
+    null_threshold: float = ranged(0.0)  # log-odds against "no answer" that an answer needs
+    # tokens that a window of a long context shares with the one before it
+    stride: int = ranged(128, least=0, why="0 cuts windows that share nothing")
+    max_question_length: int = ranged(64, least=1)  # tokens; a longer question is cut
+    max_answer_length: int = ranged(30, least=1)  # tokens; no longer span is ever given
     mark_question: bool = True  # its tokens are global where a variant takes marks (Longformer, section 3.1)
-    needle_words: int = 600  # of the text around it
-    needles_per_document: int = 4  # questions, each with an excerpt of its own
-    distractors: int = 0  # facts of the same form and another name, which make the question count
-
-    def check(self) -> None:
-        super().check()
-        for name in ("max_question_length", "max_answer_length", "needle_words", "needles_per_document"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} ({getattr(self, name)}) must be at least 1.")
-        if self.stride < 0:
-            raise InputError(f"stride ({self.stride}) must not be negative: 0 cuts windows that share nothing.")
-        if not 0 <= self.distractors < len(NAMES):
-            raise InputError(f"distractors ({self.distractors}) must lie between 0 and {len(NAMES) - 1}: names end.")
+    needle_words: int = ranged(600, least=1)  # of the text around it
+    needles_per_document: int = ranged(4, least=1)  # questions, each with an excerpt of its own
+    # facts of the same form and another name, which make the question count
+    distractors: int = ranged(0, least=0, most=len(NAMES) - 1, why="names end")
 
 
 @dataclass
@@ -156,7 +149,10 @@ def answer_windows(
             f"({settings.max_question_length}) and {added} special tokens, and stride ({settings.stride}) must be "
             "less: raise max_length or lower the others."
         )
-    cut = [shortened(question.question.strip(), tokenizer, settings.max_question_length) for question in questions]
+    longest = settings.max_question_length
+    pairs = [shortened(question.question.strip(), tokenizer, longest) for question in questions]
+    cut, asked = [text for text, _ in pairs], [tokens for _, tokens in pairs]
+    of_contexts = [0] * len(questions)  # tokens, all of which some window shows
     marks = settings.mark_question and takes_marks(model)
     rows, windows = [], []
     for start in range(0, len(questions), 64):
@@ -177,6 +173,8 @@ def answer_windows(
                 continue
             first = int(of_context.argmax())
             window = Window(example, first, np.array(encoding.offsets)[of_context])
+            shared = settings.stride if of_contexts[example] else 0
+            of_contexts[example] += int(of_context.sum()) - shared
             begin, end = positions(questions[example], window)
             row = {"input_ids": np.array(encoding.ids, dtype=np.int32), "start_positions": begin, "end_positions": end}
             if "token_type_ids" in encoded:
@@ -185,7 +183,10 @@ def answer_windows(
                 row["global_attention_mask"] = (np.arange(len(encoding.ids)) < first).astype(np.int32)
             rows.append(row)
             windows.append(window)
-    return Features(rows, windows, questions)
+    coverage = Coverage()
+    for question, context in zip(asked, of_contexts, strict=True):
+        coverage.add(question + context if context else 0, min(question, longest) + context if context else 0)
+    return Features(rows, windows, questions, coverage)
 
 
 def collate_answers(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:

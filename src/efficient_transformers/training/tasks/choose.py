@@ -16,13 +16,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..data.coverage import Coverage
 from ..data.excerpts import excerpts
 from ..data.features import Features
 from ..data.packing import check_offsets, shortened
 from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
 from ..engine.scoring import LabelScorer
 from ..engine.task import Source, Task
-from ..settings import InputError
+from ..settings import InputError, ranged
 
 
 @dataclass
@@ -35,17 +36,12 @@ class ChooseSettings(TextSettings):
     choices_column: str = "choices"  # a list of texts
     choice_columns: list[str] | None = None  # or one column for each choice, such as SWAG's ending0 to ending3
     label_column: str = "label"  # the right choice: its number from 0, or its letter from A
-    max_choice_length: int = 256  # tokens of question and choice together; more are cut, and else the context
+    # tokens of question and choice together; more are cut, and else the context
+    max_choice_length: int = ranged(256, least=1)
     keep: Literal["start", "end"] = "start"  # of a context that is too long
-    context_words: int = 300  # at least, of what is read before the choice
-    choice_words: int = 60
-    num_choices: int = 4
-
-    def check(self) -> None:
-        super().check()
-        for name, least in (("max_choice_length", 1), ("context_words", 1), ("choice_words", 1), ("num_choices", 2)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} ({getattr(self, name)}) must be at least {least}.")
+    context_words: int = ranged(300, least=1)  # at least, of what is read before the choice
+    choice_words: int = ranged(60, least=1)
+    num_choices: int = ranged(4, least=2)
 
 
 @dataclass
@@ -143,10 +139,14 @@ def choice_rows(
             f"max_length ({max_length}) leaves no room for a context beside max_choice_length "
             f"({settings.max_choice_length}) and the special tokens: raise the first or lower the second."
         )
-    rows = []
+    rows, coverage = [], Coverage()
     for example in examples:
-        choices = [shortened(choice, tokenizer, settings.max_choice_length) for choice in example.choices]
-        context = shortened(example.context, tokenizer, room, settings.keep)
+        pairs = [shortened(choice, tokenizer, settings.max_choice_length) for choice in example.choices]
+        choices = [choice for choice, _ in pairs]
+        context, tokens = shortened(example.context, tokenizer, room, settings.keep)
+        of_choices = [tokens for _, tokens in pairs]
+        seen = [min(tokens, settings.max_choice_length) for tokens in of_choices]
+        coverage.add(tokens + sum(of_choices), min(tokens, room) + sum(seen))
         encoded = tokenizer(
             [context] * len(choices),
             choices,
@@ -155,7 +155,7 @@ def choice_rows(
             return_attention_mask=False,
         )
         rows.append({**encoded, "labels": example.label})
-    return Features(rows)
+    return Features(rows, coverage=coverage)
 
 
 class ChoiceScorer(LabelScorer):

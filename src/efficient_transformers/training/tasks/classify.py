@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -18,6 +21,7 @@ from transformers import (
 
 from ..data.documents import DocumentSettings, encode_documents, load_documents
 from ..engine.building import load_tokenizer, visible_length
+from ..engine.metrics import compute_metrics
 from ..engine.scoring import LabelScorer
 from ..engine.task import Ready, Source, Task
 from .self_pretraining import SelfPretrainingSettings, card_row, self_pretrain
@@ -40,6 +44,34 @@ def labelled_documents(settings: DocumentSettings, tokenizer: PreTrainedTokenize
     )
 
 
+class DocumentScorer(LabelScorer):
+    """Loss and metrics of documents, whose windows' logits are averaged; with `window_length`, of windows."""
+
+    def __init__(self, data: Any, settings: Any):
+        super().__init__(data, settings)
+        self.documents: list[int] | None = None if settings.window_length else getattr(data, "documents", None)
+
+    def judge(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[Any]:
+        """Logits and true class of each window."""
+        if self.documents is None:
+            return super().judge(outputs, batch)
+        return list(zip(outputs.logits.float().tolist(), batch["labels"].tolist(), strict=True))
+
+    def scores(self, found: list[Any]) -> dict[str, float]:
+        if self.documents is None:
+            return super().scores(found)
+        windows: dict[int, list[int]] = {}
+        for index, document in enumerate(self.documents):
+            windows.setdefault(document, []).append(index)
+        logits = torch.stack([torch.tensor([found[i][0] for i in own]).mean(0) for own in windows.values()])
+        labels = torch.tensor([found[own[0]][1] for own in windows.values()])
+        scores = compute_metrics(self.metrics, logits.argmax(-1).tolist(), labels.tolist())
+        return {"loss": cross_entropy(logits, labels).item(), **scores}
+
+    def counts(self) -> dict[str, int]:
+        return super().counts() if self.documents is None else {"n": len(set(self.documents))}
+
+
 class ClassifyTask(Task[ClassifySettings]):
     name = "classify"
     settings_class = ClassifySettings
@@ -47,7 +79,7 @@ class ClassifyTask(Task[ClassifySettings]):
     task_type = "text-classification"
     unit = "windows"
     collate = DataCollatorWithPadding
-    scorer = LabelScorer
+    scorer = DocumentScorer
 
     def load(self, settings: ClassifySettings) -> Source:
         return labelled_documents(settings, load_tokenizer(settings))
@@ -68,15 +100,23 @@ class ClassifyTask(Task[ClassifySettings]):
         max_length, window_length = metrics["model"]["max_length"], settings.window_length
         is_cut = window_length and max_length < window_length
         cut = f", of which the model sees the first {max_length:,}" if is_cut else ""
+        if window_length:
+            unit, note = f"windows of {window_length:,} tokens{cut}", "windows of one document are not independent"
+        elif settings.long_documents == "truncate":
+            unit, note = f"documents, of which the model sees the first {max_length:,} tokens", ""
+        else:
+            unit, note = f"windows of up to {max_length:,} tokens, which together show the whole documents", ""
         return {
             "purpose": f"A classifier of documents into {len(labels)} classes: {', '.join(labels)}.",
-            "unit": f"windows of {window_length:,} tokens{cut}" if window_length else "documents",
+            "unit": unit,
+            **({} if window_length else {"test_unit": "documents"}),
+            **({"averaged": True} if not window_length and settings.long_documents == "windows" else {}),
             "training_rows": card_row(metrics),
             "limits": [
                 f"It has learnt these {len(labels)} classes from {metrics['training']['windows']:,} training examples "
                 "and knows no answer outside them.",
                 f"The results are of one seed and {metrics['test']['n']:,} test examples; another seed gives somewhat "
-                "different ones, and windows of one document are not independent of each other.",
+                f"different ones{f', and {note} of each other' if note else ''}.",
             ],
         }
 

@@ -3,21 +3,21 @@
 import inspect
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from transformers import DataCollatorForTokenClassification, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.coverage import Coverage
 from ..data.packing import Packing, RowCollator, Windows
 from ..data.texts import TextSettings, load_texts, stream_texts
-from ..data.token_cache import Row, cache_file, cached_rows
+from ..data.token_cache import Pack, Row, cache_file, cached_rows
 from ..engine.card import METRIC_NAMES
 from ..engine.scoring import TokenScorer
 from ..engine.streaming import Stream
 from ..engine.task import Source, Task
-from ..settings import InputError
+from ..settings import InputError, ranged
 
 
 @dataclass
@@ -26,10 +26,11 @@ class LanguageModelSettings(TextSettings):
 
     packing: Packing = "documents"  # joins documents and cuts full windows; padding: each of one document, and padded;
     # best_fit: as many of these in a row as fit, kept apart by the model
-    shortest_window: int = 64  # with padding: a shorter rest of a document is dropped, unless it is the only window
+    # with padding: a shorter rest of a document is dropped, unless it is the only window
+    shortest_window: int = ranged(64, least=1)
 
     streaming: bool = False  # read training documents as they are needed, for data that are too many; needs max_steps
-    stream_buffer: int = 1000  # of a stream: documents that are cut, and shuffled, together
+    stream_buffer: int = ranged(1000, least=1)  # of a stream: documents that are cut, and shuffled, together
 
     def check(self) -> None:
         super().check()
@@ -40,21 +41,22 @@ class LanguageModelSettings(TextSettings):
                 f"dataloader_num_workers ({self.dataloader_num_workers}) has no use with streaming, which one process "
                 "reads: leave it out."
             )
-        if self.stream_buffer < 1:
-            raise InputError(f"stream_buffer ({self.stream_buffer}) must be at least 1.")
         if self.best_metric not in ("loss", "accuracy"):
             raise InputError(f"best_metric ({self.best_metric!r}) must be loss (it orders as perplexity) or accuracy.")
 
 
 def cut(
-    pack: Callable[[list[str]], list[Row]],
+    pack: Pack[Row],
     row_class: type[Row],
     texts: list[str],
     tokenizer: PreTrainedTokenizerBase,
     settings: LanguageModelSettings,
     how: dict[str, Any],
-) -> list[Row]:
-    """The windows that `pack` makes of the texts, from the cache if they are there; `how` is what else it follows."""
+) -> tuple[list[Row], Coverage]:
+    """The windows that `pack` makes of the texts, from the cache if they are there, and how much of these they show.
+
+    `how` is what else they follow from.
+    """
     how = {**how, "packing": settings.packing, "shortest_window": settings.shortest_window}
     file = cache_file(tokenizer, texts, how) if settings.cache_tokens else None
     return cached_rows(pack, row_class, texts, file)
@@ -164,10 +166,13 @@ class LanguageModelTask(Task[S]):
             "best_fit": "rows of documents, or pieces of longer ones, that do not read each other",
         }[settings.packing]
         full = settings.packing == "documents"
+        slant = "It has seen no more than this training data and repeats its slant."
+        if "checkpoint" in settings.model:
+            slant = "It repeats the slant of this training data, and of what its checkpoint was trained on."
         rows, limits = self.describe(settings, metrics)
         return {
             "purpose": self.purpose,
             "unit": f"windows of {'' if full else 'up to '}{metrics['model']['max_length']:,} tokens",
             "training_rows": {"windows": windows, **rows},
-            "limits": [*limits, "It has seen no more than this training data and repeats its slant."],
+            "limits": [*limits, slant],
         }

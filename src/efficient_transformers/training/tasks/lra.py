@@ -9,7 +9,7 @@ arXiv:2011.04006). Retrieval, which has two documents, is the business of match.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
@@ -17,7 +17,7 @@ from ..data.fashion_mnist import CLASSES, FOLDER, PIXELS, load_fashion_mnist
 from ..data.texts import SPLITS
 from ..engine.metrics import OWN_METRICS
 from ..engine.task import Source
-from ..settings import InputError
+from ..settings import InputError, ranged
 from ..synthetic.generated import Examples, Generator, byte_tokenizer, generate, with_special, word_tokenizer
 from ..synthetic.listops import ListOps
 from ..synthetic.pathfinder import Pathfinder
@@ -40,21 +40,21 @@ class LraSettings(ClassifySettings):
     follows from `split_seed`.
     """
 
-    train_examples: int | None = None  # default: the paper's number (listops, pathfinder), or all there are
-    validation_examples: int | None = None
-    test_examples: int | None = None
+    long_documents: Literal["windows", "truncate"] = "truncate"  # the paper's protocol
+    # default: the paper's number (listops, pathfinder), or all there are
+    train_examples: int | None = ranged(None, least=1)
+    validation_examples: int | None = ranged(None, least=1)
+    test_examples: int | None = ranged(None, least=1)
     cache: str | None = None  # folder for generated examples, which other runs on the same ones then read
-    min_tokens: int = 500  # listops: a list has more tokens than this,
-    max_tokens: int = 2000  # and fewer than this
-    contour_length: int = 14  # pathfinder: dashes of a long path
+    min_tokens: int = ranged(500, least=1)  # listops: a list has more tokens than this,
+    max_tokens: int = ranged(2000, least=3)  # and fewer than this
+    contour_length: int = ranged(14, least=3, most=16)  # pathfinder: dashes of a long path
     image_folder: str = FOLDER  # fashion_mnist: of its four files
 
     def check(self) -> None:
         super().check()
         for name in SPLITS:
-            if (size := getattr(self, f"{name}_examples")) is not None and size < 1:
-                raise InputError(f"{name}_examples ({size}) must be at least 1.")
-            if size is not None and self.data not in TASKS:
+            if (size := getattr(self, f"{name}_examples")) is not None and self.data not in TASKS:
                 raise InputError(
                     f"{name}_examples ({size}) has no use: all documents of {self.data} are taken. Leave it out."
                 )

@@ -29,12 +29,13 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from ..data.coverage import Coverage
 from ..data.excerpts import excerpts
 from ..data.features import Features
-from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
+from ..data.texts import BUNDLED, Row, TextSettings, load_splits, text_of, value_of
 from ..engine.building import build_model
 from ..engine.task import Source, Task
-from ..settings import InputError, find_path
+from ..settings import InputError, find_path, ranged
 from .choose import ChoiceScorer
 
 HEAD, HEAD_SIZES = "matching_head.safetensors", "matching_head.json"  # beside the encoder's files
@@ -51,16 +52,10 @@ class MatchSettings(TextSettings):
     second_column: str = "text2"
     label_column: str = "label"  # 1 for a match, 0 for none
     group_column: str = "name"  # of `same`: what two documents may have in common
-    excerpt_words: int = 600  # of `same`, at least
+    excerpt_words: int = ranged(600, least=1)  # of `same`, at least
     mask_digits: bool = False  # every digit becomes 0, so that a year cannot give the answer away
     interaction: Interaction = "nli"
-    head_size: int = 256
-
-    def check(self) -> None:
-        super().check()
-        for name, least in (("excerpt_words", 1), ("head_size", 2)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} ({getattr(self, name)}) must be at least {least}.")
+    head_size: int = ranged(256, least=2)
 
 
 @dataclass
@@ -132,12 +127,18 @@ def pair_rows(
     settings: MatchSettings,
     model: Any,
 ) -> Features:
-    rows = []
+    rows, coverage = [], Coverage()
+    added = tokenizer.num_special_tokens_to_add()
     for pair in pairs:
         texts = [re.sub(r"\d", "0", text) if settings.mask_digits else text for text in pair.texts]
         encoded = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)
         rows.append({**encoded, "labels": pair.label})
-    return Features(rows)
+        for text, ids in zip(texts, encoded["input_ids"], strict=True):
+            seen = whole = len(ids) - added
+            if len(ids) == max_length:  # perhaps cut
+                whole = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            coverage.add(whole, seen)
+    return Features(rows, coverage=coverage)
 
 
 class MatchingHead(nn.Module):
@@ -254,7 +255,8 @@ class MatchTask(Task[MatchSettings]):
 
     def limits(self, settings: MatchSettings) -> list[str]:
         made = f"Its pairs have the same {settings.group_column!r} or not, in excerpts of texts that training has not "
-        made += "seen, but of groups most of which it has. Time and topic tell many groups apart."
+        made += "seen, but of groups most of which it has."
+        made += " Time and topic tell many groups apart." if settings.data in BUNDLED else ""
         return [
             "The head is in matching_head.safetensors. `DocumentMatcher.from_pretrained`, from "
             "`efficient_transformers.training.tasks.match`, loads both; AutoModel loads the encoder alone.",

@@ -140,7 +140,9 @@ class ClmTask(LanguageModelTask[ClmSettings]):
     ) -> Windows:
         pack = CausalPacker(tokenizer, max_length, settings.packing, settings.shortest_window)
         how = {"kind": "causal", "max_length": max_length}
-        data = CausalWindows(cut(pack, CausalWindow, texts, tokenizer, settings, how))
+        windows, coverage = cut(pack, CausalWindow, texts, tokenizer, settings, how)
+        data = CausalWindows(windows)
+        data.coverage = coverage
         if not data.predicted_bytes:
             raise InputError(
                 f"The {name} data holds no text that could be predicted: the first token of a window is not."

@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from ..data.masking import MaskedWindows, Masker, RemaskedWindows
 from ..data.packing import IGNORED, Packer, Window, Windows, packed
 from ..engine.building import load_tokenizer
-from ..settings import InputError
+from ..settings import InputError, ranged
 from .language_models import LanguageModelSettings, LanguageModelTask, cut
 
 
@@ -22,7 +22,8 @@ from .language_models import LanguageModelSettings, LanguageModelTask, cut
 class MlmSettings(LanguageModelSettings):
     """The settings of this script; the shared ones are in settings.py, texts.py and language_models.py."""
 
-    mlm_probability: float = 0.15  # share of a window's tokens, or words, that are to be predicted
+    # share of a window's tokens, or words, that are to be predicted
+    mlm_probability: float = ranged(0.15, above=0, below=1)
     whole_word: bool = False  # mask all tokens of a word or none
     mask_token: str | None = None  # added to a tokenizer that has none, e.g. "[MASK]"
     frequency_bias: bool = False  # a new model begins by guessing tokens as often as they occur: for short trainings
@@ -31,8 +32,6 @@ class MlmSettings(LanguageModelSettings):
         super().check()
         if self.frequency_bias and self.streaming:
             raise InputError("frequency_bias is counted in all the training text: leave it out with streaming.")
-        if not 0 < self.mlm_probability < 1:
-            raise InputError(f"mlm_probability ({self.mlm_probability}) must lie between 0 and 1.")
 
 
 class MlmTask(LanguageModelTask[MlmSettings]):
@@ -64,13 +63,17 @@ class MlmTask(LanguageModelTask[MlmSettings]):
         """Packed and masked: new masks in every epoch of training, the same ones in every evaluation and run."""
         pack = Packer(tokenizer, max_length, settings.packing, settings.shortest_window, settings.whole_word)
         how = {"kind": "masked", "max_length": max_length, "whole_word": settings.whole_word}
-        windows = cut(pack, Window, texts, tokenizer, settings, how)
+        windows, coverage = cut(pack, Window, texts, tokenizer, settings, how)
         if not windows:
             raise InputError(f"The {name} data holds no token that could be masked.")
         masker = Masker.of(tokenizer, settings.mlm_probability)
-        if name == "train":
-            return packed(RemaskedWindows(windows, masker, settings.seed), max_length, settings.packing)
-        return packed(MaskedWindows(windows, masker, settings.split_seed), max_length, settings.packing)
+        masked: Windows = (
+            RemaskedWindows(windows, masker, settings.seed)
+            if name == "train"
+            else MaskedWindows(windows, masker, settings.split_seed)
+        )
+        masked.coverage = coverage
+        return packed(masked, max_length, settings.packing)
 
     def start(self, settings: MlmSettings, model: PreTrainedModel, data: Windows) -> None:
         if settings.frequency_bias:

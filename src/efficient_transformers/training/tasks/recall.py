@@ -21,7 +21,7 @@ from ..data.texts import TextSettings, load_texts
 from ..engine.building import load_tokenizer
 from ..engine.scoring import TokenScorer
 from ..engine.task import Ready, Source, Task
-from ..settings import InputError, did_you_mean
+from ..settings import InputError, did_you_mean, ranged
 from ..synthetic.generated import Examples, Generator, OneOf, generate, word_tokenizer
 from ..synthetic.recall import Copy, Induction, Mqar, Needle
 
@@ -41,24 +41,20 @@ class RecallSettings(TextSettings):
     A sequence has `max_length` tokens, or the maximum length of the model. The data depend on `split_seed`.
     """
 
-    train_examples: int = 100_000
-    validation_examples: int = 1_000
-    test_examples: int = 3_000
-    items: int = 4  # key-value pairs (mqar), symbols to copy, facts (needle)
-    vocabulary: int = 8192  # number of different tokens (mqar, copy, induction)
-    power: float = 0.01  # exponent of the power law of the gaps before the queries (mqar)
-    min_length: int | None = None  # if set, training also uses this length, twice, four times, … up to max_length
+    train_examples: int = ranged(100_000, least=1)
+    validation_examples: int = ranged(1_000, least=1)
+    test_examples: int = ranged(3_000, least=1)
+    items: int = ranged(4, least=1)  # key-value pairs (mqar), symbols to copy, facts (needle)
+    vocabulary: int = ranged(8192, least=4)  # number of different tokens (mqar, copy, induction)
+    power: float = ranged(0.01, least=0)  # exponent of the power law of the gaps before the queries (mqar)
+    # if set, training also uses this length, twice, four times, … up to max_length
+    min_length: int | None = ranged(None, least=1)
     haystack: str = "era"  # documents to hide a needle in: a bundled corpus, a file, a folder or a dataset on the Hub
 
     def check(self) -> None:
         super().check()
         if self.data not in TASKS:
             raise InputError(f"data ({self.data!r}) must be one of {', '.join(TASKS)}{did_you_mean(self.data, TASKS)}.")
-        for name in ("train_examples", "validation_examples", "test_examples", "items"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} ({getattr(self, name)}) must be at least 1.")
-        if self.vocabulary < 4:
-            raise InputError(f"vocabulary ({self.vocabulary}) must be at least 4.")
         if self.min_length is not None:
             if self.data not in GENERATED:
                 raise InputError(f"min_length ({self.min_length}) has no effect: {self.data} uses documents. Omit it.")

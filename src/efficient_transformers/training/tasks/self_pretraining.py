@@ -30,7 +30,7 @@ from ..engine.loop import train
 from ..engine.outputs import CHECKPOINTS, write_whole
 from ..engine.scoring import Evaluator, NextTokenScorer, TokenScorer
 from ..engine.sharding import whole_state
-from ..settings import InputError, Settings
+from ..settings import InputError, Settings, ranged
 
 FOLDER, BODY, RECORD = "self-pretraining", "body.safetensors", "record.json"
 
@@ -39,23 +39,13 @@ FOLDER, BODY, RECORD = "self-pretraining", "body.safetensors", "record.json"
 class SelfPretrainingSettings(Settings):
     """One of the first two begins it."""
 
-    self_pretrain_epochs: int | None = None  # over the training inputs, in front of the first label
-    self_pretrain_steps: int | None = None  # optimiser steps; takes the place of self_pretrain_epochs
-    self_pretrain_learning_rate: float | None = None  # default: learning_rate
-    self_pretrain_mask_share: float = 0.15  # of the tokens; the paper takes more where neighbours are alike: half of an
-    # image's pixels
-
-    def check(self) -> None:
-        super().check()
-        for name in ("self_pretrain_epochs", "self_pretrain_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} ({value}) must be at least 1; leave it out for no self-pretraining.")
-        rate = self.self_pretrain_learning_rate
-        if rate is not None and not rate > 0:
-            raise InputError(f"self_pretrain_learning_rate ({rate}) must be positive.")
-        if not 0 < self.self_pretrain_mask_share < 1:
-            raise InputError(f"self_pretrain_mask_share ({self.self_pretrain_mask_share}) must lie between 0 and 1.")
+    # over the training inputs, in front of the first label
+    self_pretrain_epochs: int | None = ranged(None, least=1, why="leave it out for no self-pretraining")
+    # optimiser steps; takes the place of self_pretrain_epochs
+    self_pretrain_steps: int | None = ranged(None, least=1, why="leave it out for no self-pretraining")
+    self_pretrain_learning_rate: float | None = ranged(None, above=0, most=1)  # default: learning_rate
+    # of the tokens; the paper takes more where neighbours are alike: half of an image's pixels
+    self_pretrain_mask_share: float = ranged(0.15, above=0, below=1)
 
     @property
     def self_pretrains(self) -> bool:

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..data.coverage import Coverage
 from ..data.excerpts import ends_sentence
 from ..data.features import Features
 from ..data.packing import IGNORED, check_offsets, encoded, overlapping_slices, special_frame
@@ -26,7 +27,7 @@ from ..data.texts import Row, TextSettings, load_splits, text_of, value_of
 from ..engine.metrics import EntityF1, compute_metrics
 from ..engine.scoring import Scorer
 from ..engine.task import Source, Task
-from ..settings import InputError
+from ..settings import InputError, ranged
 
 
 @dataclass
@@ -36,12 +37,8 @@ class TagSettings(TextSettings):
     examples: Literal["columns", "case"] = "columns"  # case: made of the text column, see `case_tags`
     words_column: str = "words"
     tags_column: str = "tags"
-    overlap: int = 128  # tokens that a window of a long document shares with the one before it
-
-    def check(self) -> None:
-        super().check()
-        if self.overlap < 0:
-            raise InputError(f"overlap ({self.overlap}) must not be negative: 0 cuts windows that share nothing.")
+    # tokens that a window of a long document shares with the one before it
+    overlap: int = ranged(128, least=0, why="0 cuts windows that share nothing")
 
 
 @dataclass
@@ -133,12 +130,13 @@ def tag_windows(
             "or raise max_length."
         )
     ids_of_tags = {None: IGNORED, **(model.config.label2id or {})}
-    rows, notes = [], []
+    rows, notes, coverage = [], [], Coverage()
     for index, (document, (ids, encoding)) in enumerate(zip(documents, encoded(tokenizer, texts), strict=True)):
         assert encoding is not None
         labels = np.full(len(ids), IGNORED, dtype=np.int32)
         first = first_tokens(document.words, np.array(encoding.offsets).reshape(-1, 2))
         labels[list(first)] = [ids_of_tags[document.tags[word]] for word in first.values()]
+        shown = 0
         for part, own in overlapping_slices(len(ids), room, settings.overlap):
             window = np.full(len(ids[part]), IGNORED, dtype=np.int32)
             window[own.start - part.start : own.stop - part.start] = labels[own]
@@ -146,7 +144,9 @@ def tag_windows(
                 framed = np.pad(window, (len(head), len(tail)), constant_values=IGNORED)
                 rows.append({"input_ids": np.concatenate([head, ids[part], tail]), "labels": framed})
                 notes.append(index)
-    return Features(rows, notes, list((model.config.id2label or {}).values()))
+                shown += own.stop - own.start
+        coverage.add(len(ids), shown)
+    return Features(rows, notes, list((model.config.id2label or {}).values()), coverage)
 
 
 def first_tokens(words: list[str], offsets: np.ndarray) -> dict[int, int]:
@@ -207,7 +207,7 @@ class TagTask(Task[TagSettings]):
 
     def limits(self, settings: TagSettings) -> list[str]:
         case = settings.examples == "case"
-        made = "It restores the case of English text in lower case and without punctuation at the words' ends: START "
+        made = "It restores the case of text in lower case and without punctuation at the words' ends: START "
         made += "is the first word of a sentence, NAME a run of capitalised words."
         return [
             "The first token of a word carries its tag; those of its other tokens mean nothing.",

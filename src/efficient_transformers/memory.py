@@ -1,0 +1,119 @@
+"""Estimates of the memory that a model takes, made from its config alone, before any of it is allocated.
+
+They are rough, within a factor of two or three for the models of this package: meant to tell a slip (a zero too many)
+from a model that fits, not to plan a batch size by.
+"""
+
+import dataclasses
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedConfig
+
+from .registry import VARIANTS
+
+FLOAT = 4  # bytes
+ADAM = 4  # copies of a parameter in training: itself, its gradient and two moments
+PROCESS = 100 * 2**20  # bytes that a worker process has of its own
+MEASURED_LAYERS = 64  # a model of more layers is measured by its first two
+FEW_LAYERS = 10_000  # Python objects of more layers take minutes to make, and gigabytes
+
+
+class TooLargeError(ValueError):
+    """A model, or what it is to compute, does not fit into the memory of this machine."""
+
+
+@dataclasses.dataclass
+class Estimate:
+    """Bytes, by what they are for."""
+
+    weights: float = 0
+    activations: float = 0
+    workers: float = 0
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.activations + self.workers
+
+    def check(self, device: torch.device | None = None, remedy: str = "") -> None:
+        """Raise TooLargeError, which says the estimate, if it is more than `device` (default: the machine) has."""
+        limit = memory_of(device)
+        if self.total > limit:
+            parts = {"weights and optimizer": self.weights, "activations": self.activations, "workers": self.workers}
+            found = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value)
+            raise TooLargeError(
+                f"This needs about {size(self.total)} of memory ({found}), and there are {size(limit)}.{remedy}"
+            )
+
+
+def memory_of(device: torch.device | None = None) -> int:
+    """Bytes of memory of a device, or of the machine."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
+def size(count: float) -> str:
+    """Bytes as 3 figures and a unit, e.g. `1.85 GB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} PB"
+
+
+def number(config: Any, name: str, default: float = 0) -> float:
+    """A field of a config if it is a number, else `default`."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else default
+
+
+def parameters_of(config: PreTrainedConfig) -> float:
+    """Number of parameters of the body: counted for a variant of this package, from the sizes for any other model."""
+    variant = VARIANTS.get(str(config.model_type).removeprefix("et_"))
+    if variant is None or config.model_type != variant.model_type:
+        return parameters_by_sizes(config)
+    layers = int(number(config, "num_hidden_layers"))
+    if layers <= MEASURED_LAYERS:
+        return count(variant.model_class(), config)
+    try:
+        one, two = (
+            count(variant.model_class(), type(config)(**{**config.to_dict(), "num_hidden_layers": n})) for n in (1, 2)
+        )
+    except ValueError:  # fields with an entry for each layer
+        return parameters_by_sizes(config)
+    return one + (layers - 1) * (two - one)
+
+
+def count(model_class: Any, config: PreTrainedConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in model_class(config).parameters())
+
+
+def parameters_by_sizes(config: PreTrainedConfig) -> float:
+    hidden, layers = number(config, "hidden_size"), number(config, "num_hidden_layers")
+    inner = number(config, "intermediate_size", 4 * hidden)
+    rows = number(config, "vocab_size") + number(config, "max_position_embeddings")
+    return rows * number(config, "embedding_size", hidden) + layers * (4 * hidden**2 + 2 * hidden * inner)
+
+
+def activations_of(config: PreTrainedConfig, batch: int, length: int, *, training: bool) -> float:
+    """Bytes of the intermediate results of a batch; in evaluation those of one layer alone are there at a time."""
+    hidden, tokens = number(config, "hidden_size"), batch * length
+    heads, layers = number(config, "num_attention_heads", 1), number(config, "num_hidden_layers")
+    layer = tokens * (14 * hidden + 3 * number(config, "intermediate_size", 4 * hidden))
+    # what some variants make of each token, or of each pair of blocks
+    layer += 2 * tokens * heads * number(config, "num_random_features")
+    layer += 2 * tokens * hidden * max(0, number(config, "num_hashes") - 1)
+    blocks = length / max(1, number(config, "block_size", 64))
+    layer += 2 * batch * heads * blocks**2 * number(config, "sinkhorn_iterations")
+    return FLOAT * layer * (layers if training else 1)
+
+
+def check_model(config: PreTrainedConfig, remedy: str = "") -> None:
+    """Raise TooLargeError if the weights of a model, once, are more than the machine has, or its layers too many."""
+    layers = number(config, "num_hidden_layers")
+    if layers > FEW_LAYERS:
+        raise TooLargeError(f"num_hidden_layers ({layers:,}) is more than {FEW_LAYERS:,} layers.{remedy}")
+    Estimate(weights=FLOAT * parameters_of(config)).check(remedy=remedy)
