@@ -18,6 +18,7 @@ from .cards import costs_of, description_of, measured
 from .conversion import SOURCES, convert
 from .costs import costs_table
 from .exporting import README, export, public_file, select_files
+from .memory import check_layers
 from .models.base_configuration import EtConfig
 from .publishing import missing_for_push, push, staged, to_fill_in
 from .registry import VARIANTS, variant_of
@@ -199,6 +200,7 @@ def run_describe(options: argparse.Namespace) -> None:
         own = {field.name for field in dataclasses.fields(variant.config_class)}
         fields = {**{name: value for name, value in saved.to_dict().items() if name in own}, **fields}
     config = variant.config_class(**fields)
+    check_layers(config)  # nothing is allocated, so that a model of any other size can be described
     with torch.device("meta"):
         model = variant.model_class()(config)
     print(description_of(model, inline="$"))

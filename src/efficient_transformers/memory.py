@@ -5,6 +5,7 @@ from a model that fits, not to plan a batch size by.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import psutil
@@ -17,7 +18,8 @@ FLOAT = 4  # bytes
 ADAM = 4  # copies of a parameter in training: itself, its gradient and two moments
 PROCESS = 100 * 2**20  # bytes that a worker process has of its own
 MEASURED_LAYERS = 64  # a model of more layers is measured by its first two
-FEW_LAYERS = 10_000  # Python objects of more layers take minutes to make, and gigabytes
+# modules of more layers take minutes to make, and more iterations minutes to run
+MOST = {"num_hidden_layers": 10_000, "sinkhorn_iterations": 10_000}
 
 
 class TooLargeError(ValueError):
@@ -106,14 +108,22 @@ def activations_of(config: PreTrainedConfig, batch: int, length: int, *, trainin
     # what some variants make of each token, or of each pair of blocks
     layer += 2 * tokens * heads * number(config, "num_random_features")
     layer += 2 * tokens * hidden * max(0, number(config, "num_hashes") - 1)
-    blocks = length / max(1, number(config, "block_size", 64))
+    blocks = math.ceil(length / max(1, number(config, "block_size", 64)))
     layer += 2 * batch * heads * blocks**2 * number(config, "sinkhorn_iterations")
     return FLOAT * layer * (layers if training else 1)
 
 
+def check_layers(config: PreTrainedConfig, remedy: str = "") -> None:
+    """Raise TooLargeError if a model has too many layers to make its modules, or iterations to wait for."""
+    for name, most in MOST.items():
+        if (found := number(config, name)) > most:
+            raise TooLargeError(f"{name} ({found:,}) must be at most {most:,}.{remedy}")
+
+
 def check_model(config: PreTrainedConfig, remedy: str = "") -> None:
     """Raise TooLargeError if the weights of a model, once, are more than the machine has, or its layers too many."""
-    layers = number(config, "num_hidden_layers")
-    if layers > FEW_LAYERS:
-        raise TooLargeError(f"num_hidden_layers ({layers:,}) is more than {FEW_LAYERS:,} layers.{remedy}")
-    Estimate(weights=FLOAT * parameters_of(config)).check(remedy=remedy)
+    check_layers(config, remedy)
+    estimate = Estimate(activations=activations_of(config, 1, 1, training=False))
+    for parameters in (parameters_by_sizes, parameters_of):  # counting makes the buffers of a model
+        estimate.weights = FLOAT * parameters(config)
+        estimate.check(remedy=remedy)

@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from .folders import check_folder
 from .matrices import KINDS, Matrix, read_matrices
+from .memory import check_model
 from .registry import VARIANTS, Variant
 from .trust import refusing_code
 
@@ -67,9 +68,11 @@ def drawn_model(slug: str, length: int = 64, seed: int = 0, **changes: Any) -> P
         raise ValueError(f"variant ({slug!r}) must be one of {', '.join(VARIANTS)}, or the folder of a checkpoint.")
     variant = VARIANTS[slug]
     settings = {**SIZES, "max_position_embeddings": length, **variant.demo, **changes}
+    config = variant.config_class(**settings)
+    check_model(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return variant.model_class()(variant.config_class(**settings)).eval()
+        return variant.model_class()(config).eval()
 
 
 def load_model(

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,13 +222,20 @@ def test_the_card_of_a_run_is_valid(finished):
     assert f"--config {folder.parent / 'tiny.yaml'}" in card.text
 
 
-def test_a_finished_run_is_evaluated_at_any_length(finished, capsys):
+def test_a_finished_run_is_evaluated_at_any_length(finished, capsys, tmp_path):
     folder, _ = finished
     found = json.loads((folder / "metrics.json").read_text())
     assert classify.evaluate_folder(folder, []) == pytest.approx(found["test"], rel=1e-6)
     # [CLS] we are at [SEP]: what tells the classes apart is cut off
-    cut = classify.evaluate_folder(folder, ["--max_length=5"])
+    cut = classify.evaluate_folder(folder, ["--max_length=5", "--long_documents=truncate"])
     assert (cut["accuracy"], cut["n"]) == (pytest.approx(4 / 9, abs=0.12), 9)
+    # a run that is older than the setting has cut its documents
+    older = [line for line in (folder / "settings.yaml").read_text().splitlines() if "long_documents" not in line]
+    copy = shutil.copytree(folder, tmp_path / "older")
+    (copy / "settings.yaml").write_text("\n".join(older))
+    assert classify.evaluate_folder(copy, ["--max_length=5"]) == cut
+    settings = ClassifySettings.from_dict({**yaml.safe_load("\n".join(older)), "long_documents": "windows"})
+    assert differences(copy, settings) == ["long_documents: 'truncate' → 'windows'"]
 
 
 def test_a_finished_run_goes_on_as_a_checkpoint(finished, config):

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..folders import fit_tokenizer
+from ..memory import FLOAT, Estimate, check_model
 from ..models.base_resizing import stretch_positions
 from ..models.ops_checks import check_at_least
 from ..registry import VARIANTS
@@ -77,6 +78,7 @@ def convert(
     if layout.offset_positions:
         table = table[source_config.pad_token_id + 1 :]
     length = max_position_embeddings or len(table)
+    Estimate(weights=FLOAT * length * table.shape[-1]).check()
     weights[POSITIONS] = stretch_positions(table, length, positions)
     if length != len(table):
         how = "cut" if length < len(table) else {"tile": "tiled", "interpolate": "interpolated"}[positions]
@@ -86,6 +88,7 @@ def convert(
     if as_in_eval or block_tables is not None:
         fields = {"random_blocks": "stored", **fields}
     config = make_config(target, source_config, kept_head, length, tokenizer, block_tables, fields)
+    check_model(config)
     if tokenizer is not None:
         fit_tokenizer(tokenizer, config)
     theirs = fields_of_source(source_config)

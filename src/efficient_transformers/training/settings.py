@@ -25,7 +25,7 @@ VARIANTS, VARIANT = "variants", "{variant}"  # the section and the folder of var
 FREE_TO_CHANGE = {
     "out", "overwrite", "resume", "checkpoint_steps", "keep_checkpoints", "keep_checkpoints_at_end", "log_steps",
     "tracker", "eval_batch_size", "license", "language", "card_notes", "config", "task",
-    "cache_tokens", "num_workers", "dataloader_num_workers", "trust_remote_code",
+    "cache_tokens", "num_workers", "dataloader_num_workers", "trust_remote_code", "ignore_memory",
 }  # fmt: skip
 # where the data come from: the licence and the language that a YAML gives for the card are those of its own
 DATA = ("data", "data_config", "validation_data", "test_data", "more_data")
@@ -115,6 +115,7 @@ class Settings:
     seed: int = ranged(0, least=0, most=2**32 - 1)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # default: what `accelerate launch` was told
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    ignore_memory: bool = False  # start although the estimate of the memory is more than there is
     # watching
     eval_first: bool = False  # evaluate before training, too: where a converted or trained checkpoint starts from
     eval_steps: int | None = ranged(None, least=1)  # default: at the end of every epoch

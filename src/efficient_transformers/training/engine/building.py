@@ -16,6 +16,17 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...cards import costs_of  # the package registers the variants with the Auto classes
+from ...memory import (
+    ADAM,
+    FLOAT,
+    PROCESS,
+    Estimate,
+    TooLargeError,
+    activations_of,
+    check_layers,
+    parameters_by_sizes,
+    parameters_of,
+)
 from ...trust import UntrustedCodeError, refusing_code
 from ..settings import InputError, Settings, did_you_mean, find_path
 from .outputs import LOGS
@@ -215,6 +226,33 @@ def listed(names: Sequence[str], most: int = 8) -> str:
     """Names for a message, the first `most` of them."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def check_memory(
+    settings: Settings, config: PreTrainedConfig, lengths: Mapping[str, Sequence[int]], device: torch.device | None
+) -> None:
+    """Raise InputError if a rough estimate of the memory is more than there is, unless `ignore_memory` allows it.
+
+    `lengths` are those of the examples of each split, in tokens; without `train` the model is only evaluated.
+    `device` is the one whose memory is needed; None is the machine.
+    """
+    if settings.ignore_memory:
+        return
+    remedy = " Lower what is too large in the settings, or set ignore_memory to true if the estimate is wrong."
+    try:
+        check_layers(config, remedy)
+        estimate = Estimate(workers=PROCESS * settings.dataloader_num_workers)
+        for split, tokens in lengths.items():
+            is_training = split == "train"
+            batch = min(settings.batch_size if is_training else settings.eval_batch_size, len(tokens))
+            needed = activations_of(config, batch, max(tokens, default=0), training=is_training)
+            estimate.activations = max(estimate.activations, needed)
+        copies = ADAM if "train" in lengths else 1
+        for parameters in (parameters_by_sizes, parameters_of):  # counting makes the buffers of a model
+            estimate.weights = FLOAT * copies * parameters(config)
+            estimate.check(device, remedy)
+    except TooLargeError as error:
+        raise InputError(str(error)) from None
 
 
 def model_facts(model: PreTrainedModel, max_length: int) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from ..settings import FREE_TO_CHANGE, InputError, Settings, SettingsType, compo
 from .checkpoints import Progress, flush, writing
 from .sharding import whole_state
 
+EARLIER = {"long_documents": "truncate"}  # what runs did that are older than a setting, where it is not its default
 SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpoints", "runs"
 
 
@@ -97,7 +98,8 @@ def differences(folder: Path, settings: Settings) -> list[str]:
     then = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
     now = yaml.safe_load(settings.to_yaml())
     # a setting that is newer than the run had its default then
-    then = {field.name: field.default for field in dataclasses.fields(settings)} | then
+    names = {field.name: field.default for field in dataclasses.fields(settings)}
+    then = names | {name: value for name, value in EARLIER.items() if name in names} | then
     names = sorted((then.keys() | now.keys()) - FREE_TO_CHANGE)
     return [f"{name}: {then.get(name)!r} → {now.get(name)!r}" for name in names if then.get(name) != now.get(name)]
 
@@ -122,7 +124,9 @@ def recorded_settings(folder: Path) -> dict[str, Any]:
 
 def finished_settings(settings_class: type[SettingsType], folder: Path, options: list[str]) -> SettingsType:
     """Settings to evaluate a finished run with; `options` are those of a command line, e.g. `["--max_length", "5"]`."""
-    settings = settings_class.from_options(recorded_settings(folder), options)
+    recorded, fields = recorded_settings(folder), {field.name for field in dataclasses.fields(settings_class)}
+    recorded = {name: value for name, value in EARLIER.items() if name in fields} | recorded
+    settings = settings_class.from_options(recorded, options)
     settings.tokenizer, settings.tracker = str(folder), "none"
     return settings
 

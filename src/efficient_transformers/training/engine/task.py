@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from huggingface_hub import ModelCard
@@ -17,7 +18,16 @@ from ..data.coverage import coverage_lines, recorded
 from ..data.features import Features
 from ..data.texts import SPLITS, TextSettings, source_of
 from ..settings import InputError, Settings
-from .building import build_config, build_model, load_tokenizer, make_accelerator, model_facts, visible_length
+from .batches import lengths_of
+from .building import (
+    build_config,
+    build_model,
+    check_memory,
+    load_tokenizer,
+    make_accelerator,
+    model_facts,
+    visible_length,
+)
 from .card import make_card, report
 from .loop import train
 from .outputs import begin_folder, finish_folder, finished_metrics, finished_settings, hardware, metrics_of
@@ -158,12 +168,14 @@ class Task(Generic[S]):
         if settings.best_metric not in (known := self.scorer.all_names(settings)):
             raise InputError(f"best_metric ({settings.best_metric!r}) must be one of {', '.join(known)}.")
 
-        ready = self.ready(settings)
+        ready = self.ready(settings, device=accelerator.device)
         data = {name: ready.encode(name) for name in SPLITS}
         sizes = {name: "streamed" if isinstance(split, Stream) else len(split) for name, split in data.items()}
         for name, size in sizes.items():
             if not size:
                 raise InputError(f"The {name} data holds nothing to learn from: no example has anything to predict.")
+        lengths = {name: lengths_of(split) for name, split in data.items() if not isinstance(split, Stream)}
+        check_memory(settings, ready.model.config, lengths, accelerator.device)
         coverage = recorded(data)
         self.start(settings, ready.model, data["train"])
         facts = model_facts(ready.model, ready.max_length)
@@ -199,7 +211,7 @@ class Task(Generic[S]):
         """Test scores of a finished run, on its own data unless `options` say otherwise, e.g. `--max_length 512`."""
         settings = finished_settings(self.settings_class, folder, options)
         accelerator = make_accelerator(settings)
-        ready = self.ready(settings, folder)
+        ready = self.ready(settings, folder, accelerator.device)
         scorer = self.scorer(ready.encode("test"), settings)
         for line in coverage_lines(recorded({"test": scorer.data}), incomplete_only=True):
             if accelerator.is_main_process:
@@ -209,8 +221,11 @@ class Task(Generic[S]):
         accelerator.print(json.dumps({"max_length": ready.max_length, **scores}))
         return scores
 
-    def ready(self, settings: S, folder: Path | None = None) -> Ready:
-        """The model and its data; with the `folder` of a finished run, whose classes the data must have."""
+    def ready(self, settings: S, folder: Path | None = None, device: torch.device | None = None) -> Ready:
+        """The model and its data; with the `folder` of a finished run, whose classes the data must have.
+
+        `device` is the one whose memory the model needs; default: the machine's.
+        """
         self.scorer.check(settings)
         source = self.load(settings)
         config = self.build_config(settings, source.tokenizer, **({} if folder else label_fields(source.labels)))
@@ -218,6 +233,7 @@ class Task(Generic[S]):
             raise InputError(self.mismatch(source.labels, trained, folder))
         preparation, collate = self.preparation(settings, source, config)
         length = self.longest(settings, config)
+        check_memory(settings, config, {"test" if folder else "train": [length]}, device)
         set_seed(settings.seed)
         model = self.build_model(settings, config, source.tokenizer, complete=folder is not None)
         return Ready(
