@@ -1,39 +1,48 @@
+"""Environment, fixtures and scheduling of all tests."""
+
 import os
 import sys
 import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # the Hub cannot be reached from a test; every failing call would cost seconds
+os.environ["HF_HUB_OFFLINE"] = "1"  # the Hub cannot be reached from a test, and each failing call would take seconds
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# processes that tests start, too: two threads wait for each other longer than models of this size compute
+# also for the processes that tests start: at these sizes, two threads spend more time waiting than computing
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# what one session of tests has tokenised is nothing to the next, or to the user
+# a cache of tokenized texts for this session alone
 os.environ["EFFICIENT_TRANSFORMERS_CACHE"] = tempfile.mkdtemp()
 
 import pytest
 import torch
 
-from efficient_transformers.models import base_mixer
+from efficient_transformers.models import attn_pattern, attn_pattern_tiled, base_mixer
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test starts from the same random state."""
+    """Start every test from the same random state."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """No test of training finds the accelerator of the one before it."""
+    """Reset accelerate's global state after each test that trains."""
     yield
     if "training_runs" in sys.modules:
         sys.modules["training_runs"].reset_accelerate()
 
 
 @pytest.fixture
+def never_short(monkeypatch):
+    """Run short test sequences through the engine of long ones."""
+    for module in (attn_pattern_tiled, attn_pattern):
+        monkeypatch.setattr(module, "is_short", lambda pattern, *sizes: pattern.is_full)
+
+
+@pytest.fixture
 def same_choices(monkeypatch):
-    """What mixers choose by the data in a first pass holds for the whole test: in another precision they may differ."""
+    """Keep the data-dependent choices of mixers from the first pass: in another precision they may differ."""
     choices = {}
 
     def decide(self, layer, choose):
@@ -45,11 +54,11 @@ def same_choices(monkeypatch):
     monkeypatch.setattr(base_mixer.SequenceInfo, "cached_choice", decide)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest deselects what is slow
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects slow tests
 def pytest_collection_modifyitems(items: list[pytest.Item]):
-    """Run each file of training/ and hub/ in one process: its tests share a finished training run, or a Hub."""
+    """Keep files with expensive fixtures in one process each, and mark all but the sampled cases of tables as slow."""
     for item in items:
-        if item.path.parent.name in ("training", "hub"):
+        if item.path.parent.name in ("training", "hub"):  # tests of a file share a finished training run, or a Hub
             item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
     tables: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:

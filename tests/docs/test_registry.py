@@ -7,14 +7,14 @@ import torch
 import transformers
 from PIL import Image
 from repository import ROOT
-from zoo import CASES, CAUSAL, IDS, SETTINGS, build, config
+from zoo import CASES, CAUSAL, IDS, SETTINGS, build, config, every_variant
 
+import efficient_transformers
 from efficient_transformers import VARIANTS, convert, costs, pages, plots
 from efficient_transformers.conversion import CREATED
 from efficient_transformers.models.base_attention import PatternAttention
 from efficient_transformers.registry import variant_of
 
-every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 STALE = "run `make pages`: the page differs from src/efficient_transformers/registry.py"
 
 
@@ -134,3 +134,12 @@ def test_a_montage_has_a_tile_for_any_number_of_variants(count):
     firsts = [(variant, plots.read_matrices(plots.drawn_model(variant.slug, 12), ids)) for variant in rows]
     figure = plots.montage(firsts)
     assert [axes.get_title().replace("\n", " ") for axes in figure.axes if axes.images] == [v.title for v in rows]
+
+
+def test_the_table_is_complete():
+    assert SETTINGS.keys() == VARIANTS.keys()
+    for variant in VARIANTS.values():
+        for head in (None, *variant.heads):
+            name = variant.model_class(head).__name__
+            assert name in efficient_transformers.__all__
+            assert getattr(efficient_transformers, name) is variant.model_class(head)

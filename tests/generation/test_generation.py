@@ -6,14 +6,8 @@ from transformers import DynamicCache
 from zoo import CAUSAL, SETTINGS, build, every_causal_case, every_variant, inputs
 
 from efficient_transformers import VARIANTS
-from efficient_transformers.models import attn_pattern
-from efficient_transformers.models import attn_pattern_tiled as engine
 
-
-@pytest.fixture(autouse=True)
-def never_short(monkeypatch):
-    for module in (engine, attn_pattern):
-        monkeypatch.setattr(module, "is_short", lambda pattern, *sizes: pattern.is_full)
+pytestmark = pytest.mark.usefixtures("never_short")
 
 
 def causal_model(variant, settings, **changes):

@@ -34,3 +34,43 @@ def make(stem, head=None, dtype=torch.float64, suffix=None, **changes):
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
     return model.to(dtype).eval()
+
+
+SOURCE_HEADS = [
+    None,
+    "MaskedLM",
+    "SequenceClassification",
+    "TokenClassification",
+    "QuestionAnswering",
+    "MultipleChoice",
+]
+
+
+def batch(head, pad, length=17, side="right"):
+    """Two rows (of two choices each), one of them padded."""
+    ids = torch.randint(4, 99, (2, length))
+    mask = torch.ones_like(ids)
+    padded = slice(11, None) if side == "right" else slice(None, length - 11)
+    ids[1, padded], mask[1, padded] = pad, 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return {name: x[:, None].repeat(1, 2, 1) for name, x in inputs.items()} if head == "MultipleChoice" else inputs
+
+
+def outputs(model, inputs):
+    """All tensors of an output, zero at padding."""
+    with torch.no_grad():
+        out = model(**inputs)
+    mask = inputs["attention_mask"]
+    found = {}
+    for name in ("last_hidden_state", "pooler_output", "logits", "start_logits", "end_logits"):
+        if (x := out.get(name)) is not None:
+            at_tokens = mask.dim() == 2 and x.shape[:2] == mask.shape
+            found[name] = x * mask.view(*mask.shape, *[1] * (x.dim() - 2)) if at_tokens else x
+    return found
+
+
+def agree(model, source, inputs, source_inputs=None, **tolerance):
+    expected = outputs(source, source_inputs or inputs)
+    found = outputs(model, inputs)
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found, expected, **(tolerance or {"rtol": 1e-10, "atol": 1e-10}))

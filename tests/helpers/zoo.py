@@ -6,7 +6,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from efficient_transformers import VARIANTS, Variant
+from efficient_transformers import VARIANTS, AttentionPattern, Variant
+from efficient_transformers.models.base_configuration import PatternConfig
 
 # What a config raises: a rule of its own, a name that no field has, a value of the wrong type
 ConfigRefused = (ValueError, TypeError, StrictDataclassError)
@@ -261,3 +262,39 @@ def labels_for(model, ids):
     if name.endswith("QuestionAnswering"):
         return {"start_positions": 0 * labels, "end_positions": 0 * labels}
     return {"labels": labels}
+
+
+def patterns_of(cfg, layer: int) -> list[AttentionPattern]:
+    """Who reads whom; through a feature map everybody reads everything."""
+    if isinstance(cfg, PatternConfig):
+        return cfg.attention_patterns(layer)
+    return [AttentionPattern(window=None, causal=cfg.is_decoder)]
+
+
+def loss_of(model, head: str, length: int = 60):
+    if head == "ImageClassification":
+        return model(inputs_of(model, 3, length), labels=torch.tensor([0, 1, 1])).loss
+    ids = inputs(3, length)
+    types = {"token_type_ids": torch.randint(0, 2, ids.shape)} if model.config.type_vocab_size else {}
+    match head:
+        case "MaskedLM" | "CausalLM":
+            # every position there is, so that learned positions have a gradient
+            ids = inputs(3, model.config.max_position_embeddings)
+            types = {name: torch.randint(0, 2, ids.shape) for name in types}
+            return model(ids, labels=inputs(*ids.shape), **types).loss
+        case "SequenceClassification":
+            labels = {"labels": torch.tensor([0, 1, 1])}
+        case "TokenClassification":
+            labels = {"labels": torch.randint(0, 2, ids.shape)}
+        case "QuestionAnswering":
+            labels = {"start_positions": torch.tensor([3, 0, 7]), "end_positions": torch.tensor([4, 9, 7])}
+        case "MultipleChoice":
+            ids = inputs(6, length).view(3, 2, length)
+            types = {name: torch.randint(0, 2, ids.shape) for name in types}
+            return model(ids, labels=torch.tensor([0, 1, 1]), **types).loss
+    every = model.config.max_position_embeddings
+    ids = inputs(3, every)
+    if head == "TokenClassification":
+        labels = {"labels": torch.randint(0, 2, ids.shape)}
+    types = {name: torch.randint(0, 2, ids.shape) for name in types}
+    return model(ids, **labels, **types).loss

@@ -1,4 +1,4 @@
-"""Memory in costs.py against models and their caches. FLOPs are compared in test_variants.py, with all other laws."""
+"""Memory in costs.py against models and their caches. FLOPs are in test_flops.py."""
 
 import pytest
 import torch
