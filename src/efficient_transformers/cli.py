@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--head", metavar="H", help="MaskedLM, …, or Model for none; the source's if not given")
     command.add_argument("--max-position-embeddings", type=int, metavar="N", help="longest input in tokens")
     command.add_argument("--positions", default="tile", choices=("tile", "interpolate"), help="how they get longer")
+    command.add_argument("--base-model", metavar="ID", help="Hub id of the source, for the card; a Hub name's own")
     command.add_argument("--seed", type=int, default=0, help="of weights the source does not have")
     add_trust(command, "tokenizer")
     command.add_argument("fields", nargs="*", metavar="field=value", help="of the variant's config")
@@ -215,7 +216,7 @@ def run_describe(options: argparse.Namespace) -> None:
 
 
 def run_convert(options: argparse.Namespace) -> None:
-    for name in options.fields.keys() & {"source", "variant", "head", "positions", "block_tables"}:
+    for name in options.fields.keys() & {"source", "variant", "head", "positions", "block_tables", "base_model"}:
         raise ValueError(f"{name!r} is not a field of a config: see --help for its option.")
     transformers.logging.disable_progress_bar()
     torch.manual_seed(options.seed)
@@ -224,6 +225,7 @@ def run_convert(options: argparse.Namespace) -> None:
         options.to,
         head=options.head,
         positions=options.positions,
+        base_model=options.base_model,
         trust_remote_code=options.trust_remote_code,
         **{"max_position_embeddings": options.max_position_embeddings, **options.fields},
     )

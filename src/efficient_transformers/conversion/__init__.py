@@ -19,10 +19,13 @@ from ..memory import FLOAT, Estimate, check_model
 from ..models.base_resizing import stretch_positions
 from ..models.ops_checks import check_at_least
 from ..registry import VARIANTS
+from .card import Origin, read_origin
 from .config import fields_of_source, make_config, reads_blocks
 from .layouts import SOURCES
-from .report import Conversion, Report
+from .report import Report
+from .result import Conversion
 from .rules import CREATED, DIFFERENCES, POSITIONS
+from .sentences import read_modules
 from .source import check_source, choose_head, head_of, load_source, name_of, read_config, read_tokenizer
 from .weights import blocks_of_eval_mode, checked_blocks, fill, fold_scale, renamed_weights
 
@@ -37,6 +40,7 @@ def convert(
     max_position_embeddings: int | None = None,
     positions: Literal["tile", "interpolate"] = "tile",
     block_tables: Sequence[Tensor] | None = None,
+    base_model: str | None = None,
     trust_remote_code: bool = False,
     **fields: Any,
 ) -> Conversion:
@@ -47,7 +51,11 @@ def convert(
     the source's. A longer table of positions is the source's, tiled (Beltagy et al. 2020, arXiv:2004.05150,
     section 5), or interpolated linearly with its ends kept; a shorter one is cut. `block_tables` are the random blocks
     of `big_bird`, one (heads, blocks, r) tensor per layer, whose row i holds the blocks that block i reads, -1 for
-    none. `trust_remote_code` lets a tokenizer's own code run. `fields` set the rest of the variant's config.
+    none. `base_model` is the source's id on the Hub, for the card; `source` itself if it is one. `trust_remote_code`
+    lets a tokenizer's own code run. `fields` set the rest of the variant's config.
+
+    A SentenceTransformer (a source with `modules.json`) stays one unless a `head` is given: the modules after its
+    Transformer are kept, and so is the length at which it cuts texts, if `max_position_embeddings` does not set it.
 
     The source's dtype is kept. Initialised weights come from torch's default generator.
 
@@ -63,6 +71,9 @@ def convert(
     source_config = source.config if isinstance(source, PreTrainedModel) else read_config(source)
     check_source(source_config)
     layout = SOURCES[source_config.model_type]
+    modules = None if isinstance(source, PreTrainedModel) or head not in (None, "Model") else read_modules(source)
+    if modules is not None:
+        head = "Model"  # what pooling takes, also of a checkpoint with a language model's head
     source_head = head_of(source, source_config)
     target = VARIANTS[variant]
     head = choose_head(head, source_head, source_config, target)
@@ -74,6 +85,8 @@ def convert(
     weights = renamed_weights(model, source_config, kept_head, unloaded, report)
     tokenizer = None if isinstance(source, PreTrainedModel) else read_tokenizer(source, report, trust_remote_code)
 
+    origin = Origin(base_model) if isinstance(source, PreTrainedModel) else read_origin(source, base_model, report)
+
     table = weights[POSITIONS]
     if layout.offset_positions:
         table = table[source_config.pad_token_id + 1 :]
@@ -83,6 +96,12 @@ def convert(
     if length != len(table):
         how = "cut" if length < len(table) else {"tile": "tiled", "interpolate": "interpolated"}[positions]
         report.notes.append(f"positions: {len(table)} rows {how} to {length}")
+
+    if modules is not None:
+        theirs_cut = modules.max_seq_length or getattr(tokenizer, "model_max_length", length)
+        modules.max_seq_length = min(max_position_embeddings or theirs_cut, length)
+        kept = ", ".join(modules.names)
+        report.notes.append(f"sentence-transformers: {kept} kept, texts are cut at {modules.max_seq_length} tokens")
 
     as_in_eval = block_tables is None and reads_blocks(source_config, variant, fields)
     if as_in_eval or block_tables is not None:
@@ -105,4 +124,4 @@ def convert(
     if block_tables is not None:
         weights |= checked_blocks(config, block_tables)
     fill(converted, weights, head is not None, report, layout.created.get(kept_head or "", ()))
-    return Conversion(converted.eval(), report, tokenizer)
+    return Conversion(converted.eval(), report, tokenizer, modules, origin)

@@ -1,15 +1,9 @@
-"""The result of a conversion: the model, and a report of what became of every weight."""
+"""The report of a conversion: what became of every weight."""
 
 import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
-
-from ..folders import load_as_float32
 
 
 @dataclass
@@ -42,23 +36,3 @@ class Report:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-
-
-@dataclass
-class Conversion:
-    """A converted model in eval mode, what became of the weights, and the source's tokenizer if it has one."""
-
-    model: PreTrainedModel
-    report: Report
-    tokenizer: Any = None
-
-    def save(self, folder: str | Path) -> None:
-        """Write config, code, safetensors, tokenizer and the report (`conversion.json`).
-
-        Weights keep the source's precision on the disk and load as float32, to be trained further.
-        """
-        self.model.save_pretrained(folder)
-        load_as_float32(folder)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
-        (Path(folder) / "conversion.json").write_text(self.report.to_json(), encoding="utf-8")
