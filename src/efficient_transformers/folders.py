@@ -31,6 +31,11 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, 
         tokenizer.model_max_length = max_length
     for name in NOT_SAVED:
         tokenizer.init_kwargs.pop(name, None)
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        # set by each call that truncates or pads, or by the tokenizer's source, and saved in tokenizer.json: it would
+        # depend on whether texts had to be tokenized, and sentence-transformers' ends at the old positions
+        backend.no_truncation()
+        backend.no_padding()
 
 
 def load_as_float32(folder: str | Path) -> None:

@@ -156,8 +156,4 @@ def read_tokenizer(source: str | Path, report: Report, trust_remote_code: bool =
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # what transformers makes of no files at all
         report.notes.append("no tokenizer: the source has none")
         return None
-    # sentence-transformers store the length they cut and pad to in tokenizer.json; it ends with the old positions
-    if backend := getattr(tokenizer, "backend_tokenizer", None):
-        backend.no_truncation()
-        backend.no_padding()
     return tokenizer

@@ -1,6 +1,5 @@
 """The output folder of a run: refused, begun, continued; and the files that make it ready for the Hub."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -27,7 +26,8 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 from ...exporting import code_version
 from ...folders import fit_tokenizer
 from ..settings import FREE_TO_CHANGE, InputError, Settings, SettingsType, compose, merge
-from .checkpoints import Progress, flush, writing
+from .checkpoints import Progress, flush, remove, writing
+from .lock import LOCK
 from .sharding import whole_state
 
 EARLIER = {"long_documents": "truncate"}  # what runs did that are older than a setting, where it is not its default
@@ -54,18 +54,12 @@ def finished_metrics(accelerator: Accelerator, settings: Settings) -> dict[str, 
 
 def _check_folder(settings: Settings) -> None:
     folder = settings.folder
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise InputError(f"The folder {folder} cannot be written ({error.strerror}): set out to another.") from None
-    finally:
-        for path in made:  # data or model may prove bad, and the run begins later
-            with contextlib.suppress(OSError):
-                path.rmdir()
-    if made or not any(path.suffix != ".partial" for path in folder.iterdir()):
+    if not any(path.suffix != ".partial" and path.name != LOCK for path in folder.iterdir()):
         return
     # only what a run has written is ever deleted or continued
     if not (folder / SETTINGS).exists():
@@ -85,9 +79,10 @@ def _check_folder(settings: Settings) -> None:
 def begin_folder(accelerator: Accelerator, settings: Settings) -> None:
     """Called when data and model have proved good: a run that cannot start neither deletes nor leaves anything."""
     if accelerator.is_main_process:
-        if settings.overwrite and settings.folder.exists():
-            shutil.rmtree(settings.folder)
-        settings.folder.mkdir(parents=True, exist_ok=True)
+        if settings.overwrite:
+            for path in settings.folder.iterdir():
+                if path.name != LOCK:
+                    remove(path)
         if not (settings.folder / SETTINGS).exists():
             write_whole(settings.folder / SETTINGS, settings.to_yaml())
     accelerator.wait_for_everyone()

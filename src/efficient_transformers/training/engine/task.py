@@ -29,6 +29,7 @@ from .building import (
     visible_length,
 )
 from .card import make_card, report
+from .lock import hold_for_all
 from .loop import train
 from .outputs import begin_folder, finish_folder, finished_metrics, finished_settings, hardware, metrics_of
 from .scoring import Evaluator, Scorer
@@ -163,6 +164,10 @@ class Task(Generic[S]):
     def run(self, settings: S, command: str = "") -> dict[str, Any]:
         """Trains, evaluates and saves; returns what `metrics.json` holds. Raises Stopped after SIGTERM."""
         accelerator = make_accelerator(settings)
+        with hold_for_all(accelerator, settings.folder):
+            return self._run(accelerator, settings, command)
+
+    def _run(self, accelerator: Accelerator, settings: S, command: str) -> dict[str, Any]:
         if (finished := finished_metrics(accelerator, settings)) is not None:
             return finished
         if settings.best_metric not in (known := self.scorer.all_names(settings)):
