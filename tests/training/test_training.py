@@ -464,8 +464,10 @@ def test_bad_runs_are_refused_before_training(monkeypatch, config, tmp_path, ove
 
 
 def test_a_loss_that_is_not_finite_names_the_step(config, tmp_path):
+    settings = ClassifySettings.from_yaml(config, ["--warmup_ratio=0", "--checkpoint_steps=1"])
+    settings.learning_rate = 1e30  # out of its range
     with pytest.raises(InputError, match=r"The loss of step 2 is nan: training has diverged.*lower learning_rate"):
-        run(config, "--learning_rate=1e30", "--warmup_ratio=0", "--checkpoint_steps=1")
+        classify.run(settings)
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-000000001"]
 
 

@@ -463,7 +463,7 @@ BAD_RUNS = {
     "packing": (["--packing=tight"], r"packing \('tight'\) must be one of documents, padding"),
     "metric": (["--best_metric=bits_per_byte"], r"best_metric \('bits_per_byte'\) must be loss"),
     "share": (["--mlm_probability=0.3"], "There is no setting 'mlm_probability'"),
-    "length": (["--max_length=1"], r"max_length \(1\) leaves nothing to predict: .* Raise it"),
+    "length": (["--max_length=1"], r"max_length \(1\) must be at least 3"),
     "positions": (["--max_length=65"], r"max_length \(65\) must not exceed .* max_position_embeddings \(64\)"),
     "column": (["--text_column=body"], "no column 'body'; there are: text. Set text_column"),
 }

@@ -80,7 +80,8 @@ class Settings:
     """The settings that all tasks have in common. A task adds its own by subclassing."""
 
     # data
-    data: str  # a bundled corpus, a .jsonl/.csv/.parquet file, a folder of train/validation/test files, or a Hub name
+    # a bundled corpus, a .jsonl/.csv/.parquet/.txt file, a folder of train/validation/test or .txt files, or a Hub name
+    data: str
     data_config: str | None = None  # configuration of a Hub data set
     validation_data: str | None = None  # files of their own; what is missing is cut from the training data
     test_data: str | None = None

@@ -1,6 +1,7 @@
 """Labelled documents, and the token windows that a classifier reads."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..settings import InputError, ranged
+from .classes import check_classes
 from .coverage import Coverage
 from .packing import encoded, slices, special_frame
 from .texts import SPLITS, Row, TextSettings, load_splits, text_of, value_of
@@ -71,6 +73,7 @@ def load_documents(settings: DocumentSettings) -> Documents:
     )
     splits = {name: ([text for text, _ in split], [label for _, label in split]) for name, split in pairs.items()}
     known = set(splits["train"][1])
+    check_classes(Counter(splits["train"][1]), f"The column {settings.label_column!r}")
     if len(known) < 2:
         raise InputError(f"The training data has only the label {known.pop()!r}: a classifier needs at least two.")
     for name in SPLITS[1:]:

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from ..settings import REPOSITORY, InputError, Settings, find_path, ranged
 BUNDLED = {"era": REPOSITORY / "data" / "sotu"}
 Source = Literal["bundled", "local", "hub", "generated"]
 SPLITS = ("train", "validation", "test")
+ENCODING = "utf-8-sig"  # UTF-8, whether or not a byte order mark begins the file
 HELD_OUT = 0.15  # of the training data, for each split that has no file of its own
-SUFFIXES = (".jsonl", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".csv", ".parquet", ".txt")
 
 Row = tuple[str, dict[str, Any]]  # the place to name in an error, and the columns
 Tables = dict[str, tuple[str, list[Row]]]  # split → name of the source, rows
@@ -166,22 +168,31 @@ def _find_files(settings: TextSettings) -> dict[str, tuple[str, Path]]:
 
 def _files_of_folder(folder: Path) -> dict[str, tuple[str, Path]]:
     found = {split: sorted(path for path in folder.glob(f"{split}.*") if path.suffix in SUFFIXES) for split in SPLITS}
+    found |= {split: [folder / split] for split in SPLITS if not found[split] and _texts_in(folder / split)}
     if not found["train"]:
-        raise InputError(f"The folder {folder} has no train file: it needs train.jsonl, train.csv or train.parquet.")
+        if _texts_in(folder):
+            return {"train": (folder.name, folder)}
+        raise InputError(
+            f"The folder {folder} has no train file: it needs train.jsonl, train.csv, train.parquet, or .txt files, "
+            "each of which is a document."
+        )
     return {split: (paths[0].name, paths[0]) for split, paths in found.items() if paths}
 
 
 def _read_file(path: Path) -> Iterator[Row]:
+    if path.is_dir():
+        for file in _texts_in(path):
+            yield f"the file {file.name}", {"text": _read_text(file)}
+        return
     try:
         if path.suffix == ".jsonl":
             yield from _read_jsonl(path)
         elif path.suffix == ".csv":
-            # the default limit of a field, 128 KiB, is less than a long document
-            csv.field_size_limit(2**31 - 1)
-            with path.open(newline="", encoding="utf-8") as lines:
-                reader = csv.DictReader(lines, strict=True)
-                for row in reader:
-                    yield f"line {reader.line_num} of {path.name}", row
+            yield from _read_csv(path)
+        elif path.suffix == ".txt":
+            for number, paragraph in enumerate(re.split(r"\n\s*\n", _read_text(path)), start=1):
+                if paragraph.strip():
+                    yield f"paragraph {number} of {path.name}", {"text": paragraph}
         elif path.suffix == ".parquet":
             with pq.ParquetFile(path) as table:
                 rows = (row for batch in table.iter_batches(1024) for row in batch.to_pylist())
@@ -193,8 +204,37 @@ def _read_file(path: Path) -> Iterator[Row]:
         raise InputError(f"{path} cannot be read as {path.suffix}: {error}") from error
 
 
+def _texts_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.txt") if path.is_file())
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding=ENCODING)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as text in UTF-8: {error}") from error
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    """Rows by the names of the header. An unquoted comma makes a row longer than the header."""
+    # the default limit of a field, 128 KiB, is less than a long document
+    csv.field_size_limit(2**31 - 1)
+    with path.open(newline="", encoding=ENCODING) as lines:
+        reader = csv.reader(lines, strict=True)
+        header = next(reader, [])
+        if repeated := [name for name, count in Counter(header).items() if count > 1]:
+            raise InputError(f"The header of {path.name} names {repeated[0]!r} more than once: rename one of them.")
+        for row in filter(None, reader):
+            if len(row) != len(header):
+                raise InputError(
+                    f"Line {reader.line_num} of {path.name} has {len(row)} fields and the header {len(header)} "
+                    f"({', '.join(header)}): put values with commas in double quotes."
+                )
+            yield f"line {reader.line_num} of {path.name}", dict(zip(header, row, strict=True))
+
+
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding=ENCODING) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

@@ -28,6 +28,7 @@ from ...memory import (
     parameters_of,
 )
 from ...trust import UntrustedCodeError, refusing_code
+from ..data.classes import listed
 from ..settings import InputError, Settings, did_you_mean, find_path
 from .outputs import LOGS
 from .sharding import on_cpus, settle_sharding
@@ -220,12 +221,6 @@ def check_fit(model: PreTrainedModel, loading: Mapping[str, Any], settings: Sett
         note = f"New weights, which {name} does not bring: {listed(sorted(made_anew))}."
         PartialState().print(note)
     return made_anew
-
-
-def listed(names: Sequence[str], most: int = 8) -> str:
-    """Names for a message, the first `most` of them."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def check_memory(

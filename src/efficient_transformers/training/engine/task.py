@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +15,7 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...cards import description_of
+from ..data.classes import class_notes
 from ..data.coverage import coverage_lines, recorded
 from ..data.features import Features
 from ..data.texts import SPLITS, TextSettings, source_of
@@ -43,11 +45,13 @@ class Source:
     tokenizer: None if the task reads images.
     labels: names of the classes in the training examples; empty if the task has no classes of its own.
     encode: examples of a split, from its name, the longest length that the model sees, and the model.
+    notes: what looks like a slip in the data, to be shown before training.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
     labels: list[str]
     encode: Callable[[str, int, PreTrainedModel], Any]
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def of_texts(
@@ -55,13 +59,16 @@ class Source:
         settings: TextSettings,
         load: Callable[[Any], dict[str, list[Any]]],
         encode: Callable[[list[Any], PreTrainedTokenizerBase, int, Any, Any], Features],
-        labels: Callable[[list[Any]], list[str]] | None = None,
+        labels: Callable[[list[Any]], Counter[str]] | None = None,
     ) -> "Source":
-        """From functions that load all splits, encode one of them, and name the classes of the training examples."""
+        """From functions that load all splits, encode one of them, and count the classes of the training examples."""
         tokenizer, splits = load_tokenizer(settings), load(settings)
-        names = labels(splits["train"]) if labels else []
+        counts = labels(splits["train"]) if labels else Counter()
         return cls(
-            tokenizer, names, lambda name, length, model: encode(splits[name], tokenizer, length, settings, model)
+            tokenizer,
+            sorted(counts),
+            lambda name, length, model: encode(splits[name], tokenizer, length, settings, model),
+            class_notes(counts),
         )
 
 
@@ -75,6 +82,7 @@ class Ready:
     preparation: Any
     collate: Any
     encode: Callable[[str], Any]
+    notes: Sequence[str] = ()
 
 
 S = TypeVar("S", bound=Settings)
@@ -194,7 +202,7 @@ class Task(Generic[S]):
             f"{facts['model_type']}, {facts['parameters']:,} parameters; {self.sizes(list(sizes.values()), ready)}; "
             f"{hardware(accelerator)}"
         )
-        for line in coverage_lines(coverage):
+        for line in (*coverage_lines(coverage), *ready.notes):
             accelerator.print(line)
         learnt = self.before_training(accelerator, settings, ready, data)
         trained, progress = train(accelerator, settings, ready.model, data["train"], ready.collate, validate)
@@ -242,7 +250,13 @@ class Task(Generic[S]):
         set_seed(settings.seed)
         model = self.build_model(settings, config, source.tokenizer, complete=folder is not None)
         return Ready(
-            model, length, source.labels, preparation, collate, lambda name: source.encode(name, length, model)
+            model,
+            length,
+            source.labels,
+            preparation,
+            collate,
+            lambda name: source.encode(name, length, model),
+            source.notes,
         )
 
     def card(

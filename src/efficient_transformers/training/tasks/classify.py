@@ -4,6 +4,7 @@ accelerate launch training/train.py --config configs/era.yaml --variant local [-
 python training/evaluate.py runs/era-local [--max_length 512]
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..data.classes import class_notes
 from ..data.documents import DocumentSettings, encode_documents, load_documents
 from ..engine.building import load_tokenizer, visible_length
 from ..engine.metrics import compute_metrics
@@ -41,6 +43,7 @@ def labelled_documents(settings: DocumentSettings, tokenizer: PreTrainedTokenize
         tokenizer,
         documents.labels,
         lambda name, length, model: encode_documents(documents, name, tokenizer, length, settings),
+        class_notes(Counter(documents.splits["train"][1])),
     )
 
 

@@ -4,6 +4,7 @@ accelerate launch training/train.py --config configs/pixels.yaml --variant local
 python training/evaluate.py runs/pixels-local
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig
 
 from ... import EtImageProcessor
 from ...models.base_configuration import EtConfig
+from ..data.classes import class_notes
 from ..data.images import PictureCollator, PictureSettings, load_pictures
 from ..engine.scoring import LabelScorer
 from ..engine.task import Ready, Source, Task
@@ -34,7 +36,10 @@ class ClassifyImagesTask(Task[ClassifyImagesSettings]):
 
     def load(self, settings: ClassifyImagesSettings) -> Source:
         splits, names = load_pictures(settings)
-        return Source(None, names, lambda name, length, model: replace(splits[name], tokens=length))
+        counts = Counter(names[label] for label in splits["train"].labels)
+        return Source(
+            None, names, lambda name, length, model: replace(splits[name], tokens=length), class_notes(counts)
+        )
 
     def preparation(
         self, settings: ClassifyImagesSettings, source: Source, config: PreTrainedConfig

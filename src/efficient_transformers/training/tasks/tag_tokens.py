@@ -5,6 +5,7 @@ python training/evaluate.py runs/case-local [--max_length 512]
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -65,7 +66,11 @@ def load_tagged(settings: TagSettings) -> dict[str, list[Tagged]]:
 
 
 def tag_names(documents: list[Tagged]) -> list[str]:
-    return sorted({tag for document in documents for tag in document.tags if tag is not None})
+    return sorted(tag_counts(documents))
+
+
+def tag_counts(documents: list[Tagged]) -> Counter[str]:
+    return Counter(tag for document in documents for tag in document.tags if tag is not None)
 
 
 def _tagged(row: Row, settings: TagSettings) -> Tagged:
@@ -203,7 +208,7 @@ class TagTask(Task[TagSettings]):
     purpose = "A tagger: a class for every word."
 
     def load(self, settings: TagSettings) -> Source:
-        return Source.of_texts(settings, load_tagged, tag_windows, tag_names)
+        return Source.of_texts(settings, load_tagged, tag_windows, tag_counts)
 
     def limits(self, settings: TagSettings) -> list[str]:
         case = settings.examples == "case"
