@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from efficient_transformers import VARIANTS, costs, plots
-from efficient_transformers.matrices import read_matrices
+from efficient_transformers.attention_maps import read_matrices
 
 HEAD_SIZE, SPEED_SIZE, ROUNDS = 16, 256, 5
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
+from .attention_maps import KINDS, Matrix, read_matrices
 from .folders import check_folder
-from .matrices import KINDS, Matrix, read_matrices
 from .memory import check_model
 from .registry import VARIANTS, Variant
 from .trust import refusing_code

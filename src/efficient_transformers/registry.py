@@ -13,7 +13,7 @@ from typing import Any, Literal
 import transformers
 from transformers.utils import is_vision_available
 
-from . import mixer_costs, mixer_matrices
+from . import mixer_costs, mixer_maps
 from .models import (
     modeling_big_bird,
     modeling_compressed,
@@ -73,7 +73,7 @@ class Variant:
         state: `(config, layer, length)` → number of values in a decoder's cache; None if there is no decoder.
         linears_in_flops: parts of the names of linear layers that `flops` includes, because they do not apply to all
             tokens.
-        matrices: `(mixer, hidden, sequence)` → the matrices to draw, see `mixer_matrices`.
+        matrices: `(mixer, hidden, sequence)` → the matrices to draw, see `mixer_maps`.
     Settings, as fields of the config:
         demo: for pictures of 32 or 64 tokens.
         benchmark: for layers of hidden size 256 and 4 heads on up to 65,536 tokens.
@@ -95,7 +95,7 @@ class Variant:
     flops: mixer_costs.Flops
     state: mixer_costs.State | None = None
     linears_in_flops: tuple[str, ...] = ()
-    matrices: mixer_matrices.Matrices = mixer_matrices.default_matrices
+    matrices: mixer_maps.Matrices = mixer_maps.default_matrices
     demo: Mapping[str, Any] = field(default_factory=dict)
     benchmark: Mapping[str, Any] = field(default_factory=dict)
     knob: str | None = None
@@ -149,7 +149,7 @@ VARIANTS = {
             cost="n²·d",
             flops=mixer_costs.pattern_flops,
             state=mixer_costs.pattern_state,
-            matrices=mixer_matrices.pattern_matrices,
+            matrices=mixer_maps.pattern_matrices,
         ),
         Variant(
             "local",
@@ -161,7 +161,7 @@ VARIANTS = {
             cost="n·window_size·d",
             flops=mixer_costs.pattern_flops,
             state=mixer_costs.pattern_state,
-            matrices=mixer_matrices.pattern_matrices,
+            matrices=mixer_maps.pattern_matrices,
             demo={"window_size": 6},
             benchmark={"window_size": 128},
             knob="window_size",
@@ -176,7 +176,7 @@ VARIANTS = {
             cost="n·hops·d, or n²/stride·d",
             flops=mixer_costs.pattern_flops,
             state=mixer_costs.pattern_state,
-            matrices=mixer_matrices.pattern_matrices,
+            matrices=mixer_maps.pattern_matrices,
             demo={"stride": 8, "hops": 3},
             benchmark={"stride": 64, "hops": 2},
             knob="stride",
@@ -191,7 +191,7 @@ VARIANTS = {
             cost="n·num_global_tokens·d",
             flops=mixer_costs.pattern_flops,
             state=mixer_costs.pattern_state,
-            matrices=mixer_matrices.pattern_matrices,
+            matrices=mixer_maps.pattern_matrices,
             demo={"num_global_tokens": 3},
             benchmark={"num_global_tokens": 2},
             knob="num_global_tokens",
@@ -206,7 +206,7 @@ VARIANTS = {
             cost="mean of the heads",
             flops=mixer_costs.pattern_flops,
             state=mixer_costs.pattern_state,
-            matrices=mixer_matrices.pattern_matrices,
+            matrices=mixer_maps.pattern_matrices,
             demo={"num_attention_heads": 4, "head_patterns": ["local:6", "stride:8:3", "global:3", "random:2:4"]},
             benchmark={"head_patterns": ["local:128", "stride:64:2", "global:2", "random:3"]},
             knob="head_patterns",
@@ -223,7 +223,7 @@ VARIANTS = {
             flops=mixer_costs.longformer_flops,
             state=mixer_costs.pattern_state,
             linears_in_flops=(".global_",),
-            matrices=mixer_matrices.pattern_matrices,
+            matrices=mixer_maps.pattern_matrices,
             demo={"attention_window": 12, "num_global_tokens": 3},
             benchmark={"attention_window": 256, "num_global_tokens": 1},
             knob="attention_window",
@@ -238,7 +238,7 @@ VARIANTS = {
             attends_to="a window of blocks, the first, the last and random blocks; or one pattern per head",
             cost="n·block_size·d",
             flops=mixer_costs.pattern_flops,
-            matrices=mixer_matrices.pattern_matrices,
+            matrices=mixer_maps.pattern_matrices,
             demo={"block_size": 4, "num_random_blocks": 2},
             benchmark={"block_size": 64, "num_random_blocks": 3},
             knob="block_size",
@@ -268,7 +268,7 @@ VARIANTS = {
             chooses=True,
             flops=mixer_costs.routing_flops,
             state=mixer_costs.keys_and_values,
-            matrices=mixer_matrices.routing_matrices,
+            matrices=mixer_maps.routing_matrices,
             demo={"num_clusters": 8, "window_size": 6, "position_embedding_type": "none"},
             knob="window_size",
         ),
@@ -298,7 +298,7 @@ VARIANTS = {
             normalised=False,
             flops=mixer_costs.linformer_flops,
             linears_in_flops=(".k_proj", ".v_proj"),
-            matrices=mixer_matrices.linformer_matrices,
+            matrices=mixer_maps.linformer_matrices,
             demo={"projected_length": 16},
             knob="projected_length",
         ),
@@ -312,7 +312,7 @@ VARIANTS = {
             cost="n²/compression_factor·d, and n·block_size·d",
             flops=mixer_costs.compressed_flops,
             state=mixer_costs.compressed_state,
-            matrices=mixer_matrices.compressed_matrices,
+            matrices=mixer_maps.compressed_matrices,
             demo={"num_hidden_layers": 2, "compression_factor": 4, "block_size": 16},
             benchmark={"attention_layers": ["compressed"]},
             knob="block_size",
@@ -341,7 +341,7 @@ VARIANTS = {
             cost="n·d²",
             flops=mixer_costs.kernel_flops,
             state=mixer_costs.kernel_state,
-            matrices=mixer_matrices.kernel_matrices,
+            matrices=mixer_maps.kernel_matrices,
         ),
         Variant(
             "linear",
@@ -353,7 +353,7 @@ VARIANTS = {
             cost="n·d²",
             flops=mixer_costs.kernel_flops,
             state=mixer_costs.kernel_state,
-            matrices=mixer_matrices.kernel_matrices,
+            matrices=mixer_maps.kernel_matrices,
         ),
         Variant(
             "rfa",
@@ -366,7 +366,7 @@ VARIANTS = {
             normalised=False,
             flops=mixer_costs.kernel_flops,
             state=mixer_costs.kernel_state,
-            matrices=mixer_matrices.kernel_matrices,
+            matrices=mixer_maps.kernel_matrices,
             demo={"num_random_features": 64},
             benchmark={"num_random_features": 128},
             knob="num_random_features",
@@ -381,7 +381,7 @@ VARIANTS = {
             cost="n·num_random_features·d",
             flops=mixer_costs.kernel_flops,
             state=mixer_costs.kernel_state,
-            matrices=mixer_matrices.kernel_matrices,
+            matrices=mixer_maps.kernel_matrices,
             demo={"num_random_features": 64},
             benchmark={"num_random_features": 256},
             knob="num_random_features",
@@ -395,7 +395,7 @@ VARIANTS = {
             attends_to="every token, by a Fourier transform over tokens and features, without parameters",
             cost="n·log(n)·d",
             flops=mixer_costs.no_flops,
-            matrices=mixer_matrices.fourier_matrices,
+            matrices=mixer_maps.fourier_matrices,
         ),
         Variant(
             "gmlp",
@@ -408,7 +408,7 @@ VARIANTS = {
             any_length=False,
             flops=mixer_costs.gmlp_flops,
             state=mixer_costs.gmlp_state,
-            matrices=mixer_matrices.gate_matrices,
+            matrices=mixer_maps.gate_matrices,
         ),
         Variant(
             "mlp_mixer",
@@ -420,7 +420,7 @@ VARIANTS = {
             cost="n·token_mixing_size·hidden_size",
             any_length=False,
             flops=mixer_costs.mlp_mixer_flops,
-            matrices=mixer_matrices.token_mlp_matrices,
+            matrices=mixer_maps.token_mlp_matrices,
             demo={"token_mixing_size": 32},
             knob="token_mixing_size",
         ),

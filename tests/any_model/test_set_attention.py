@@ -143,12 +143,12 @@ def test_engines_of_other_devices_take_the_same_rows(pattern, monkeypatch):
     rule, lengths = parse_rule(pattern).heads[0], (70, 41)
     expected = attention.pattern_attention(q, k, v, lengths, rule, 0.0)
     given = attention.batch_rows(lengths, rule, q.to("meta"))
-    assert given.keep is not None
+    assert given.padding_mask is not None
     position = torch.arange(70)
     keep = position < torch.tensor(lengths)[:, None]
     marked = keep & (position >= torch.tensor(lengths)[:, None] - rule.last) if rule.last else None
     assert (given.global_mask is None) == (marked is None)
-    rows = BatchRows(keep=keep, global_mask=marked)
+    rows = BatchRows(padding_mask=keep, global_mask=marked)
     monkeypatch.setattr(attention, "batch_rows", lambda *_: rows)
     monkeypatch.setattr(attention, "engine", lambda *args, implementation, **kw: blocked_attention(*args, **kw))
     torch.testing.assert_close(attention.pattern_attention(q, k, v, lengths, rule, 0.0), expected, atol=1e-5, rtol=1e-5)

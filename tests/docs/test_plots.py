@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 from zoo import CASES, IDS, MODES, SETTINGS, build, inputs, one_layer, readable
 
 from efficient_transformers import VARIANTS, cli, plots
-from efficient_transformers.matrices import KINDS, Matrix, read_matrices
-from efficient_transformers.mixer_matrices import default_matrices, influence_matrices
+from efficient_transformers.attention_maps import KINDS, Matrix, read_matrices
+from efficient_transformers.mixer_maps import default_matrices, influence_matrices
 from efficient_transformers.models.base_configuration import PatternConfig
 from efficient_transformers.models.base_mixer import SequenceInfo
 

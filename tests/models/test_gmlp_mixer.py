@@ -73,7 +73,9 @@ def mixer_of(variant, length=12, **fields):
 
 
 def sequence_of(keep):
-    return SequenceInfo(torch.where(keep, keep.cumsum(1) - 1, -1), keep=keep, lengths=tuple(keep.sum(1).tolist()))
+    return SequenceInfo(
+        torch.where(keep, keep.cumsum(1) - 1, -1), padding_mask=keep, lengths=tuple(keep.sum(1).tolist())
+    )
 
 
 @pytest.mark.parametrize("size", [None, 7], ids=["gMLP", "aMLP"])

@@ -42,7 +42,7 @@ def test_the_mixer_equals_the_paper_token_by_token(sharing, implementation):
     model.set_attn_implementation(implementation)
     mixer, hidden, lengths = model.layers[1].mixer, torch.randn(3, 23, 32, dtype=torch.float64), (23, 1, 14)
     keep = torch.arange(23) < torch.tensor(lengths)[:, None]
-    out, _ = mixer(hidden, SequenceInfo(keep.cumsum(1) - 1, keep=keep, lengths=lengths, shared=model.shared))
+    out, _ = mixer(hidden, SequenceInfo(keep.cumsum(1) - 1, padding_mask=keep, lengths=lengths, shared=model.shared))
     matrices = [p.weight for p in mixer.projections] or [model.shared.weight]
     for row, length in enumerate(lengths):
         x = hidden[row, :length]

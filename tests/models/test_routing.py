@@ -210,11 +210,11 @@ def test_the_layer_is_what_the_formula_says(fields, causal):
     lengths = (19, 11, 1)
     hidden, positions = torch.randn(3, 19, 20, dtype=torch.float64), torch.arange(19).expand(3, -1)
     keep = positions < torch.tensor(lengths)[:, None]
-    info = SequenceInfo(torch.where(keep, positions, -1), keep=keep, lengths=lengths)
+    info = SequenceInfo(torch.where(keep, positions, -1), padding_mask=keep, lengths=lengths)
     output, weights = mixer(hidden, info)
     assert weights is None
     cfg._attn_implementation = "eager"
-    dense, weights = mixer(hidden, SequenceInfo(torch.where(keep, positions, -1), keep=keep, lengths=lengths))
+    dense, weights = mixer(hidden, SequenceInfo(torch.where(keep, positions, -1), padding_mask=keep, lengths=lengths))
     torch.testing.assert_close(weights.sum(-1), keep[:, None].expand(-1, 4, -1).double())
     for row, length in enumerate(lengths):
         expected = written_out(mixer, hidden[row, :length])

@@ -180,7 +180,7 @@ def test_the_mixer_equals_loops(kind, block_size, implementation):
     mixer.config._attn_implementation = implementation
     lengths, hidden = [23, 1, 14, 8], torch.randn(4, 23, 12, dtype=torch.float64)
     keep = torch.arange(23) < torch.tensor(lengths)[:, None]
-    out, weights = mixer(hidden, SequenceInfo(keep.cumsum(1) - 1, keep=keep, lengths=tuple(lengths)))
+    out, weights = mixer(hidden, SequenceInfo(keep.cumsum(1) - 1, padding_mask=keep, lengths=tuple(lengths)))
     for row, length in enumerate(lengths):
         torch.testing.assert_close(out[row, :length], by_loops(mixer, hidden[row, :length]), rtol=1e-10, atol=1e-10)
     assert (weights is None) == (implementation == "sdpa")

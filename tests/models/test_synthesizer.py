@@ -51,7 +51,9 @@ def test_the_mixer_equals_the_paper_token_by_token(kind, decoder, implementation
         mixer.mixture.normal_()
     lengths, hidden = (11, 1, 8, 11), torch.randn(4, 11, 32, dtype=torch.float64)
     keep = torch.arange(11) < torch.tensor(lengths)[:, None]
-    out, _ = mixer(hidden, SequenceInfo((keep.cumsum(1) - 1).masked_fill(~keep, -1), keep=keep, lengths=lengths))
+    out, _ = mixer(
+        hidden, SequenceInfo((keep.cumsum(1) - 1).masked_fill(~keep, -1), padding_mask=keep, lengths=lengths)
+    )
     shares = mixer.mixture.softmax(0) if "+" in kind else [1.0]
     for row, length in enumerate(lengths):
         x = hidden[row, :length]

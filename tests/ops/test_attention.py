@@ -48,7 +48,7 @@ def blocked(q, k, v, pattern, lengths, marked):
     if marked:
         mask = torch.isin(position, torch.tensor(marked)).expand(len(q), -1)
         mask = mask if keep is None else mask & keep
-    return blocked_attention(q, k, v, pattern, BatchRows(keep=keep, global_mask=mask))
+    return blocked_attention(q, k, v, pattern, BatchRows(padding_mask=keep, global_mask=mask))
 
 
 @every_pattern

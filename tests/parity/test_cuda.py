@@ -128,7 +128,7 @@ def test_flex_attention_takes_any_number_of_lengths(causal):
         q, k, v = (torch.randn(2, 2, length, 16, device=DEVICE, requires_grad=True) for _ in range(3))
         lengths = (length, -(-length // 2))
         keep = torch.arange(length, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
-        out = flex_pattern_attention(q, k, v, pattern, BatchRows(keep=keep))
+        out = flex_pattern_attention(q, k, v, pattern, BatchRows(padding_mask=keep))
         expected = tiled_attention(*(x.cpu() for x in (q, k, v)), pattern, BatchRows(lengths=lengths))
         torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-3)
         out.square().sum().backward()

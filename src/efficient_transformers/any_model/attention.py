@@ -200,9 +200,9 @@ def batch_rows(lengths: Sequence[int], rule: HeadRule, q: Tensor) -> BatchRows:
     if q.device.type == "cpu":
         return BatchRows(lengths=lengths, global_tokens=last)
     position, count = torch.arange(q.shape[2], device=q.device), torch.tensor(lengths, device=q.device)[:, None]
-    keep = None if min(lengths) == q.shape[2] else position < count
-    marked = (position < count) & (position >= count - rule.last) if rule.last else None
-    return BatchRows(keep=keep, lengths=lengths, global_mask=marked, global_tokens=last)
+    padding_mask = None if min(lengths) == q.shape[2] else position < count
+    global_mask = (position < count) & (position >= count - rule.last) if rule.last else None
+    return BatchRows(padding_mask=padding_mask, lengths=lengths, global_mask=global_mask, global_tokens=last)
 
 
 def by_chunks(call: Call, asked: MaskRule) -> Tensor:
@@ -362,20 +362,27 @@ def kernel_rule(call: Call, rule: Rule, spans: Spans | None, reason: str | None)
     if isinstance(mask, LazyMask) and mask.rule.documents is not None:
         assert spans is not None
         return by_spans(lambda q, k, v, _: attend(q, k, v), call.query, call.key, call.value, spans)
-    keep = None
+    padding_mask = None
     if isinstance(mask, LazyMask):
         if mask.kv_offset:
             positions(call, rule)  # for its error
         keys = min(keys, mask.q_offset + queries) if causal else keys
-        keep = None if mask.padding is None else mask.positions[:, :keys] >= 0
-    out = attend(call.query, call.key[:, :, :keys], call.value[:, :, :keys], keep)
+        padding_mask = None if mask.padding is None else mask.positions[:, :keys] >= 0
+    out = attend(call.query, call.key[:, :, :keys], call.value[:, :, :keys], padding_mask)
     return out.transpose(1, 2).contiguous()
 
 
 def kernel_attention(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None, *, rule: Rule, causal: bool, scaling: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding_mask: Tensor | None = None,
+    *,
+    rule: Rule,
+    causal: bool,
+    scaling: float | None,
 ) -> Tensor:
-    """Attention through a feature map, (b, h, q, d). Queries belong to the last keys; `keep` (b, k) masks keys."""
+    """Attention through a feature map, (b, h, q, d). Queries belong to the last keys; `padding_mask` (b, k)."""
     k, v = (repeat_kv(x, q.shape[1] // x.shape[1]) for x in (k, v))
     features: FeatureMap = FEATURE_MAPS[FEATURES[rule.kernel or ""]]
     if rule.kernel == "performer":  # estimates the softmax of q·k
@@ -387,10 +394,10 @@ def kernel_attention(
     if features.is_random:
         projection = random_projection(rule, q.shape[1], q.shape[-1]).to(q.device)
     if not causal:
-        return linear_attention(q, k, v, features, projection, keep)
+        return linear_attention(q, k, v, features, projection, padding_mask)
     before = k.shape[2] - q.shape[2]
     queries = F.pad(q, (0, 0, before, 0)) if before else q
-    out = causal_linear_attention(queries, k, v, features, projection, keep)[0]
+    out = causal_linear_attention(queries, k, v, features, projection, padding_mask)[0]
     return out[:, :, before:]
 
 

@@ -93,10 +93,10 @@ class Bundle(NamedTuple):
 
 
 def bundles(layout: BucketLayout, length: int) -> Iterator[Bundle]:
-    """All heads of a batch of `length` tokens, as many together as have BUNDLE_SLOTS."""
+    """All heads of a batch of `length` tokens, in bundles of up to BUNDLE_SLOTS slots."""
     batch, num_heads, groups, size = layout.queries.shape
-    together = max(1, BUNDLE_SLOTS // (groups * size))
-    rows, heads = max(1, together // num_heads), min(together, num_heads)
+    heads_per_bundle = max(1, BUNDLE_SLOTS // (groups * size))
+    rows, heads = max(1, heads_per_bundle // num_heads), min(heads_per_bundle, num_heads)
     for row in range(0, batch, rows):
         for head in range(0, num_heads, heads):
             part = slice(row, row + rows), slice(head, head + heads)
@@ -163,16 +163,16 @@ class GroupRun(NamedTuple):
 
 
 def group_runs(bundle: Bundle, dtype: torch.dtype) -> Iterator[GroupRun]:
-    """All groups of a bundle, as many together as stay in the cache."""
+    """All groups of a bundle, in runs that fit into the cache."""
     layout, tokens = bundle.layout, bundle.queries
     size = tokens.shape[-1]
-    together = max(1, RUN_ENTRIES // (size * layout.keys_per_group))
+    groups_per_run = max(1, RUN_ENTRIES // (size * layout.keys_per_group))
     band = causal_band(size, dtype, tokens.device) if layout.causal and layout.keys is None else None
-    for first in range(0, len(tokens), together):
-        here = tokens[first : first + together]
+    for first in range(0, len(tokens), groups_per_run):
+        here = tokens[first : first + groups_per_run]
         queries, part = here.flatten().clamp(min=0), slice(first * size, (first + len(here)) * size)
         if bundle.keys is not None:
-            keys = bundle.keys[first : first + together]
+            keys = bundle.keys[first : first + groups_per_run]
             forbidden = (keys < 0)[:, None]
             if layout.causal:
                 forbidden = forbidden | (keys[:, None] > here[..., None])
@@ -181,7 +181,7 @@ def group_runs(bundle: Bundle, dtype: torch.dtype) -> Iterator[GroupRun]:
             yield GroupRun(queries, keys.flatten().clamp(min=0), size, forbidden, band, part, False, layout.own)
             continue
         assert bundle.labels is not None
-        labels = bundle.labels[first : first + together]
+        labels = bundle.labels[first : first + groups_per_run]
         if first:
             before, before_label = tokens[first - 1], bundle.labels[first - 1]
         else:

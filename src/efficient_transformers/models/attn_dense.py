@@ -39,7 +39,7 @@ def folded_attention(
     k_bias: Tensor,
     v_weight: Tensor,
     v_bias: Tensor,
-    keep: Tensor | None = None,
+    padding_mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     r"""`softmax_attention` of few queries over keys and values that are never computed, O(g·h·n·e).
@@ -48,7 +48,7 @@ def folded_attention(
               \sum_j p_{ij} (W_v x_j + b_v) = W_v \sum_j p_{ij} x_j + b_v \sum_j p_{ij}
 
     Two projections of the whole sequence cost O(n·e²), more than this while g·h < e. `q` (b, h, g, d), `hidden`
-    (b, n, e), weights (h·d, e) and biases (h·d,) as in `nn.Linear`; `keep` (b, n) is True at real tokens.
+    (b, n, e), weights (h·d, e) and biases (h·d,) as in `nn.Linear`; `padding_mask` (b, n) is True at real tokens.
     Returns (b, h, g, d) in `q.dtype`; the softmax runs in float32 or wider.
     """
     _, heads, count, dim = q.shape
@@ -58,8 +58,8 @@ def folded_attention(
     scores = scores + (q * k_bias.view(heads, 1, dim)).sum(-1, keepdim=True)
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = scores.to(wide)
-    if keep is not None:
-        scores = scores.masked_fill(~keep[:, None, None], torch.finfo(wide).min)
+    if padding_mask is not None:
+        scores = scores.masked_fill(~padding_mask[:, None, None], torch.finfo(wide).min)
     weights = F.dropout(scores.softmax(-1).to(hidden.dtype), dropout)
     mixed = (weights.flatten(1, 2) @ hidden).unflatten(1, (heads, count))  # (b, h, g, e)
     out = torch.einsum("bhge,hde->bhgd", mixed, v_weight.unflatten(0, (heads, dim)))

@@ -9,8 +9,8 @@ Katharopoulos et al. 2020 (arXiv:2006.16236), equations 4 to 6. The sums over th
 Long sequences go by segments, whose features stay in the cache of the processor; those of very long ones are computed
 again in the backward pass instead of being kept.
 
-Shapes: q, k, v (b, h, n, d), features (b, h, n, f), keep (b, n) True at real tokens. All is computed in float32, or in
-float64 if that is given, and returned in the dtype of v.
+Shapes: q, k, v (b, h, n, d), features (b, h, n, f), padding_mask (b, n), which is True at real tokens. Everything is
+computed in float32, or in float64 for float64 inputs, and returned in the dtype of v.
 """
 
 import math
@@ -56,13 +56,13 @@ def linear_attention(
     v: Tensor,
     feature_map: FeatureMap,
     projection: Tensor | None = None,
-    keep: Tensor | None = None,
+    padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Every query reads every key that is kept: (b, h, n, d). O(n·f·d) time and O(n·d) memory."""
-    q, k, values, keep, _ = prepared(q, k, v, keep)
+    q, k, values, padding_mask, _ = prepared(q, k, v, padding_mask)
     (size, run), state = plan(k, feature_map, projection), None
     with torch.autocast(q.device.type, enabled=False):
-        for keys, rows, kept in segments(size, k, values, keep):
+        for keys, rows, kept in segments(size, k, values, padding_mask):
             state = run(absorb, keys, rows, kept, None, state, feature_map, projection)
         out = [run(read, queries, state, feature_map, projection) for (queries,) in segments(size, q)]
     return join_segments(out).to(v.dtype)
@@ -74,7 +74,7 @@ def causal_linear_attention(
     v: Tensor,
     feature_map: FeatureMap,
     projection: Tensor | None = None,
-    keep: Tensor | None = None,
+    padding_mask: Tensor | None = None,
     log_decay: Tensor | None = None,
     state: LinearState | None = None,
 ) -> tuple[Tensor, LinearState]:
@@ -83,10 +83,10 @@ def causal_linear_attention(
     `log_decay` (b, h, n) is log g of a recency gate: :math:`S_t = g_t S_{t-1} + (1 - g_t)\,\phi(k_t) v_t^\top`, and
     the normaliser likewise (Peng et al. 2021, arXiv:2103.02143, section 3.2). O(n·f·d) time and O(n·d) memory.
     """
-    q, k, values, keep, log_decay = prepared(q, k, v, keep, log_decay)
+    q, k, values, padding_mask, log_decay = prepared(q, k, v, padding_mask, log_decay)
     (size, run), use_fla, out = plan(k, feature_map, projection), fla_takes(q), []
     with torch.autocast(q.device.type, enabled=False):
-        for segment in segments(None if use_fla else size, q, k, values, keep, log_decay):
+        for segment in segments(None if use_fla else size, q, k, values, padding_mask, log_decay):
             mixed, state = run(causal_segment, *segment, state, feature_map, projection, use_fla)
             out.append(mixed)
     assert state is not None
@@ -99,17 +99,17 @@ def linear_attention_step(
     v: Tensor,
     feature_map: FeatureMap,
     projection: Tensor | None = None,
-    keep: Tensor | None = None,
+    padding_mask: Tensor | None = None,
     log_decay: Tensor | None = None,
     state: LinearState | None = None,
 ) -> tuple[Tensor, LinearState]:
     """`causal_linear_attention` of one token, n = 1, as the recurrence it is. O(f·d), whatever came before."""
-    q, k, values, keep, log_decay = prepared(q, k, v, keep, log_decay)
+    q, k, values, padding_mask, log_decay = prepared(q, k, v, padding_mask, log_decay)
     with torch.autocast(q.device.type, enabled=False):
         if log_decay is not None and state is not None:
             kept = log_decay.exp()
             state = state._replace(sums=state.sums * kept, total=state.total * kept[..., 0])
-        state = absorb(k, values, keep, log_decay, state, feature_map, projection)
+        state = absorb(k, values, padding_mask, log_decay, state, feature_map, projection)
         return read(q, state, feature_map, projection).to(v.dtype), state
 
 
@@ -118,7 +118,7 @@ def attention_matrix(
     k: Tensor,
     feature_map: FeatureMap,
     projection: Tensor | None = None,
-    keep: Tensor | None = None,
+    padding_mask: Tensor | None = None,
     causal: bool = False,
     log_decay: Tensor | None = None,
 ) -> Tensor:
@@ -129,12 +129,12 @@ def attention_matrix(
     wide = torch.promote_types(q.dtype, torch.float32)
     there = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
     there = (there.tril() if causal else there)[None, None]
-    if keep is not None:
-        there = there & keep[:, None, None, :] & keep[:, None, :, None]
+    if padding_mask is not None:
+        there = there & padding_mask[:, None, None, :] & padding_mask[:, None, :, None]
     with torch.autocast(q.device.type, enabled=False):
         queries, keys = (feature_map(x.to(wide), projection) for x in (q, k))
-        if feature_map.in_logs and keep is not None:
-            keys = keys.masked_fill(~keep[:, None, :, None], torch.finfo(wide).min)
+        if feature_map.in_logs and padding_mask is not None:
+            keys = keys.masked_fill(~padding_mask[:, None, :, None], torch.finfo(wide).min)
         if feature_map.per_feature:
             # the weights of the features of each query, over the sums of the keys that it reads
             queries = queries.log_softmax(-1) - (keys.logcumsumexp(2) if causal else keys.logsumexp(2, keepdim=True))
@@ -155,11 +155,17 @@ def attention_matrix(
         )
 
 
-def prepared(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, log_decay: Tensor | None = None) -> tuple:
+def prepared(q: Tensor, k: Tensor, v: Tensor, padding_mask: Tensor | None, log_decay: Tensor | None = None) -> tuple:
     """All in one dtype, and masks and gates with the axes of the features."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    keep = None if keep is None else keep[:, None, :, None]
-    return q.to(wide), k.to(wide), v.to(wide), keep, None if log_decay is None else log_decay.to(wide)[..., None]
+    padding_mask = None if padding_mask is None else padding_mask[:, None, :, None]
+    return (
+        q.to(wide),
+        k.to(wide),
+        v.to(wide),
+        padding_mask,
+        None if log_decay is None else log_decay.to(wide)[..., None],
+    )
 
 
 def segment_tokens(of_token: int, device: torch.device) -> int:
@@ -203,7 +209,7 @@ def join_segments(parts: list[Tensor]) -> Tensor:
 
 def key_features(
     k: Tensor,
-    keep: Tensor | None,
+    padding_mask: Tensor | None,
     state: LinearState | None,
     feature_map: FeatureMap,
     projection: Tensor | None,
@@ -216,10 +222,10 @@ def key_features(
     """
     features = feature_map(k, projection)
     if not feature_map.in_logs:
-        return features if keep is None else features * keep, state, None
+        return features if padding_mask is None else features * padding_mask, state, None
     lowest = torch.finfo(features.dtype).min
     seen = features.detach()  # the result does not depend on the peak, so nothing is to be learnt from it
-    peak = (seen if keep is None else seen.masked_fill(~keep, lowest)).amax(2)
+    peak = (seen if padding_mask is None else seen.masked_fill(~padding_mask, lowest)).amax(2)
     if state is not None:
         assert state.peak is not None
         peak = torch.maximum(peak, state.peak)
@@ -228,7 +234,7 @@ def key_features(
     features = features - peak[:, :, None]
     if causal:
         features = features.clamp(min=math.log(torch.finfo(features.dtype).tiny) / 2)
-    return (features if keep is None else features.masked_fill(~keep, lowest)).exp(), state, peak
+    return (features if padding_mask is None else features.masked_fill(~padding_mask, lowest)).exp(), state, peak
 
 
 def query_features(q: Tensor, peak: Tensor | None, feature_map: FeatureMap, projection: Tensor | None) -> Tensor:
@@ -243,29 +249,29 @@ def query_features(q: Tensor, peak: Tensor | None, feature_map: FeatureMap, proj
 def absorb(
     k: Tensor,
     v: Tensor,
-    keep: Tensor | None,
+    padding_mask: Tensor | None,
     log_decay: Tensor | None,
     state: LinearState | None,
     feature_map: FeatureMap,
     projection: Tensor | None,
 ) -> LinearState:
     """The state behind some more keys, of which a gate takes the share 1 - g."""
-    features, state, peak = key_features(k, keep, state, feature_map, projection)
+    features, state, peak = key_features(k, padding_mask, state, feature_map, projection)
     if log_decay is not None:
         features = features * -torch.expm1(log_decay)
     sums, total = features.transpose(-1, -2) @ v, features.sum(2)
-    mass = masses(k, keep, log_decay, state)[:, :, -1:] if feature_map.floor else None
+    mass = masses(k, padding_mask, log_decay, state)[:, :, -1:] if feature_map.floor else None
     if state is not None:
         sums, total = state.sums + sums, state.total + total
     return LinearState(sums, total, mass, peak)
 
 
-def masses(k: Tensor, keep: Tensor | None, log_decay: Tensor | None, state: LinearState | None) -> Tensor:
+def masses(k: Tensor, padding_mask: Tensor | None, log_decay: Tensor | None, state: LinearState | None) -> Tensor:
     """The `mass` behind every one of these keys, (b, h or 1, n, 1)."""
     before = 0 if state is None or state.mass is None else state.mass
     if log_decay is not None:
         return 1 - log_decay.cumsum(2).exp() * (1 - before)
-    real = k.new_ones(k.shape[0], 1, k.shape[2], 1) if keep is None else keep.to(k.dtype)
+    real = k.new_ones(k.shape[0], 1, k.shape[2], 1) if padding_mask is None else padding_mask.to(k.dtype)
     return before + real.cumsum(2)
 
 
@@ -286,7 +292,7 @@ def causal_segment(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    keep: Tensor | None,
+    padding_mask: Tensor | None,
     log_decay: Tensor | None,
     state: LinearState | None,
     feature_map: FeatureMap,
@@ -294,14 +300,14 @@ def causal_segment(
     use_fla: bool = False,
 ) -> tuple[Tensor, LinearState]:
     """`causal_linear_attention` of one segment."""
-    keys, state, peak = key_features(k, keep, state, feature_map, projection, causal=True)
+    keys, state, peak = key_features(k, padding_mask, state, feature_map, projection, causal=True)
     queries = query_features(q, peak, feature_map, projection)
     if feature_map.per_feature:
         total = keys.cumsum(2)
         queries = queries / nonzero(total if state is None else total + state.total[:, :, None])
     products = fla_products if use_fla else chunked_products
     mixed, weight, sums, total = products(queries, keys, v, log_decay, state)
-    mass = masses(k, keep, log_decay, state) if feature_map.floor else None
+    mass = masses(k, padding_mask, log_decay, state) if feature_map.floor else None
     if not feature_map.per_feature:  # those weights sum to 1 as they are
         mixed = divided(mixed, weight, mass, feature_map)
     return mixed, LinearState(sums, total, None if mass is None else mass[:, :, -1:], peak)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .ops_engine import BatchRows
-from .ops_global_tokens import global_positions, marks_of, put_rows, rows_at
+from .ops_global_tokens import global_mask_of, global_positions, put_rows, rows_at
 from .ops_patterns import AttentionPattern
 from .ops_tracing import count_blocks, is_exported
 
@@ -64,10 +64,10 @@ def blocked_attention(
 ) -> Tensor:
     """`pattern_attention` as a few batched products over tiles, linear in n, differentiated by autograd."""
     if pattern.is_full:
-        return masked_attention(q, k, v, pattern, rows.keep, dropout)
-    length, keep = q.shape[2], rows.keep
+        return masked_attention(q, k, v, pattern, rows.padding_mask, dropout)
+    length, padding_mask = q.shape[2], rows.padding_mask
     grid = tile_grid(pattern, length, q.device)
-    real = torch.ones(1, length, dtype=torch.bool, device=q.device) if keep is None else keep
+    real = torch.ones(1, length, dtype=torch.bool, device=q.device) if padding_mask is None else padding_mask
     queries = at_tiles(q * q.shape[-1] ** -0.5, grid.queries)  # (b, h, s, c, size, d)
 
     reads = [window_read(k, v, pattern, grid, real)]
@@ -78,13 +78,13 @@ def blocked_attention(
         reads.append(random_read(k, v, grid, stored_blocks(random_blocks, grid.count, q.device), real))
     elif pattern.num_random_blocks:
         blocks = pattern.random_blocks(q.shape[1], grid.count, (real.sum(1) + grid.size - 1) // grid.size)
-        free = real if tokens is None else real & ~marks_of(tokens, present, real)
+        free = real if tokens is None else real & ~global_mask_of(tokens, present, real)
         reads.append(random_read(k, v, grid, blocks, free))  # (b, h, c, r)
 
     out = untiled(joint_attention(queries, reads, dropout), pattern, grid, length)
     if tokens is not None and global_rows:
         out = put_rows(out, rows_of_global(q, k, v, pattern, real, tokens, present, dropout), tokens, present)
-    return out if keep is None else out.masked_fill(~keep[:, None, :, None], 0)
+    return out if padding_mask is None else out.masked_fill(~padding_mask[:, None, :, None], 0)
 
 
 def tile_grid(pattern: AttentionPattern, length: int, device: torch.device) -> TileGrid:
@@ -193,13 +193,13 @@ def rows_of_global(
 
 
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, keep: Tensor | None = None, dropout: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, padding_mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
     """Full attention, causal or not, by torch's kernel; shapes as `blocked_attention`."""
-    if keep is None:
+    if padding_mask is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=pattern.causal)
-    allowed = keep[:, None, None]
+    allowed = padding_mask[:, None, None]
     if pattern.causal:
         allowed = allowed & pattern.dense(q.shape[2], device=q.device)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
-    return out.masked_fill(~keep[:, None, :, None], 0)
+    return out.masked_fill(~padding_mask[:, None, :, None], 0)

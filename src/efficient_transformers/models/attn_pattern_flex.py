@@ -43,7 +43,7 @@ def flex_pattern_attention(
     """
     assert not dropout, "pattern_attention chooses another engine"
     assert random_blocks is None, "pattern_attention chooses another engine"
-    keep, global_mask, block_masks = rows.keep, rows.global_mask, rows.block_masks
+    padding_mask, global_mask, block_masks = rows.padding_mask, rows.global_mask, rows.block_masks
     batch, num_heads, length, head_dim = q.shape
     if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError(
@@ -58,10 +58,10 @@ def flex_pattern_attention(
     padding = rounded_length(length, BLOCK) - length
     key = (pattern, num_heads)
     if key not in block_masks:
-        real = torch.full((batch,), length, device=q.device) if keep is None else keep.sum(1)
-        marked = None if global_mask is None else F.pad(global_mask, (0, padding))
-        alike = keep is None and global_mask is None
-        block_masks[key] = block_mask(pattern, num_heads, length + padding, real, marked, 1 if alike else batch)
+        real = torch.full((batch,), length, device=q.device) if padding_mask is None else padding_mask.sum(1)
+        global_mask = None if global_mask is None else F.pad(global_mask, (0, padding))
+        alike = padding_mask is None and global_mask is None
+        block_masks[key] = block_mask(pattern, num_heads, length + padding, real, global_mask, 1 if alike else batch)
     q, k, v = (F.pad(x, (0, 0, 0, padding)) if padding else x for x in (q, k, v))
     if is_traced():  # a part of what is being compiled
         out = flex.flex_attention(q, k, v, block_mask=block_masks[key])
@@ -69,17 +69,17 @@ def flex_pattern_attention(
         with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
             out = compiled_flex_attention()(q, k, v, block_mask=block_masks[key])
     out = out[:, :, :length]
-    return out if keep is None else out.masked_fill(~keep[:, None, :, None], 0)
+    return out if padding_mask is None else out.masked_fill(~padding_mask[:, None, :, None], 0)
 
 
 def block_mask(
-    pattern: AttentionPattern, num_heads: int, length: int, real: Tensor, marked: Tensor | None, rows: int
+    pattern: AttentionPattern, num_heads: int, length: int, real: Tensor, global_mask: Tensor | None, rows: int
 ) -> flex.BlockMask:
-    """What the kernel has to compute: which blocks it looks at, and a rule for the pairs in them.
+    """Build the kernel's mask: the blocks it computes, and a rule for the pairs in them.
 
-    `length` is a multiple of BLOCK; `real` (b,) counts the real tokens of each row; `marked` (b, length) is True at
-    further global tokens; `rows` is 1 if all rows are alike, else b. O((length / BLOCK)²), where torch's
-    `create_block_mask` writes out the pairs of all tokens to find the blocks.
+    `length` is a multiple of BLOCK; `real` (b,) counts the real tokens of each row; `global_mask` (b, length) is True
+    at further global tokens; `rows` is 1 if all rows are alike, else b. O((length / BLOCK)²), whereas torch's
+    `create_block_mask` evaluates the pairs of all tokens to find the blocks.
     """
     size, drawn = pattern.block_size, torch.empty(0, device=real.device)
     if pattern.num_random_blocks:
@@ -87,20 +87,20 @@ def block_mask(
 
     def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         allowed = pattern.in_window(i, j) | pattern.is_global(i, real[b]) | pattern.is_global(j, real[b])
-        if marked is not None:
-            allowed = allowed | marked[b, i] | marked[b, j]
+        if global_mask is not None:
+            allowed = allowed | global_mask[b, i] | global_mask[b, j]
         for draw in range(pattern.num_random_blocks):
             allowed = allowed | (drawn[b, h, i // size, draw] == j // size)
         if pattern.causal:
             allowed = allowed & (j <= i)
         return allowed & (j < real[b]) & (i < real[b])
 
-    some, whole = blocks_of(pattern, length, real[:rows], marked, drawn[:rows])
+    some, whole = blocks_of(pattern, length, real[:rows], global_mask, drawn[:rows])
     return flex.BlockMask.from_kv_blocks(*ordered(some & ~whole), *ordered(whole), BLOCK_SIZE=BLOCK, mask_mod=rule)
 
 
 def blocks_of(
-    pattern: AttentionPattern, length: int, real: Tensor, marked: Tensor | None, drawn: Tensor
+    pattern: AttentionPattern, length: int, real: Tensor, global_mask: Tensor | None, drawn: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Blocks in which some pair is read, and those in which every pair is, (b, h or 1, count, count) bool.
 
@@ -121,8 +121,8 @@ def blocks_of(
     whole = (furthest <= surely)[None] if step == 1 else torch.zeros_like(some)
 
     everywhere = pattern.is_global(token[None], real[:, None]).expand(real.shape[0], -1)
-    if marked is not None:
-        everywhere = everywhere | marked
+    if global_mask is not None:
+        everywhere = everywhere | global_mask
     everywhere = everywhere.unflatten(1, (-1, BLOCK))
     partly, wholly = everywhere.any(2)[:, None], everywhere.all(2)[:, None]  # (b, 1, count)
     some = (some | partly | partly.transpose(1, 2))[:, None]

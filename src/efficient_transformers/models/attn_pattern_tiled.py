@@ -39,8 +39,8 @@ def tiled_attention(
     """
     batch, num_heads, length, _ = q.shape
     lengths = [length] * batch if rows.lengths is None else list(rows.lengths)
-    marked = rows.global_tokens
-    patterns = [pattern] * batch if marked is None else [pattern.with_global(tokens) for tokens in marked]
+    global_tokens = rows.global_tokens
+    patterns = [pattern] * batch if global_tokens is None else [pattern.with_global(tokens) for tokens in global_tokens]
     kinds = set(zip(patterns, lengths, strict=True))
     if random_blocks is None and all(is_short(*kind, num_heads) for kind in kinds):
         return by_rows(partial(dense_attention, dropout=dropout), q, k, v, lengths, patterns)

@@ -32,12 +32,12 @@ def in_blocks(x: Tensor, size: int) -> Tensor:
     return x.index_select(-2, index).unflatten(-2, (-1, size))
 
 
-def real_tokens(like: Tensor, size: int, keep: Tensor | None) -> Tensor | None:
+def real_tokens(like: Tensor, size: int, padding_mask: Tensor | None) -> Tensor | None:
     """(b or 1, c, size), True at the real tokens of `like` (b, n, …) in blocks; None where there is nothing else."""
     length = like.shape[1]
-    if keep is None and isinstance(length, int) and length % size == 0:
+    if padding_mask is None and isinstance(length, int) and length % size == 0:
         return None
-    real = torch.ones(1, length, dtype=torch.bool, device=like.device) if keep is None else keep
+    real = torch.ones(1, length, dtype=torch.bool, device=like.device) if padding_mask is None else padding_mask
     count = count_blocks(length, size)
     position = torch.arange(count * size, device=like.device)
     there = real.index_select(1, position.clamp(max=length - 1)) & (position < length)
@@ -227,10 +227,10 @@ def block_runs(q: Tensor, reads: Sequence[KeysValuesBias]) -> Iterator[BlockRun]
     groups, rows, _ = q.shape
     width = sum(k.shape[1] for k, _, _ in reads)
     some = min(rows, max(1, RUN_ENTRIES // width))
-    together = max(1, RUN_ENTRIES // (some * width))
-    for group in range(0, groups, together):
+    groups_per_run = max(1, RUN_ENTRIES // (some * width))
+    for group in range(0, groups, groups_per_run):
         for row in range(0, rows, some):
-            yield slice(group, group + together), slice(row, row + some)
+            yield slice(group, group + groups_per_run), slice(row, row + some)
 
 
 def weights_of_run(q: Tensor, reads: Sequence[KeysValuesBias], run: BlockRun, keys: Tensor) -> Tensor:

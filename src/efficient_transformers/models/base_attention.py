@@ -79,7 +79,7 @@ class PatternAttention(MultiHeadAttention):
             return softmax_attention(q, k, v, self.allowed(sequence, sequence.positions), dropout)
         return self.mix(q, k, v, sequence, dropout), None
 
-    def takes_marks(self, pattern: AttentionPattern) -> bool:
+    def takes_global_mask(self, pattern: AttentionPattern) -> bool:
         """Do the tokens that the caller marked become global in heads with this pattern?"""
         return True
 
@@ -90,7 +90,7 @@ class PatternAttention(MultiHeadAttention):
             return one_product(q, k, v, self.groups, sequence, dropout)
         for pattern, heads in self.groups:
             some = slice(None) if len(heads) == self.num_heads else as_slice(heads)
-            rows = sequence if self.takes_marks(pattern) else sequence.without_marks()
+            rows = sequence if self.takes_global_mask(pattern) else sequence.without_global_mask()
             blocks = table[some] if table is not None and pattern.num_random_blocks else None
             how = rows, dropout, blocks, self.global_rows, self.config._attn_implementation
             mixed.append(pattern_attention(q[:, some], k[:, some], v[:, some], pattern, *how))
@@ -102,8 +102,8 @@ class PatternAttention(MultiHeadAttention):
         for pattern, heads in self.groups:
             table = self.random_blocks[list(heads)] if self.random_blocks is not None else None
             table = table if pattern.num_random_blocks else None
-            marked = sequence.global_mask if self.takes_marks(pattern) else None
-            mask = dense_mask(pattern, len(heads), sequence.positions, key_positions, marked, table)
+            global_mask = sequence.global_mask if self.takes_global_mask(pattern) else None
+            mask = dense_mask(pattern, len(heads), sequence.positions, key_positions, global_mask, table)
             masks.append(mask if len(self.groups) == 1 else mask.expand(-1, len(heads), -1, -1))
         real = (sequence.positions >= 0)[:, None, :, None] & (key_positions >= 0)[:, None, None, :]
         return in_order(self.groups, masks) * real

@@ -125,16 +125,18 @@ class Backbone(ModelInputs):
 
         cache = self.open_cache(past_key_values, use_cache)
         seen = 0 if cache is None else cache.get_seq_length()
-        keep, positions = self.locate(inputs_embeds, attention_mask, seen, cache)
-        inputs_embeds, keep, positions, token_type_ids, position_ids, marked, packing = self.pack(
-            inputs_embeds, keep, positions, token_type_ids, position_ids, global_attention_mask, bool(seen)
+        padding_mask, positions = self.locate(inputs_embeds, attention_mask, seen, cache)
+        inputs_embeds, padding_mask, positions, token_type_ids, position_ids, global_mask, packing = self.pack(
+            inputs_embeds, padding_mask, positions, token_type_ids, position_ids, global_attention_mask, bool(seen)
         )
         if position_ids is None:
             position_ids = positions.clamp(min=0)
         elif position_ids.shape[0] != positions.shape[0]:
             position_ids = position_ids.expand_as(positions)
         hidden = self.embeddings(inputs_embeds, position_ids, token_type_ids)
-        hidden, sequence = self.describe(hidden, keep, positions, position_ids, marked, cache, bool(output_attentions))
+        hidden, sequence = self.describe(
+            hidden, padding_mask, positions, position_ids, global_mask, cache, bool(output_attentions)
+        )
         return self.run(hidden, sequence, packing, *wanted)
 
     def run(
@@ -224,8 +226,8 @@ class Backbone(ModelInputs):
         """The documents of packed rows, None if each row is one."""
         if position_ids is None or position_ids.shape[1] == 1 or is_exported():
             return None
-        keep = None if mask is None else mask[:, -embeds.shape[1] :]  # before these is the past
-        documents = uncompiled(find_documents)(position_ids.expand(embeds.shape[:2]), keep)
+        padding_mask = None if mask is None else mask[:, -embeds.shape[1] :]  # before these is the past
+        documents = uncompiled(find_documents)(position_ids.expand(embeds.shape[:2]), padding_mask)
         if documents is not None and mask is not None:
             check_shape("attention_mask", mask.shape, documents.rows, "batch, length")
         return documents
@@ -236,12 +238,12 @@ class Backbone(ModelInputs):
         embeds: Tensor,
         token_types: Tensor | None,
         position_ids: Tensor,
-        marked: Tensor | None,
+        global_mask: Tensor | None,
         output_hidden_states: bool,
         output_attentions: bool,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """All of `forward` behind the inputs, for packed rows."""
-        hidden, sequence, packing = self.join(documents, embeds, token_types, position_ids, marked)
+        hidden, sequence, packing = self.join(documents, embeds, token_types, position_ids, global_mask)
         return self.run(hidden, sequence, packing, output_hidden_states, output_attentions)
 
     def join(
@@ -250,15 +252,15 @@ class Backbone(ModelInputs):
         embeds: Tensor,
         token_types: Tensor | None,
         position_ids: Tensor,
-        marked: Tensor | None,
+        global_mask: Tensor | None,
     ) -> tuple[Tensor, PackedDocuments, DocumentPacking]:
         """The tokens of packed documents in one row, (1, t, e); each document's external tokens precede its own."""
-        self.check_marks(marked, documents.rows)
+        self.check_global_mask(global_mask, documents.rows)
         check_length(max(documents.lengths), self.config.max_position_embeddings, type(self).__name__)
         position_ids = position_ids.expand(documents.rows)
         hidden = documents.gather(self.embeddings(embeds, position_ids, token_types))
         position_ids = documents.gather(position_ids)
-        marked = None if marked is None else documents.gather(marked)
+        global_mask = None if global_mask is None else documents.gather(global_mask)
         own, lengths, device = None, documents.lengths, hidden.device
         if count := self.num_external:
             lengths = [count + length for length in lengths]
@@ -269,16 +271,16 @@ class Backbone(ModelInputs):
             source = torch.where(place < count, place, at - count * number)
             hidden = self.external_tokens(hidden)[source]
             position_ids = torch.cat([torch.arange(count, device=device), position_ids + count])[source]
-            marked = None if marked is None else nn.functional.pad(marked, (count, 0))[source]
+            global_mask = None if global_mask is None else nn.functional.pad(global_mask, (count, 0))[source]
             own = (place >= count).nonzero()[:, 0]
         parts = []
         for group in (groups := group_by_length(lengths, device)):
             positions = torch.arange(group.tokens.shape[1], device=device).expand_as(group.tokens)
-            of_group = None if marked is None else group.gather(marked)
-            if group.keep is not None:
-                positions = positions.masked_fill(~group.keep, -1)
-                of_group = None if of_group is None else of_group & group.keep
-            told = group.keep, positions, group.gather(position_ids), of_group, hidden.dtype
+            of_group = None if global_mask is None else group.gather(global_mask)
+            if group.padding_mask is not None:
+                positions = positions.masked_fill(~group.padding_mask, -1)
+                of_group = None if of_group is None else of_group & group.padding_mask
+            told = group.padding_mask, positions, group.gather(position_ids), of_group, hidden.dtype
             parts.append((group, self.inform(*told)))
         sequence = PackedDocuments(
             torch.arange(len(hidden), device=device)[None],
@@ -291,10 +293,10 @@ class Backbone(ModelInputs):
     def describe(
         self,
         hidden: Tensor,
-        keep: Tensor | None,
+        padding_mask: Tensor | None,
         positions: Tensor,
         position_ids: Tensor,
-        marked: Tensor | None,
+        global_mask: Tensor | None,
         cache: Cache | None,
         output_attentions: bool,
     ) -> tuple[Tensor, SequenceInfo]:
@@ -305,16 +307,18 @@ class Backbone(ModelInputs):
             front = torch.arange(count, device=hidden.device).expand(batch, -1)
             positions = torch.cat([front, torch.where(positions < 0, -1, positions + count)], 1)
             position_ids = torch.cat([front, position_ids + count], 1)
-            keep = None if keep is None else nn.functional.pad(keep, (count, 0), value=True)
-            marked = None if marked is None else nn.functional.pad(marked, (count, 0))
-        return hidden, self.inform(keep, positions, position_ids, marked, hidden.dtype, cache, output_attentions)
+            padding_mask = None if padding_mask is None else nn.functional.pad(padding_mask, (count, 0), value=True)
+            global_mask = None if global_mask is None else nn.functional.pad(global_mask, (count, 0))
+        return hidden, self.inform(
+            padding_mask, positions, position_ids, global_mask, hidden.dtype, cache, output_attentions
+        )
 
     def inform(
         self,
-        keep: Tensor | None,
+        padding_mask: Tensor | None,
         positions: Tensor,
         position_ids: Tensor,
-        marked: Tensor | None,
+        global_mask: Tensor | None,
         dtype: torch.dtype,
         cache: Cache | None = None,
         output_attentions: bool = False,
@@ -325,9 +329,9 @@ class Backbone(ModelInputs):
             rotary = rotary_angles(position_ids, config.head_dim, config.rope_theta, dtype)
         return SequenceInfo(
             positions=positions,
-            keep=keep,
-            global_mask=marked,
-            **row_numbers(keep, marked),
+            padding_mask=padding_mask,
+            global_mask=global_mask,
+            **row_numbers(padding_mask, global_mask),
             rotary=rotary,
             cache=cache,
             output_attentions=output_attentions,

@@ -45,9 +45,9 @@ class BlockSorting:
         if real is not None:
             blocks, tokens = blocks * real[..., None], real.sum(2, keepdim=True).clamp(min=1)
         means = (blocks.sum(2, dtype=torch.promote_types(hidden.dtype, torch.float32)) / tokens).to(hidden.dtype)
-        keep = None if real is None else real.any(-1)[:, None]
+        real_blocks = None if real is None else real.any(-1)[:, None]
         how = self.config.sinkhorn_iterations, self.config.sinkhorn_temperature
-        return sinkhorn(self.with_noise(self.sorting_network(means, means)), *how, keep)
+        return sinkhorn(self.with_noise(self.sorting_network(means, means)), *how, real_blocks)
 
     def pool(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The sum and the first of the tokens of each block, (b, c, e) each, the sum in float32 or wider."""

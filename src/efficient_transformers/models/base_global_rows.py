@@ -60,7 +60,7 @@ class GlobalRowsAttention(PatternAttention):
         """Output of the global tokens, (b, h, g, d), from the weights of the projections instead of their outputs."""
         k_proj, v_proj = self.global_k_proj, self.global_v_proj
         projections = k_proj.weight, k_proj.bias, v_proj.weight, v_proj.bias
-        return folded_attention(q, hidden, *projections, sequence.keep, self.dropout if self.training else 0.0)
+        return folded_attention(q, hidden, *projections, sequence.padding_mask, self.dropout if self.training else 0.0)
 
 
 def is_plain(layer: nn.Module) -> bool:

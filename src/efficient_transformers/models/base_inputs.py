@@ -33,17 +33,17 @@ class ModelInputs:
             raise ValueError(f"give either {name} or inputs_embeds, not both and not neither.")
         return given[name]
 
-    def read_masks(self, mask: Tensor | None, marked: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def read_masks(self, mask: Tensor | None, global_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The attention_mask and the global_attention_mask as bool."""
         if mask is not None:
             remedy = "turn an additive mask into mask == 0; packed documents are separated by position_ids"
             if self.has_marked_tokens:
                 remedy += "; global tokens are marked by global_attention_mask (mask == 2, if 2 means global)"
             mask = as_mask("attention_mask", mask, "real tokens", "padding", remedy)
-        if marked is not None:
+        if global_mask is not None:
             remedy = "it marks tokens, and padding is said by attention_mask"
-            marked = as_mask("global_attention_mask", marked, "global tokens", "other tokens", remedy)
-        return mask, marked
+            global_mask = as_mask("global_attention_mask", global_mask, "global tokens", "other tokens", remedy)
+        return mask, global_mask
 
     def check_ids(self, embeds: Tensor, token_types: Tensor | None, position_ids: Tensor | None) -> None:
         """Raise ValueError for ids of another dtype or shape, which would be broadcast without a word."""
@@ -51,15 +51,15 @@ class ModelInputs:
             if ids is not None:
                 check_per_token(name, ids, *embeds.shape[:2])
 
-    def check_marks(self, marked: Tensor | None, shape: tuple[int, ...]) -> None:
-        if marked is None:
+    def check_global_mask(self, global_mask: Tensor | None, shape: tuple[int, ...]) -> None:
+        if global_mask is None:
             return
         if not self.has_marked_tokens or self.config.is_decoder:
             raise ValueError(
                 f"{type(self).__name__} takes no global_attention_mask"
                 + (" as a decoder: its global tokens are the first ones." if self.has_marked_tokens else ".")
             )
-        check_shape("global_attention_mask", marked.shape, shape, "batch, length")
+        check_shape("global_attention_mask", global_mask.shape, shape, "batch, length")
 
     def locate(
         self, hidden: Tensor, mask: Tensor | None, seen: int, cache: Cache | None
@@ -88,23 +88,31 @@ class ModelInputs:
     def pack(
         self,
         embeds: Tensor,
-        keep: Tensor | None,
+        padding_mask: Tensor | None,
         positions: Tensor,
         token_types: Tensor | None,
         position_ids: Tensor | None,
-        marked: Tensor | None,
+        global_mask: Tensor | None,
         continues: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, LeftPacking]:
         """Everything that is per token, real tokens first, and how to get back."""
-        self.check_marks(marked, positions.shape)
-        if marked is not None:
-            marked = marked if keep is None else marked & keep
-        packing = LeftPacking(None, keep, self.num_external)
-        if keep is None or continues:
-            return embeds, keep, positions, token_types, position_ids, marked, packing
-        if not is_traced() and bool((keep[:, 1:] <= keep[:, :-1]).all()):
-            return embeds, keep, positions, token_types, position_ids, marked, packing  # padded on the right already
-        packing.order = order = packing_order(keep)
-        per_token = [keep, positions, token_types, position_ids, marked]
+        self.check_global_mask(global_mask, positions.shape)
+        if global_mask is not None:
+            global_mask = global_mask if padding_mask is None else global_mask & padding_mask
+        packing = LeftPacking(None, padding_mask, self.num_external)
+        if padding_mask is None or continues:
+            return embeds, padding_mask, positions, token_types, position_ids, global_mask, packing
+        if not is_traced() and bool((padding_mask[:, 1:] <= padding_mask[:, :-1]).all()):
+            return (
+                embeds,
+                padding_mask,
+                positions,
+                token_types,
+                position_ids,
+                global_mask,
+                packing,
+            )  # padded on the right already
+        packing.order = order = packing_order(padding_mask)
+        per_token = [padding_mask, positions, token_types, position_ids, global_mask]
         packed = [None if x is None else pack(x.expand(order.shape), order) for x in per_token]
         return pack(embeds, order), *packed, packing  # type: ignore[return-value]

@@ -121,9 +121,9 @@ class KernelAttention(MultiHeadAttention):
     def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
         """Per-head output, (b, h, n, d), and the weights if requested and no past is cached."""
         q, k = self.scaled(*(self.split_heads(proj(hidden), sequence.rotary) for proj in (self.q_proj, self.k_proj)))
-        v, decay = self.split_heads(self.v_proj(hidden)), self.log_decay(hidden, sequence.keep)
+        v, decay = self.split_heads(self.v_proj(hidden)), self.log_decay(hidden, sequence.padding_mask)
         # another pass may draw new features before this one runs again
-        how = self.config.features, sequence.cached_choice(self.layer, lambda: self.projection), sequence.keep
+        how = self.config.features, sequence.cached_choice(self.layer, lambda: self.projection), sequence.padding_mask
         out = weights = None
         if sequence.cache is not None:
             memory: StateCacheLayer = sequence.cache.layers[self.layer]  # type: ignore[assignment]
@@ -143,7 +143,7 @@ class KernelAttention(MultiHeadAttention):
         """Queries and keys as the feature map wants them."""
         return q, k
 
-    def log_decay(self, hidden: Tensor, keep: Tensor | None) -> Tensor | None:
+    def log_decay(self, hidden: Tensor, padding_mask: Tensor | None) -> Tensor | None:
         """Logarithm of a recency gate, (b, h, n), 0 at padding; None has no gate."""
         return None
 

@@ -17,7 +17,7 @@ class SequenceInfo(BatchRows):
     """Facts about a batch that a mixer may use besides its hidden states. Rows are packed: real tokens first.
 
     positions: index of each real token in its row, -1 at padding, (b, n).
-    keep, lengths, global_mask, global_tokens, block_masks: as in `BatchRows`.
+    padding_mask, lengths, global_mask, global_tokens, block_masks: as in `BatchRows`.
     rotary: cos and sin of the angles, (b, n, 1, d/2) each.
     cache: of a causal model; holds everything before these tokens.
     shared: a module of the model whose weights all its mixers use; None if there is none.

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 
-def packing_order(keep: Tensor) -> Tensor:
+def packing_order(padding_mask: Tensor) -> Tensor:
     """Positions of the real tokens of each row, in order, then of the padding: (b, n) bool -> (b, n) int64."""
     # counted, not sorted: it is linear, and ONNX has no stable sort
-    real, padding = keep.long(), (~keep).long()
-    place = torch.where(keep, real.cumsum(1), real.sum(1, keepdim=True) + padding.cumsum(1)) - 1
+    real, padding = padding_mask.long(), (~padding_mask).long()
+    place = torch.where(padding_mask, real.cumsum(1), real.sum(1, keepdim=True) + padding.cumsum(1)) - 1
     return inverse(place)
 
 
@@ -64,7 +64,7 @@ class Documents:
         return tokens.unflatten(0, self.rows)
 
 
-def find_documents(position_ids: Tensor, keep: Tensor | None) -> Documents | None:
+def find_documents(position_ids: Tensor, padding_mask: Tensor | None) -> Documents | None:
     """The documents of packed rows, or None if no row of `position_ids` (b, n) holds more than one.
 
     A row's first real token begins a document, and so does every other one whose position is 0: this is how
@@ -73,14 +73,14 @@ def find_documents(position_ids: Tensor, keep: Tensor | None) -> Documents | Non
     """
     if position_ids.shape[1] < 2 or not bool((position_ids[:, 1:] == 0).any()):
         return None
-    real = torch.ones_like(position_ids, dtype=torch.bool) if keep is None else keep
+    real = torch.ones_like(position_ids, dtype=torch.bool) if padding_mask is None else padding_mask
     begins = real & ((position_ids == 0) | (real.cumsum(1) == 1))
     if bool((begins.sum(1) <= 1).all()):
         return None
     places = real.flatten().nonzero()[:, 0]
     first = begins.flatten()[places].nonzero()[:, 0]
     lengths = torch.diff(first, append=first.new_tensor([len(places)])).tolist()
-    return Documents((position_ids.shape[0], position_ids.shape[1]), None if keep is None else places, lengths)
+    return Documents((position_ids.shape[0], position_ids.shape[1]), None if padding_mask is None else places, lengths)
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Group:
 
     numbers: list[int]
     tokens: Tensor
-    keep: Tensor | None
+    padding_mask: Tensor | None
 
     def gather(self, x: Tensor) -> Tensor:
         """The tokens of this group: (t, …) -> (d, l, …)."""
@@ -118,10 +118,10 @@ def group_by_length(lengths: list[int], device: torch.device) -> list[Group]:
 
 def places_in_groups(groups: list[Group]) -> Tensor:
     """Where each token of all documents stands in the flattened groups, one behind the other, (t,)."""
-    kept = [torch.ones_like(g.tokens, dtype=torch.bool) if g.keep is None else g.keep for g in groups]
-    keep = torch.cat([x.flatten() for x in kept]).nonzero()[:, 0]
+    kept = [torch.ones_like(g.tokens, dtype=torch.bool) if g.padding_mask is None else g.padding_mask for g in groups]
+    real = torch.cat([x.flatten() for x in kept]).nonzero()[:, 0]
     tokens = torch.cat([g.tokens.flatten() for g in groups])
-    return torch.zeros_like(keep).scatter(0, tokens[keep], keep)
+    return torch.zeros_like(real).scatter(0, tokens[real], real)
 
 
 @dataclass
@@ -129,7 +129,7 @@ class LeftPacking:
     """How the rows of a batch were packed; undoes it."""
 
     order: Tensor | None  # (b, n), None where the tokens were on the left already
-    keep: Tensor | None  # of the original order, (b, n)
+    padding_mask: Tensor | None  # of the original order, (b, n)
     num_external: int
 
     def restore(self, hidden: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class LeftPacking:
             hidden = hidden[:, self.num_external :]
         if self.order is not None:
             hidden = unpack(hidden, self.order)
-        return hidden if self.keep is None else hidden * self.keep[..., None]
+        return hidden if self.padding_mask is None else hidden * self.padding_mask[..., None]
 
     def again(self, restored: Tensor, hidden: Tensor) -> Tensor:
         """The inverse of `restore`, with the external tokens of `hidden`."""
@@ -160,7 +160,7 @@ class LeftPacking:
 
     def pool(self, pooler: nn.Module, hidden: Tensor) -> Tensor:
         """One vector for each row of `hidden` in the caller's order: (b, e)."""
-        return pooler(hidden, self.keep)
+        return pooler(hidden, self.padding_mask)
 
 
 @dataclass
@@ -182,6 +182,6 @@ class DocumentPacking(LeftPacking):
         """One vector for each document, in their order: (documents, e)."""
         tokens = self.documents.gather(hidden)
         groups = group_by_length(self.documents.lengths, hidden.device)
-        pooled = torch.cat([pooler(group.gather(tokens), group.keep) for group in groups])
+        pooled = torch.cat([pooler(group.gather(tokens), group.padding_mask) for group in groups])
         numbers = torch.tensor([number for group in groups for number in group.numbers], device=hidden.device)
         return pooled.index_select(0, numbers.argsort())

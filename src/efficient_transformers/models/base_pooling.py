@@ -88,16 +88,16 @@ class EtPooler(OwnValues):
         self.dense = PoolerDense(config)
         self.activation = ACT2FN[config.pooler_act]
 
-    def forward(self, hidden: Tensor, keep: Tensor | None) -> Tensor:
-        if keep is None:
-            keep = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    def forward(self, hidden: Tensor, padding_mask: Tensor | None) -> Tensor:
+        if padding_mask is None:
+            padding_mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         match self.pooling:
             case "mean":
-                pooled = (hidden * keep[..., None]).sum(1) / keep.sum(1, keepdim=True).clamp(min=1)
+                pooled = (hidden * padding_mask[..., None]).sum(1) / padding_mask.sum(1, keepdim=True).clamp(min=1)
             case "cls":
-                pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), keep.int().argmax(1)]
+                pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), padding_mask.int().argmax(1)]
             case "last":
-                last = (keep * torch.arange(keep.shape[1], device=hidden.device)).argmax(1)
+                last = (padding_mask * torch.arange(padding_mask.shape[1], device=hidden.device)).argmax(1)
                 pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         if isinstance(self.norm, RunningNorm):
             pooled = self.norm(pooled, follow=self.training and self.learns)

@@ -67,7 +67,7 @@ class RoutingHeads(MultiHeadAttention):
             init.zeros_(self.sums)
             init.zeros_(self.savings)
 
-    def route(self, q: Tensor, k: Tensor, keep: Tensor | None) -> Routes:
+    def route(self, q: Tensor, k: Tensor, padding_mask: Tensor | None) -> Routes:
         """Clusters for the queries and keys (b, n, h, d) of the routing heads, before positions are added to them."""
         causal, (batch, length, heads, _) = self.config.is_decoder, q.shape
         if not heads:
@@ -76,30 +76,30 @@ class RoutingHeads(MultiHeadAttention):
         statistics = None
         if self.training and self.learns:
             sides = (q,) if causal else (q, k)
-            statistics = merge_statistics([cluster_statistics(x, self.centroids, keep) for x in sides])
+            statistics = merge_statistics([cluster_statistics(x, self.centroids, padding_mask) for x in sides])
         if causal:
             return Routes(None, nearest_centroid(q, self.centroids)[:, :, None], statistics)
-        return Routes(self.nearest_groups(q, k, keep), None, statistics)
+        return Routes(self.nearest_groups(q, k, padding_mask), None, statistics)
 
-    def nearest_groups(self, q: Tensor, k: Tensor, keep: Tensor | None) -> BucketLayout:
+    def nearest_groups(self, q: Tensor, k: Tensor, padding_mask: Tensor | None) -> BucketLayout:
         """One group per cluster: the w queries and the w keys (b, h, n, d) nearest to its centroid."""
         batch, _, length, _ = q.shape
         size, count = self.config.cluster_size, self.config.clusters_per_head
-        real = torch.ones(batch, length, dtype=torch.bool, device=q.device) if keep is None else keep
+        real = torch.ones(batch, length, dtype=torch.bool, device=q.device) if padding_mask is None else padding_mask
         sizes = None if size else -(-real.sum(1) // count)
         if size is None:
             size = count_blocks(length, count)
         elif isinstance(length, int):
             size = min(size, length)
-        layout = BucketLayout(*(nearest_tokens(x, self.centroids, size, sizes, keep) for x in (q, k)))  # type: ignore[reportArgumentType]
+        layout = BucketLayout(*(nearest_tokens(x, self.centroids, size, sizes, padding_mask) for x in (q, k)))  # type: ignore[reportArgumentType]
         return replace(layout, missed=real[:, None] & ~layout.standing(length))
 
-    def layout(self, routes: Routes, keep: Tensor | None) -> BucketLayout:
+    def layout(self, routes: Routes, padding_mask: Tensor | None) -> BucketLayout:
         """Groups of the routing heads, in a decoder chunks of the tokens sorted by cluster."""
         if routes.layout is not None:
             return routes.layout
         assert routes.clusters is not None
-        return sorted_chunks(routes.clusters, keep, self.config.reach, causal=True)
+        return sorted_chunks(routes.clusters, padding_mask, self.config.reach, causal=True)
 
     def counts(
         self, routes: Routes, positions: Tensor, key_positions: Tensor, key_clusters: Tensor | None = None

@@ -124,7 +124,7 @@ class EtCompressedAttention(PatternAttention):
             if seen:
                 memory.write(self.compress_pair)
                 return attend_to_cache(q, sequence.positions, memory, dropout), None
-        real = real_tokens(hidden, factor, sequence.keep)
+        real = real_tokens(hidden, factor, sequence.padding_mask)
         k, v = (compress(x, weight, factor, real) for x, weight in zip((k, v), self.convolution, strict=True))
         if self.engine(hidden, sequence) == "dense":
             weights, spread = compressed_weights(q, k, v, factor, causal, sequence.positions >= 0)
@@ -132,7 +132,7 @@ class EtCompressedAttention(PatternAttention):
         if causal:
             return causal_attention(q, k, v, factor, dropout), None
         mask = None
-        if real is not None and (sequence.keep is not None or is_traced()):
+        if real is not None and (sequence.padding_mask is not None or is_traced()):
             # finite, because a row may hold nothing but padding
             mask = q.new_zeros(real.shape[:2]).masked_fill(~real.any(-1), torch.finfo(q.dtype).min / 2)[:, None, None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout), None

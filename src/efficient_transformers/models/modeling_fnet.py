@@ -63,12 +63,12 @@ class FourierMixer(Mixer):
 
     def forward(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, None]:
         """(b, n, e) -> (b, n, e)."""
-        keep = sequence.keep
+        padding_mask = sequence.padding_mask
         if self.config._attn_implementation == "eager" or torch.onnx.is_in_onnx_export():  # no complex numbers there
-            real = torch.ones_like(hidden[..., 0], dtype=torch.bool) if keep is None else keep
+            real = torch.ones_like(hidden[..., 0], dtype=torch.bool) if padding_mask is None else padding_mask
             return fourier_mix_dense(hidden, real), None
-        if keep is not None and sequence.lengths is None:
-            return fourier_mix_chirp(hidden, keep), None
+        if padding_mask is not None and sequence.lengths is None:
+            return fourier_mix_chirp(hidden, padding_mask), None
         return fourier_mix(hidden, sequence.lengths), None
 
 

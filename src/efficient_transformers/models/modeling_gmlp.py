@@ -141,7 +141,7 @@ class SpatialGatingMixer(Mixer):
                     keys, values = keys_values.chunk(2, -1)
                     mixed = mixed + attention.read(q, keys, values, sequence.positions, positions)
                 return self.down_proj(content * mixed), None
-        mixed = self.mix(gate if sequence.keep is None else gate * sequence.keep[..., None])
+        mixed = self.mix(gate if sequence.padding_mask is None else gate * sequence.padding_mask[..., None])
         if attention is not None:
             mixed = mixed + attention(q, k, v, sequence)
         return self.down_proj(content * mixed), None

@@ -107,22 +107,24 @@ class EtLinformerAttention(MultiHeadAttention):
             k, v = self.keys_and_values(hidden, sequence)
             k, v = project(projections[0], k), project(projections[-1], v)
         else:
-            k, v = self.projected(hidden, sequence.keep, projections)
+            k, v = self.projected(hidden, sequence.padding_mask, projections)
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout), None
 
     def keys_and_values(self, hidden: Tensor, sequence: SequenceInfo) -> list[Tensor]:
         """Of all tokens, zero at padding, (b, h, n, d) each."""
         k, v = self.split_heads(self.k_proj(hidden), sequence.rotary), self.split_heads(self.v_proj(hidden))
-        return [k, v] if sequence.keep is None else [x * sequence.keep[:, None, :, None] for x in (k, v)]
+        return (
+            [k, v] if sequence.padding_mask is None else [x * sequence.padding_mask[:, None, :, None] for x in (k, v)]
+        )
 
-    def projected(self, hidden: Tensor, keep: Tensor | None, projections: list) -> list[Tensor]:
+    def projected(self, hidden: Tensor, padding_mask: Tensor | None, projections: list) -> list[Tensor]:
         r"""Projected keys and values, (b, h, k, d) each, of k rows instead of n where all heads share E.
 
         .. math:: E (X W + \mathbf 1 b^\top) = (E X) W + (E \mathbf 1) b^\top
 
         b is the layer's output for a row of zeros, so the layer may be any affine map: an adapter or a quantised layer.
         """
-        real = hidden.new_ones(hidden.shape[:2]) if keep is None else keep.to(hidden.dtype)
+        real = hidden.new_ones(hidden.shape[:2]) if padding_mask is None else padding_mask.to(hidden.dtype)
         with_count = [real[..., None] * hidden, real[..., None]]
         short = [[project(projection, x[:, None])[:, 0] for x in with_count] for projection in projections]
         result = []
@@ -139,8 +141,8 @@ class EtLinformerAttention(MultiHeadAttention):
         _, reads = softmax_attention(q, project(projections[0], k), project(projections[-1], v), everything)
         matrix = projections[-1](v.shape[2]).to(v)
         weights = reads @ matrix
-        if sequence.keep is not None:
-            weights = weights * (sequence.keep[:, None, :, None] & sequence.keep[:, None, None])
+        if sequence.padding_mask is not None:
+            weights = weights * (sequence.padding_mask[:, None, :, None] & sequence.padding_mask[:, None, None])
         return (F.dropout(reads, dropout) @ matrix if dropout else weights) @ v, weights
 
 

@@ -119,7 +119,7 @@ class LongformerAttention(GlobalRowsAttention):
         if config.has_global_projections:
             self.add_global_projections()
 
-    def takes_marks(self, pattern: AttentionPattern) -> bool:
+    def takes_global_mask(self, pattern: AttentionPattern) -> bool:
         return self.config.head_layout == "union" or pattern.is_own  # of separate heads, only the global ones
 
 

@@ -77,8 +77,8 @@ class TokenMixer(Mixer):
     def forward(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, None]:
         """(b, n, e) -> (b, n, e)."""
         length = hidden.shape[1]
-        if sequence.keep is not None:
-            hidden = hidden * sequence.keep[..., None]
+        if sequence.padding_mask is not None:
+            hidden = hidden * sequence.padding_mask[..., None]
         read = first_positions(self.reading_weight, length, 1) @ hidden + self.reading_bias[:, None]  # (b, s, e)
         weight, bias = (first_positions(x, length, 0) for x in (self.writing_weight, self.writing_bias))
         return weight @ self.activation(read) + bias[:, None], None

@@ -135,8 +135,8 @@ class EtReformerAttention(MultiHeadAttention):
         """Per-head output, (b, h, n, d), and the weights if they are written out."""
         q, v = self.split_heads(self.q_proj(hidden), sequence.rotary), self.split_heads(self.v_proj(hidden))
         k = q * (q.square().mean(-1, keepdim=True) + 1e-6).rsqrt()  # of norm √d, by which scores are divided
-        dropout, keep = self.dropout if self.training else 0.0, sequence.keep
-        buckets = sequence.cached_choice(self.layer, lambda: self.buckets(q, keep))
+        dropout, padding_mask = self.dropout if self.training else 0.0, sequence.padding_mask
+        buckets = sequence.cached_choice(self.layer, lambda: self.buckets(q, padding_mask))
         if sequence.cache is not None:
             seen = sequence.cache.get_seq_length(self.layer)
             memory: BucketCacheLayer = sequence.cache.layers[self.layer]  # type: ignore[assignment]
@@ -145,24 +145,24 @@ class EtReformerAttention(MultiHeadAttention):
                 reach = self.config.chunk_length
                 counts = recent_counts(buckets, key_buckets, sequence.positions, positions, reach)
                 return softmax_attention(q, keys, values, counts, dropout)
-        layout = self.layout(buckets, keep)
+        layout = self.layout(buckets, padding_mask)
         if self.engine(hidden, sequence) == "dense":
             return softmax_attention(q, k, v, layout.counts(q.shape[2]), dropout)
         return bucketed_attention(q, k, v, layout, dropout), None
 
-    def buckets(self, q: Tensor, keep: Tensor | None) -> Tensor:
+    def buckets(self, q: Tensor, padding_mask: Tensor | None) -> Tensor:
         """The bucket of each token in each round, (b, h, r, n) int64."""
         config = self.config
         if config.num_buckets is not None or config.is_decoder:
             return assign_buckets(q, self.rotations, self.widest)
-        lengths = keep.sum(1) if keep is not None else torch.full((len(q),), q.shape[2], device=q.device)
+        lengths = torch.full((len(q),), q.shape[2], device=q.device) if padding_mask is None else padding_mask.sum(1)
         limits = config.lsh_chunk_length, config.bucket_limit
         return assign_buckets_by_length(q, self.rotations, self.widest, lengths, *limits)
 
-    def layout(self, buckets: Tensor, keep: Tensor | None) -> BucketLayout:
+    def layout(self, buckets: Tensor, padding_mask: Tensor | None) -> BucketLayout:
         if self.config.attend_across_buckets:
-            return chained_chunks(buckets, keep, self.config.chunk_length, causal=False)
-        return sorted_chunks(buckets, keep, self.config.chunk_length, self.config.is_decoder)
+            return chained_chunks(buckets, padding_mask, self.config.chunk_length, causal=False)
+        return sorted_chunks(buckets, padding_mask, self.config.chunk_length, self.config.is_decoder)
 
 
 class EtReformerPreTrainedModel(EtPreTrainedModel):

@@ -73,11 +73,11 @@ class EtRfaAttention(RandomFeatureAttention):
         q, k = (F.normalize(x, dim=-1) * self.scale for x in (q, k))
         return q, k
 
-    def log_decay(self, hidden: Tensor, keep: Tensor | None) -> Tensor | None:
+    def log_decay(self, hidden: Tensor, padding_mask: Tensor | None) -> Tensor | None:
         if self.gate_proj is None:
             return None
         gate = F.logsigmoid(self.gate_proj(hidden)).transpose(1, 2)
-        return gate if keep is None else gate * keep[:, None]
+        return gate if padding_mask is None else gate * padding_mask[:, None]
 
 
 class EtRfaPreTrainedModel(EtPreTrainedModel):

@@ -139,7 +139,7 @@ class EtRoutingAttention(RoutingHeads):
         if local_v.shape[1]:
             mixed.append(pattern_attention(local_q, local_k, local_v, self.window, sequence, dropout))
         if routing_v.shape[1]:
-            layout = self.layout(routes, sequence.keep)
+            layout = self.layout(routes, sequence.padding_mask)
             mixed.append(bucketed_attention(routing_q, routing_k, routing_v, layout, dropout))
         # joined along the features, the layout that the output projection needs
         return torch.cat([x.transpose(1, 2) for x in mixed], 2).transpose(1, 2), None
@@ -152,7 +152,7 @@ class EtRoutingAttention(RoutingHeads):
         if self.k_proj is not None:
             local_k, *own = self.k_proj(hidden).unflatten(-1, (-1, self.head_dim)).split(self.key_counts, 2)
             routing_k = F.rms_norm(own[0], routing_q.shape[-1:]) if own else routing_q
-        routes = sequence.cached_choice(self.layer, lambda: self.route(routing_q, routing_k, sequence.keep))
+        routes = sequence.cached_choice(self.layer, lambda: self.route(routing_q, routing_k, sequence.padding_mask))
         parts = [local_q, local_k, routing_q, routing_k]
         if sequence.rotary is not None:  # after routing, because clusters are about content
             parts = [rotate(x, sequence.rotary) for x in parts]

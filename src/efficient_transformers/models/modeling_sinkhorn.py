@@ -109,7 +109,7 @@ class EtSinkhornAttention(BlockSorting, MultiHeadAttention):
             if seen:
                 return attend_to_cache(q, sequence.positions, memory, self.sort_causally, self.dropout), None
         length, size = q.shape[2], config.block_size
-        real = real_tokens(hidden, size, sequence.keep)
+        real = real_tokens(hidden, size, sequence.padding_mask)
         order = self.sort_causally(*self.pool(hidden)) if causal else self.sort(hidden, real)
         if config.sortcut_blocks is not None:
             if is_traced():  # rows of zeros are not read, and a traced count may be too small
@@ -119,8 +119,8 @@ class EtSinkhornAttention(BlockSorting, MultiHeadAttention):
         queries, keys, values = (in_blocks(x, size).contiguous() for x in (q, k, v))
         if self.engine(hidden, sequence) == "dense":
             weights = sinkhorn_matrix(queries, keys, *how)[:, :, :length, :length]
-            if sequence.keep is not None:
-                weights = weights * sequence.keep[:, None, :, None]
+            if sequence.padding_mask is not None:
+                weights = weights * sequence.padding_mask[:, None, :, None]
             return F.dropout(weights, self.dropout) @ v, weights
         out = sinkhorn_attention(queries, keys, values, *how, self.dropout).flatten(2, 3)
         if is_traced():  # a slice would ask how a traced length compares

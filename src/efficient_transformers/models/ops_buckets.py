@@ -89,13 +89,13 @@ def itself(real: Tensor, counts: Tensor) -> Tensor:
     return torch.diag_embed((real & (counts.sum(-1) == 0)).long())
 
 
-def sorted_chunks(buckets: Tensor, keep: Tensor | None, chunk_length: int, causal: bool) -> BucketLayout:
-    """Tokens sorted by bucket and cut into chunks; they read their bucket, in their own chunk and the one before it.
+def sorted_chunks(buckets: Tensor, padding_mask: Tensor | None, chunk_length: int, causal: bool) -> BucketLayout:
+    """Sort tokens by bucket, in chunks; they attend to their bucket within their own chunk and the previous one.
 
-    `buckets` (b, h, r, n) int64 ≥ 0 for each of r rounds, `keep` (b, n) True at real tokens, the first ones. Every
-    round begins with a chunk of its own. Returns r · ⌈n / chunk_length⌉ groups; O(r·n log n).
+    `buckets` (b, h, r, n) int64 ≥ 0 for each of r rounds; `padding_mask` (b, n) is True at real tokens, which come
+    first. Each round begins with a new chunk. Returns r · ⌈n / chunk_length⌉ groups; O(r·n log n).
     """
-    order, real = sorted_tokens(buckets, keep)
+    order, real = sorted_tokens(buckets, padding_mask)
     rounds = buckets.shape[2]
     labels = buckets.gather(-1, order) * rounds + torch.arange(rounds, device=buckets.device)[:, None]
     labels, tokens = torch.where(real, labels, -1), torch.where(real, order, -1)
@@ -104,7 +104,7 @@ def sorted_chunks(buckets: Tensor, keep: Tensor | None, chunk_length: int, causa
 
 
 def chained_chunks(
-    buckets: Tensor, keep: Tensor | None, chunk_length: int, causal: bool, chunks: Tensor | None = None
+    buckets: Tensor, padding_mask: Tensor | None, chunk_length: int, causal: bool, chunks: Tensor | None = None
 ) -> BucketLayout:
     """As `sorted_chunks`, but tokens read their whole chunk and the one before it, whatever the bucket.
 
@@ -112,7 +112,7 @@ def chained_chunks(
     (b,) is the number of chunks of a round that belong to the ring; None takes those that hold real tokens. This is
     what transformers' Reformer computes, with all chunks in the ring, those of padding too.
     """
-    order, real = sorted_tokens(buckets, keep)
+    order, real = sorted_tokens(buckets, padding_mask)
     tokens = cut_into_chunks(torch.where(real, order, -1), chunk_length)
     _, heads, groups, size = tokens.shape
     rounds = buckets.shape[2]
@@ -129,15 +129,15 @@ def chained_chunks(
     return BucketLayout(tokens, keys=torch.cat([previous, tokens], -1), own=False, causal=causal)
 
 
-def sorted_tokens(buckets: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+def sorted_tokens(buckets: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Tokens by bucket, then by position, padding last; and where real ones stand: (b, h, r, n) each."""
-    if keep is not None:
-        buckets = torch.where(keep[:, None, None], buckets, PADDING)
+    if padding_mask is not None:
+        buckets = torch.where(padding_mask[:, None, None], buckets, PADDING)
     order = stable_order(buckets)
-    if keep is None:
+    if padding_mask is None:
         return order, torch.ones_like(order, dtype=torch.bool)
     place = torch.arange(order.shape[-1], device=order.device)
-    return order, (place < keep.sum(1)[:, None, None, None]).expand_as(order)
+    return order, (place < padding_mask.sum(1)[:, None, None, None]).expand_as(order)
 
 
 def stable_order(buckets: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def choose_engine(device: torch.device, implementation: str | None = "sdpa", ret
 class BatchRows:
     """Which tokens of each row are real, and which the caller marked as global: as masks and as numbers.
 
-    keep: True at real tokens, which come first, (b, n); None if all are.
+    padding_mask: True at real tokens, as in transformers, (b, n); real tokens come first. None if all are real.
     lengths: real tokens per row as numbers; None if all are, and in traced code.
     global_mask: True at marked tokens, (b, n); None if there are none.
     global_tokens: their positions as numbers, row by row; None as `lengths`.
@@ -44,29 +44,29 @@ class BatchRows:
     """
 
     _: KW_ONLY
-    keep: Tensor | None = None
+    padding_mask: Tensor | None = None
     lengths: Sequence[int] | None = None
     global_mask: Tensor | None = None
     global_tokens: Sequence[tuple[int, ...]] | None = None
     block_masks: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, keep: Tensor | None, global_mask: Tensor | None = None) -> "BatchRows":
+    def of(cls, padding_mask: Tensor | None, global_mask: Tensor | None = None) -> "BatchRows":
         """Both forms of the facts from masks (b, n); numbers only where no graph is recorded."""
-        return BatchRows(keep=keep, global_mask=global_mask, **row_numbers(keep, global_mask))
+        return BatchRows(padding_mask=padding_mask, global_mask=global_mask, **row_numbers(padding_mask, global_mask))
 
-    def without_marks(self) -> "BatchRows":
+    def without_global_mask(self) -> "BatchRows":
         """The same rows without marked tokens."""
-        return BatchRows(keep=self.keep, lengths=self.lengths, block_masks=self.block_masks)
+        return BatchRows(padding_mask=self.padding_mask, lengths=self.lengths, block_masks=self.block_masks)
 
 
-def row_numbers(keep: Tensor | None, global_mask: Tensor | None) -> dict[str, Any]:
+def row_numbers(padding_mask: Tensor | None, global_mask: Tensor | None) -> dict[str, Any]:
     """`lengths` and `global_tokens` of `BatchRows`."""
     numbers: dict[str, Any] = {}
     if is_traced():
         return numbers
-    if keep is not None:
-        numbers["lengths"] = tuple(keep.sum(1).tolist())
+    if padding_mask is not None:
+        numbers["lengths"] = tuple(padding_mask.sum(1).tolist())
     if global_mask is not None:
         numbers["global_tokens"] = tuple(tuple(row.nonzero().flatten().tolist()) for row in global_mask)
     return numbers

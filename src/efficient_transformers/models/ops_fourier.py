@@ -51,42 +51,42 @@ def transform(x: Tensor) -> Tensor:
     return torch.cat([half, mirrored], 2)
 
 
-def fourier_mix_chirp(x: Tensor, keep: Tensor) -> Tensor:
+def fourier_mix_chirp(x: Tensor, padding_mask: Tensor) -> Tensor:
     r"""`fourier_mix` by one convolution for all lengths, O(n·e·log(n·e)), for tracing: lengths are no numbers there.
 
     .. math:: jk = (j^2 + k^2 - (k-j)^2)/2 \quad\Longrightarrow\quad
               y_k = w_k \sum_j (x_j w_j)\, \bar w_{k-j}, \qquad w_j = e^{-\pi i j^2/n}
 
-    Bluestein 1970. `keep` (b, n) is True at real tokens.
+    Bluestein 1970. `padding_mask` (b, n) is True at real tokens.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     length, size = x.shape[1:]
-    real = keep.sum(1)[:, None].clamp(min=1)
+    real = padding_mask.sum(1)[:, None].clamp(min=1)
     position = torch.arange(2 * length, device=x.device)
     distance = torch.minimum(position, 2 * length - position)  # of 0 … n-1, n, which nobody reads, and -(n-1) … -1
     angle = (distance**2 % (2 * real)).to(wide) * (pi / real.to(wide))  # (b, 2n); whole turns are left out exactly
     around = torch.complex(angle.cos(), angle.sin())[..., None]
     position, chirp = position[:length], around[:, :length].conj()
-    columns = torch.fft.rfft(x.to(wide) * keep[..., None])
+    columns = torch.fft.rfft(x.to(wide) * padding_mask[..., None])
     spectrum = torch.fft.fft(columns * chirp, 2 * length, dim=1) * torch.fft.fft(around, dim=1)
     half = (torch.fft.ifft(spectrum, dim=1)[:, :length] * chirp).real
     opposite = torch.where(position == 0, 0, real - position).clamp(min=0)[..., None]
     mirrored = half[:, :, 1 : (size + 1) // 2].flip(2)
     mirrored = mirrored.gather(1, opposite.expand(-1, -1, mirrored.shape[2]))
-    return (torch.cat([half, mirrored], 2) * keep[..., None]).to(x.dtype)
+    return (torch.cat([half, mirrored], 2) * padding_mask[..., None]).to(x.dtype)
 
 
-def fourier_mix_dense(x: Tensor, keep: Tensor) -> Tensor:
+def fourier_mix_dense(x: Tensor, padding_mask: Tensor) -> Tensor:
     r""":math:`C_n x C_e - S_n x S_e` with the matrices of cosines and sines written out, O(n²·e): the reference.
 
-    `keep` (b, n) is True at real tokens.
+    `padding_mask` (b, n) is True at real tokens.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    padded = x.to(wide) * keep[..., None]
+    padded = x.to(wide) * padding_mask[..., None]
     sides = []
-    for length, count in ((x.shape[1], keep.sum(1).clamp(min=1)), (x.shape[2], torch.tensor([x.shape[2]]))):
+    for length, count in ((x.shape[1], padding_mask.sum(1).clamp(min=1)), (x.shape[2], torch.tensor([x.shape[2]]))):
         index, count = torch.arange(length, device=x.device), count.to(x.device)[:, None, None]
         sides.append((index[:, None] * index % count).to(wide) * (2 * pi / count.to(wide)))
     positions, features = sides  # angles, (b, n, n) and (1, e, e)
     mixed = positions.cos() @ padded @ features.cos() - positions.sin() @ padded @ features.sin()
-    return (mixed * keep[..., None]).to(x.dtype)
+    return (mixed * padding_mask[..., None]).to(x.dtype)

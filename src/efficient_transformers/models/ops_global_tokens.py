@@ -26,7 +26,7 @@ def put_rows(x: Tensor, rows: Tensor, tokens: Tensor, present: Tensor) -> Tensor
     return F.pad(x, (0, 0, 0, 1)).scatter(2, target, rows.to(x.dtype))[:, :, :length]
 
 
-def marks_of(tokens: Tensor, present: Tensor, real: Tensor) -> Tensor:
+def global_mask_of(tokens: Tensor, present: Tensor, real: Tensor) -> Tensor:
     """(b, n) True at the positions `tokens` (b, g) that are `present`."""
     return torch.zeros_like(real).expand(tokens.shape[0], -1).scatter(1, tokens, present.expand_as(tokens))
 
@@ -42,15 +42,15 @@ def global_positions(
     own = torch.tensor(pattern.global_tokens, dtype=torch.long, device=real.device)
     if global_mask is not None:
         position = torch.arange(length, device=real.device)
-        marked = real & (global_mask | pattern.is_global(position, real.sum(1, keepdim=True)))
+        is_global = real & (global_mask | pattern.is_global(position, real.sum(1, keepdim=True)))
         # torch.jit.trace would record the example's number as a constant: take room for all
-        most = length if torch.jit.is_tracing() else marked.sum(1).max().item()
+        most = length if torch.jit.is_tracing() else is_global.sum(1).max().item()
         if torch.compiler.is_compiling():  # a data-dependent number
             torch._check(most >= 0)
             torch._check(most <= length)
         elif not most:
-            return None, marked
-        there, tokens = marked.int().topk(most, dim=1, sorted=True)  # type: ignore[reportArgumentType]
+            return None, is_global
+        there, tokens = is_global.int().topk(most, dim=1, sorted=True)  # type: ignore[reportArgumentType]
         return tokens, there.bool()
     tokens = own.expand(batch, -1)
     if pattern.global_ends:

@@ -65,21 +65,23 @@ def nearest_centroid(x: Tensor, centroids: Tensor) -> Tensor:
     return by_head(rule, x, centroids)
 
 
-def nearest_tokens(x: Tensor, centroids: Tensor, size: int, sizes: Tensor | None, keep: Tensor | None) -> Tensor:
-    """The tokens nearest to each centroid, nearest first: (b, h, k, w) int64, -1 in slots that are left empty.
+def nearest_tokens(
+    x: Tensor, centroids: Tensor, size: int, sizes: Tensor | None, padding_mask: Tensor | None
+) -> Tensor:
+    """The tokens nearest to each centroid, nearest first: (b, h, k, w) int64, -1 in empty slots.
 
-    Roy et al. 2020 (arXiv:2003.05997), section 4.1: every cluster takes as many, a token may stand in several or in
-    none. w = `size` slots, of which `sizes` (b,) are filled in each row; None fills all. `x` (b, h, n, d) directions of
-    length 1, `centroids` (h, k, d) likewise, `keep` (b, n) True at real tokens: padding is never taken. Of tokens that
-    are equally near the first ones are taken. O(n·k·d + n·k·log w).
+    Roy et al. 2020 (arXiv:2003.05997), section 4.1: all clusters have the same size, and a token may be in several or
+    in none. w = `size` slots, of which `sizes` (b,) are filled in each row; None fills all. `x` (b, h, n, d) and
+    `centroids` (h, k, d) are unit vectors; `padding_mask` (b, n) is True at real tokens, and padding is never taken.
+    Among equally near tokens the first ones are taken. O(n·k·d + n·k·log w).
     """
 
-    def rule(x: Tensor, centroids: Tensor, keep: Tensor | None, sizes: Tensor | None) -> Tensor:
+    def rule(x: Tensor, centroids: Tensor, padding_mask: Tensor | None, sizes: Tensor | None) -> Tensor:
         length = x.shape[1]
         key = (centroids @ x.transpose(1, 2)).double().mul_(GRID).round_()  # (p, k, n)
         key = key.mul_(length).sub_(torch.arange(length, device=x.device))  # ties by position; exact integers
-        if keep is not None:
-            key = key.masked_fill_(~keep[:, None], float("-inf"))
+        if padding_mask is not None:
+            key = key.masked_fill_(~padding_mask[:, None], float("-inf"))
         if not isinstance(length, int) or size > length:
             key = F.pad(key, (0, size), value=float("-inf"))
         value, token = key.topk(size, -1)
@@ -90,20 +92,20 @@ def nearest_tokens(x: Tensor, centroids: Tensor, size: int, sizes: Tensor | None
 
     heads = x.shape[1]
     sizes = None if sizes is None else sizes[:, None].expand(-1, heads)
-    return by_head(rule, x, centroids, of_heads(keep, heads), sizes)
+    return by_head(rule, x, centroids, of_heads(padding_mask, heads), sizes)
 
 
-def cluster_statistics(x: Tensor, centroids: Tensor, keep: Tensor | None) -> ClusterStatistics:
-    """Of all rows together; `x` (b, h, n, d) and `centroids` (h, k, d) of length 1, `keep` (b, n). O(n·k·d)."""
+def cluster_statistics(x: Tensor, centroids: Tensor, padding_mask: Tensor | None) -> ClusterStatistics:
+    """Of all rows together; `x` (b, h, n, d) and `centroids` (h, k, d) of length 1, `padding_mask` (b, n). O(n·k·d)."""
 
-    def rule(x: Tensor, centroids: Tensor, keep: Tensor | None) -> Tensor:
+    def rule(x: Tensor, centroids: Tensor, padding_mask: Tensor | None) -> Tensor:
         cosine = x @ centroids.transpose(1, 2)  # (p, n, k)
         best, cluster = cosine.max(-1)
         place = cluster[..., None]
         saving = best - cosine.scatter_(-1, place, -1.0).amax(-1)
         values = torch.cat([x, torch.stack([1 - best, saving], -1)], -1)  # (p, n, d + 2)
-        if keep is not None:
-            best = best.masked_fill(~keep, 2.0)
+        if padding_mask is not None:
+            best = best.masked_fill(~padding_mask, 2.0)
         members = cosine.zero_().scatter_(-1, place, (best < 2).to(x.dtype)[..., None])
         # as a product, because a scattered sum adds in another order each time on a GPU
         sums, distortion, savings = (members.transpose(1, 2) @ values).split([x.shape[-1], 1, 1], -1)
@@ -115,7 +117,7 @@ def cluster_statistics(x: Tensor, centroids: Tensor, keep: Tensor | None) -> Clu
         farthest = x.gather(1, first[..., None].expand(-1, -1, x.shape[-1]))
         return ClusterStatistics(sums, farthest, lowest, distortion[..., 0], savings[..., 0]).packed()
 
-    rows = by_head(rule, x, centroids, of_heads(keep, x.shape[1]))
+    rows = by_head(rule, x, centroids, of_heads(padding_mask, x.shape[1]))
     return merge_statistics([ClusterStatistics.unpacked(row) for row in rows])
 
 
@@ -188,6 +190,6 @@ def by_head(rule: Callable[..., Tensor], x: Tensor, centroids: Tensor, *rest: Te
         return torch.cat([rule(*turn) for turn in turns]).unflatten(0, (batch, heads))
 
 
-def of_heads(keep: Tensor | None, heads: int) -> Tensor | None:
+def of_heads(padding_mask: Tensor | None, heads: int) -> Tensor | None:
     """(b, n) -> (b, h, n)."""
-    return None if keep is None else keep[:, None].expand(-1, heads, -1)
+    return None if padding_mask is None else padding_mask[:, None].expand(-1, heads, -1)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def sinkhorn(scores: Tensor, iterations: int, temperature: float, keep: Tensor | None = None) -> Tensor:
+def sinkhorn(scores: Tensor, iterations: int, temperature: float, real: Tensor | None = None) -> Tensor:
     r"""A nearly doubly stochastic matrix, by turns normalising rows and columns of exp(scores / temperature).
 
     .. math:: g \leftarrow -\log \textstyle\sum_i \exp(s_{ij}/\tau - \log \sum_l \exp(s_{il}/\tau + g_l)), \qquad
@@ -13,16 +13,16 @@ def sinkhorn(scores: Tensor, iterations: int, temperature: float, keep: Tensor |
     Sinkhorn 1964; in logarithms as in Mena et al. 2018 (arXiv:1802.08665) and Tay et al. 2020 (arXiv:2002.11296). Each
     iteration takes the rows and then the columns. At the end the rows are normalised once more, since a row is a
     mixture that somebody reads: rows sum to one exactly, columns in the limit. `scores` (…, c, c), in units of
-    `temperature`; towards 0 the result is the permutation with the largest sum of scores. `keep` (…, c) is True at
+    `temperature`; towards 0 the result is the permutation with the largest sum of scores. `real` (…, c) is True at
     real blocks: rows and columns of the others are zero. Returns (…, c, c) in float32 or wider.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / temperature
-    if keep is None:
+    if real is None:
         for _ in range(iterations):
             scores = scores - scores.logsumexp(-1, keepdim=True)
             scores = scores - scores.logsumexp(-2, keepdim=True)
         return scores.softmax(-1)
-    there = keep[..., None, :] & keep[..., None]
+    there = real[..., None, :] & real[..., None]
     # finite, so that no row or column has a NaN as value or gradient; masked again, as it is divided by itself
     lowest = torch.finfo(scores.dtype).min / 2
     for _ in range(iterations):

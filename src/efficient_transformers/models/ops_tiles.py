@@ -307,12 +307,12 @@ def tiles_of_global(
     pattern: AttentionPattern, spans: Spans, length: int, num_heads: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Tile]:
     """The rows of global tokens against the whole sequence."""
-    together = max(16, RUN_ENTRIES // (num_heads * length))
+    queries_per_tile = max(16, RUN_ENTRIES // (num_heads * length))
     for queries in as_positions(spans, 1, device):
         parts = [queries]
         if isinstance(queries, Span):
-            firsts = range(queries.start, queries.stop, together)
-            parts = [Span(first, min(together, queries.stop - first)) for first in firsts]
+            firsts = range(queries.start, queries.stop, queries_per_tile)
+            parts = [Span(first, min(queries_per_tile, queries.stop - first)) for first in firsts]
         for part in parts:
             patches = ()
             if pattern.causal:
@@ -342,9 +342,9 @@ def windows(pattern: AttentionPattern, length: int, num_heads: int, dtype: torch
             pairs = [[span._replace(count=len(group), hop=size) for span in group[0]] for group in groups]
         for queries, keys in pairs:
             entries = queries.size * (1 if pattern.is_own else keys.size)
-            together = 1 if num_heads * entries > RUN_ENTRIES else RUN_ENTRIES // entries
-            for tile in range(0, queries.count, together):
-                part = min(together, queries.count - tile)
+            tiles_per_run = 1 if num_heads * entries > RUN_ENTRIES else RUN_ENTRIES // entries
+            for tile in range(0, queries.count, tiles_per_run):
+                part = min(tiles_per_run, queries.count - tile)
                 yield part_of(queries, tile, part), part_of(keys, tile, part)
 
 

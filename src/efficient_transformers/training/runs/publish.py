@@ -26,10 +26,10 @@ import transformers
 from PIL import Image
 
 from ... import VARIANTS, plots
+from ...attention_maps import read_matrices
 from ...cards import PICTURE, costs_of, description_of
 from ...exporting import CONFIG, README, export, foreign_code
 from ...folders import fit_tokenizer, load_as_float32
-from ...matrices import read_matrices
 from ...trust import ALLOW, UntrustedCodeError, refusing_code
 from ..data.documents import encode_documents, load_documents
 from ..engine.building import load_tokenizer

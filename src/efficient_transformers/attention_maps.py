@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .mixer_matrices import KINDS, Matrix
+from .mixer_maps import KINDS, Matrix
 from .models.base_configuration import EtConfig, PatternConfig
 from .models.base_mixer import SequenceInfo
 from .registry import variant_of
