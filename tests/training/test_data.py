@@ -271,7 +271,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 def test_a_label_that_training_lacks_is_refused(tmp_path, split):
     train = write(tmp_path / "train.jsonl")
     other = write(tmp_path / "other.jsonl", [{"text": "a", "label": "strange"}])
-    with pytest.raises(InputError, match=f"The {split} data has labels that the training data lacks: strange"):
+    with pytest.raises(InputError, match=f"The {split} data has labels that are missing in the training data: strange"):
         load_documents(settings(train, **{f"{split}_data": str(other)}))
 
 
@@ -297,5 +297,7 @@ def test_an_unknown_name_says_what_was_tried(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(documents.datasets, "load_dataset", refuse)
-    with pytest.raises(InputError, match=r"'somebody/data'\) is no bundled corpus \(era\).*from the Hub: no network"):
+    with pytest.raises(
+        InputError, match=r"'somebody/data'\) is not a bundled corpus \(era\).*from the Hub: no network"
+    ):
         load_documents(settings("somebody/data"))

@@ -152,7 +152,7 @@ def test_special_tokens_are_not_denoised():
 
 BAD = {
     "share": ("--self_pretrain_mask_share=1", r"self_pretrain_mask_share \(1.0\) must be more than 0 and less than 1"),
-    "epochs": ("--self_pretrain_epochs=0", r"self_pretrain_epochs \(0\) must be at least 1: leave it out"),
+    "epochs": ("--self_pretrain_epochs=0", r"self_pretrain_epochs \(0\) must be at least 1: omit it"),
     "rate": ("--self_pretrain_learning_rate=0", r"self_pretrain_learning_rate \(0.0\) must be more than 0"),
 }
 
@@ -167,5 +167,5 @@ def test_a_tokenizer_without_a_mask_is_refused(config, tmp_path):
     tokenizer = bpe()
     tokenizer.mask_token = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(InputError, match="needs a mask token, and the tokenizer has none"):
+    with pytest.raises(InputError, match="needs a mask token, but the tokenizer has none"):
         run(config, f"--tokenizer={tmp_path / 'tokenizer'}")

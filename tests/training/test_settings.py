@@ -117,7 +117,7 @@ def test_an_unknown_variant_is_refused(tmp_path):
 
 def test_a_task_without_a_variant_has_no_model():
     with pytest.raises(
-        InputError, match=r"model must name either model_type .*: give --variant, --model.model_type or"
+        InputError, match=r"model must name either model_type .*: pass --variant, --model.model_type or"
     ):
         composed("era", None)
 
@@ -201,7 +201,7 @@ BAD_SETTINGS = {
     "both": ("resume: true\noverwrite: true", "resume and overwrite contradict each other"),
     "two models": ("model: {model_type: bert, checkpoint: x}", "model must name either model_type"),
     "no model": ("model: {}", "model must name either model_type"),
-    "no data": ("data: null", "The setting 'data' is missing: give it in the YAML or as --data."),
+    "no data": ("data: null", "The setting 'data' is missing: set it in the YAML or with --data."),
     "window": ("window_length: 100\nmax_length: 101", "max_length (101) must not exceed window_length (100)"),
     "not YAML": ("a: [", "cannot be read as YAML"),
     "no mapping": ("- a", "must hold `key: value` lines, not a list."),
@@ -311,7 +311,7 @@ def test_help_shows_the_settings_of_the_task(capsys):
 
 
 def test_a_folder_without_a_run_is_not_evaluated(tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: .* holds no finished run: it has no metrics.json"):
+    with pytest.raises(SystemExit, match=r"^error: .* contains no finished run: it has no metrics.json"):
         evaluate.main([str(tmp_path)])
 
 

@@ -140,7 +140,7 @@ def test_a_full_disk_stops_nothing(monkeypatch, folder):
 
 def test_texts_without_windows_are_kept_as_none(folder):
     for _ in range(2):
-        with pytest.raises(InputError, match="holds no token"):
+        with pytest.raises(InputError, match="contains no token"):
             masked(bpe(), texts=[""])
     assert len(list(folder.iterdir())) == 1
 

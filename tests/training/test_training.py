@@ -412,7 +412,7 @@ def test_a_run_is_not_continued_by_other_processes(tmp_path):
 def test_an_output_folder_with_a_run_is_not_written_over(finished):
     folder, _ = finished
     before = (folder / "metrics.json").read_bytes()
-    with pytest.raises(SystemExit, match=r"error: The output folder .* is not empty, it holds a run: --resume"):
+    with pytest.raises(SystemExit, match=r"error: The output folder .* is not empty, it contains a run: --resume"):
         train.main(["--config", str(folder.parent / "tiny.yaml")])
     assert (folder / "metrics.json").read_bytes() == before
 
@@ -421,7 +421,7 @@ def test_an_output_folder_with_a_run_is_not_written_over(finished):
 def test_a_folder_of_something_else_is_left_alone(config, tmp_path, override):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.tex").write_text("precious")
-    with pytest.raises(InputError, match="is not empty and holds no run: set out to another"):
+    with pytest.raises(InputError, match="is not empty and contains no run: set out to another"):
         run(config, override)
     assert (tmp_path / "out/thesis.tex").read_text() == "precious"
 

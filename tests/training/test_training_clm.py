@@ -315,13 +315,13 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
     tokenizer = byte_level()
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"has neither an end token nor a separator .* give it an eos_token"):
+    with pytest.raises(InputError, match=r"has neither an end token nor a separator .* set its eos_token"):
         load_open_tokenizer(settings(tokenizer=str(tmp_path)), [TEXT])
 
 
 def test_a_tokenizer_that_cannot_tell_bytes_is_refused(monkeypatch):
     monkeypatch.setattr(pretrain_clm, "load_tokenizer", lambda *arguments, **options: CanineTokenizer())
-    with pytest.raises(InputError, match=r"cannot tell which bytes .* CanineTokenizer is not one of the tokenizers"):
+    with pytest.raises(InputError, match=r"does not report which bytes .* CanineTokenizer is not from the tokenizers"):
         load_open_tokenizer(settings(), [TEXT])
 
 
@@ -471,7 +471,7 @@ BERT = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_at
 BAD_MODELS = {
     "no head": ({"model_type": "et_big_bird"}, r"A et_big_bird model has no head .* \(et_full, et_local, .*_mlm"),
     "told to": ({"model_type": "et_big_bird", "is_decoder": True}, "BigBird cannot be causal: .* use et_mixed"),
-    "encoder": (BERT, "A bert model reads the tokens that it is to predict: set --model.is_decoder true"),
+    "encoder": (BERT, "A bert model attends to the tokens that it should predict: set --model.is_decoder true"),
 }
 
 
@@ -493,7 +493,7 @@ def test_models_that_are_not_causal_are_refused(corpus, tmp_path, model, message
 
 def test_a_split_without_text_is_refused(config, tmp_path):
     empty = write_rows(tmp_path / "empty.jsonl", [{"text": "[MASK]"}])
-    with pytest.raises(InputError, match="The test data holds no text that could be predicted"):
+    with pytest.raises(InputError, match="The test data contains no text that could be predicted"):
         run(config, f"--test_data={empty}")
 
 
@@ -502,7 +502,7 @@ def test_an_encoder_is_refused_unless_it_is_to_become_a_decoder(config, tmp_path
     encoder = AutoModelForMaskedLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
     encoder.save_pretrained(tmp_path / "encoder")
     given = (f"--model.checkpoint={tmp_path / 'encoder'}", "--max_steps=1", "--eval_first=false")
-    with pytest.raises(InputError, match=r"The checkpoint .* is an encoder.*set --model.is_decoder true"):
+    with pytest.raises(InputError, match=r"The checkpoint .* is a bidirectional encoder.*set --model.is_decoder true"):
         run(config, *given)
     run(config, *given, "--model.is_decoder=true")
     assert not reads_ahead(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))

@@ -623,9 +623,12 @@ def test_bad_recall_settings_are_refused(values, message):
 
 
 BAD_LRA = {
-    "tokenizer": ({"tokenizer": "x"}, "tokenizer ('x') has no use: these tasks are read by the word"),
+    "tokenizer": ({"tokenizer": "x"}, "tokenizer ('x') has no effect: the tokens of these tasks are words"),
     "examples": ({"train_examples": 0}, "train_examples (0) must be at least 1."),
-    "documents": ({"data": "era", "test_examples": 5}, "test_examples (5) has no use: all documents of era are taken."),
+    "documents": (
+        {"data": "era", "test_examples": 5},
+        "test_examples (5) has no effect: all documents of era are used.",
+    ),
     "metric": ({"best_metric": "f2"}, "best_metric ('f2') must be one of loss, accuracy, macro_f1."),
 }
 

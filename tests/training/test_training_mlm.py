@@ -305,7 +305,7 @@ def test_models_that_let_documents_read_each_other_are_refused():
     sizes = {"vocab_size": 99, **{name: TINY["model"][name] for name in ("hidden_size", "num_hidden_layers")}}
     for kind, heads in (("bert", {"num_attention_heads": 2}), ("fnet", {})):
         model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(kind, **sizes, **heads))
-        with pytest.raises(InputError, match=f"packing .*a {kind} model lets them read each other: set packing to"):
+        with pytest.raises(InputError, match=f"packing .*a {kind} model they attend to each other: set packing to"):
             check_packing(model, values)
     check_packing(AutoModelForMaskedLM.from_config(AutoConfig.for_model("et_fnet", **sizes)), values)
 
@@ -464,7 +464,7 @@ def test_a_checkpoint_is_trained_on(finished, config, tmp_path):
     ours, theirs = load_file(tmp_path / "out/model.safetensors"), load_file(folder / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert not any(torch.equal(ours[name], theirs[name]) for name in ours if name.endswith("dense.weight"))
-    with pytest.raises(InputError, match="frequency_bias is the start of a new model"):
+    with pytest.raises(InputError, match="frequency_bias initialises a new model"):
         run(config, f"--model.checkpoint={folder}", "--tokenizer=null", "--frequency_bias=true", "--overwrite=true")
 
 
@@ -533,7 +533,7 @@ BAD_RUNS = {
     "column": (["--text_column=body"], "no column 'body'; there are: text. Set text_column"),
     "frequencies": (
         ["--frequency_bias=true", "--streaming=true", "--max_steps=1"],
-        "frequency_bias is counted in all the training text",
+        "frequency_bias is computed from all training texts",
     ),
     "causal": (
         ["--model.is_decoder=true"],
@@ -557,21 +557,23 @@ def test_a_model_without_such_a_head_is_refused(corpus, tmp_path):
 
 def test_a_tokenizer_without_a_mask_token_is_refused(monkeypatch, config, tmp_path):
     monkeypatch.setattr(task, "train", lambda *arguments: pytest.fail("training began"))
-    with pytest.raises(SystemExit, match=r"error: The tokenizer .* has no mask token: .* mask_token='\[MASK\]'"):
+    with pytest.raises(
+        SystemExit, match=r"error: The tokenizer .* has no mask token: .* set mask_token, e.g. '\[MASK\]'"
+    ):
         train.main(["--config", str(config), without_mask(tmp_path)])
 
 
 def test_a_split_without_text_is_refused(config, tmp_path):
     empty = write_rows(tmp_path / "empty.jsonl", [{"text": ""}])
-    with pytest.raises(InputError, match="The test data holds no token that could be masked"):
+    with pytest.raises(InputError, match="The test data contains no token that could be masked"):
         run(config, f"--test_data={empty}")
 
 
 def test_whole_words_need_a_tokenizer_that_knows_them():
-    with pytest.raises(InputError, match=r"whole_word needs .* CanineTokenizer is not one of the tokenizers library"):
+    with pytest.raises(InputError, match=r"whole_word needs .* CanineTokenizer is not from the tokenizers library"):
         Packer(CanineTokenizer(), 16, whole_words=True)
     unsplit = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"o": 0, "n": 1}, [])), **SPECIAL)
-    with pytest.raises(InputError, match=r"whole_word needs .* takes 'one two' for a single word"):
+    with pytest.raises(InputError, match=r"whole_word needs .* treats 'one two' as a single word"):
         Packer(unsplit, 16, whole_words=True)
 
 

@@ -225,7 +225,7 @@ def test_the_size_of_a_step_is_given_in_one_way(documents, tmp_path):
     assert [ClmSettings.from_dict(values).step_size(n) for n in (1, 3)] == [8, 8]
     del values["global_batch_size"]
     assert [ClmSettings.from_dict(values | {"gradient_accumulation": 5}).step_size(n) for n in (1, 3)] == [20, 60]
-    with pytest.raises(InputError, match=r"dataloader_num_workers \(1\) has no use with streaming"):
+    with pytest.raises(InputError, match=r"dataloader_num_workers \(1\) has no effect with streaming"):
         ClmSettings.from_dict(values | {"dataloader_num_workers": 1, "streaming": True, "max_steps": 1})
     with pytest.raises(InputError, match=r"gradient_accumulation \(2\) follows from global_batch_size \(8\)"):
         ClmSettings.from_dict(values | {"gradient_accumulation": 2, "global_batch_size": 8})

@@ -330,7 +330,7 @@ def test_bad_tags_are_refused(tmp_path, row, message):
 def test_a_tag_that_training_lacks_is_refused(tmp_path):
     train = write_rows(tmp_path / "a.jsonl", [{"words": ["a"], "tags": ["O"]}] * 9)
     test = write_rows(tmp_path / "b.jsonl", [{"words": ["a"], "tags": ["B-X"]}])
-    with pytest.raises(InputError, match="The test data has tags that the training data lacks: B-X"):
+    with pytest.raises(InputError, match="The test data has tags that are missing in the training data: B-X"):
         load_tagged(settings(TagSettings, data=str(train), test_data=str(test)))
 
 
@@ -487,9 +487,9 @@ def test_needles_follow_from_split_seed(tmp_path):
 
 
 BAD_QUESTIONS = {
-    "place": ({"text": ["war"], "answer_start": [1]}, r"'war' of line 1 of a.jsonl does not stand .* at character 1"),
+    "place": ({"text": ["war"], "answer_start": [1]}, r"'war' of line 1 of a.jsonl is not .* at character 1"),
     "form": (["war"], r"'answers' must be \{'text': \[...\], 'answer_start': \[...\]\}.*has \['war'\]"),
-    "lengths": ({"text": ["war"], "answer_start": []}, "as many of one as of the other"),
+    "lengths": ({"text": ["war"], "answer_start": []}, "with lists of equal length"),
     "none": ({"text": [], "answer_start": []}, "Line 1 of a.jsonl has no answer: set null_answers to true"),
 }
 
@@ -505,7 +505,7 @@ def test_a_tokenizer_without_offsets_is_refused():
     tokenizer, model = CanineTokenizer(), plain_model()
     encoders = ((answer_windows, AnswerSettings), (tag_windows, TagSettings), (choice_rows, ChooseSettings))
     for encode, settings_class in encoders:
-        with pytest.raises(InputError, match="CanineTokenizer is not one of the tokenizers library"):
+        with pytest.raises(InputError, match="CanineTokenizer is not from the tokenizers library"):
             encode([], tokenizer, 64, settings(settings_class), model)
 
 
@@ -563,7 +563,7 @@ def test_a_label_outside_of_the_choices_is_refused(label):
 def test_all_examples_need_as_many_choices(tmp_path):
     rows = [choice_row(i) for i in range(9)]
     rows[3]["choices"] = rows[3]["choices"][:2] * 3
-    with pytest.raises(InputError, match=r"as many choices as the others, but there are some with \[4, 6\]"):
+    with pytest.raises(InputError, match=r"the same number of choices, but the numbers are \[4, 6\]"):
         load_choices(settings(ChooseSettings, data=str(write_rows(tmp_path / "a.jsonl", rows))))
 
 
@@ -634,7 +634,7 @@ BAD_PAIRS = {
         r"'label' must be 1 \(a match\) or 0, but line 1 of a.jsonl has 2",
     ),
     "text": ({"text1": "a", "text2": 5, "label": 1}, "Both documents must be text, but line 1 of a.jsonl has 5"),
-    "one class": ({"text1": "a", "text2": "b", "label": 1}, "must have both pairs that match and pairs that do not"),
+    "one class": ({"text1": "a", "text2": "b", "label": 1}, "must contain both pairs that match and pairs that do not"),
 }
 
 

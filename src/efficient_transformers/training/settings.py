@@ -1,6 +1,6 @@
 """Settings of a run: a dataclass filled from composed YAML files and from options such as `--learning_rate 1e-3`.
 
-jsonargparse reads the values and checks their types; what goes beyond a type is in `Settings.check`.
+jsonargparse parses the values and checks their types; further checks are in `Settings.check`.
 """
 
 import copy
@@ -17,28 +17,28 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
-REPOSITORY = Path(__file__).resolve().parents[3]  # of a checkout
+REPOSITORY = Path(__file__).resolve().parents[3]  # if this is a checkout
 CONFIGS = REPOSITORY / "configs"
-TRUST = "trust_remote_code"  # a setting that no file can make
-VARIANTS, VARIANT = "variants", "{variant}"  # the section and the folder of variants; stands for a variant's name
-# settings that change neither the data nor the weights, and so may differ when a run is continued
+TRUST = "trust_remote_code"  # a setting that no file can set
+VARIANTS, VARIANT = "variants", "{variant}"  # the section and folder of variants; placeholder for a variant's name
+# settings that change neither the data nor the weights, and so may differ when a run is resumed
 FREE_TO_CHANGE = {
     "out", "overwrite", "resume", "checkpoint_steps", "keep_checkpoints", "keep_checkpoints_at_end", "log_steps",
     "tracker", "eval_batch_size", "license", "language", "card_notes", "config", "task",
     "cache_tokens", "num_workers", "dataloader_num_workers", "trust_remote_code", "ignore_memory",
 }  # fmt: skip
-# where the data come from: the licence and the language that a YAML gives for the card are those of its own
+# sources of the data: `license` and `language` in a YAML file are those of its own data
 DATA = ("data", "data_config", "validation_data", "test_data", "more_data")
 SettingsType = TypeVar("SettingsType", bound="Settings")
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; shown as one line, without a traceback."""
+    """Invalid user input; shown as one line, without a traceback."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may have. `least` and `most` belong to it, `above` and `below` do not."""
+    """The range of a numeric setting. `least` and `most` are inclusive, `above` and `below` are exclusive."""
 
     least: float | None = None
     most: float | None = None
@@ -47,7 +47,7 @@ class Range:
     why: str = ""
 
     def check(self, name: str, value: float) -> None:
-        """Raise InputError, which says the range, unless `value` lies in it and is finite."""
+        """Raise InputError with the range if `value` is outside of it or not finite."""
         low = self.least if self.above is None else self.above
         high = self.most if self.below is None else self.below
         inside = (low is None or value > low or (value == low and self.above is None)) and (
@@ -71,72 +71,72 @@ class Range:
 
 
 def ranged(default: Any, **limits: Any) -> Any:
-    """A setting of a dataclass with its default and the `Range` of its numbers."""
+    """A dataclass field for a setting, with its default and `Range`."""
     return dataclasses.field(default=default, metadata={"range": Range(**limits)})
 
 
 @dataclasses.dataclass
 class Settings:
-    """The settings that all tasks have in common. A task adds its own by subclassing."""
+    """Settings shared by all tasks. A task adds its own in a subclass."""
 
     # data
     # a bundled corpus, a .jsonl/.csv/.parquet/.txt file, a folder of train/validation/test or .txt files, or a Hub name
     data: str
-    data_config: str | None = None  # configuration of a Hub data set
-    validation_data: str | None = None  # files of their own; what is missing is cut from the training data
+    data_config: str | None = None  # configuration of a dataset on the Hub
+    validation_data: str | None = None  # separate files; missing splits are cut from the training data
     test_data: str | None = None
-    # of that cut; apart from `seed`, so that runs with several seeds see the same splits
+    # seed of that cut; separate from `seed`, so that runs with several seeds have the same splits
     split_seed: int = ranged(0, least=0, most=2**32 - 1)
-    # tokens that the model sees of each example; default: as many as it can
+    # tokens per example that the model processes; default: the model's maximum
     max_length: int | None = ranged(None, least=3, why="fewer hold no text")
     # model
     model: dict[str, Any] = dataclasses.field(default_factory=dict)  # `model_type` or `checkpoint`, and config fields
-    tokenizer: str | None = None  # folder or Hub name; default: the checkpoint's own
+    tokenizer: str | None = None  # folder or Hub name; default: that of the checkpoint
     trust_remote_code: bool = False  # run code that comes with a checkpoint, tokenizer or metric; an option only
     reinitialize: bool = False  # train although tensors of the checkpoint's body are missing or have another shape
     # optimisation
     epochs: int = ranged(3, least=1)
-    max_steps: int | None = ranged(None, least=1)  # optimiser steps; takes the place of `epochs`
-    batch_size: int = ranged(8, least=1)  # examples of one process in one forward pass
+    max_steps: int | None = ranged(None, least=1)  # optimizer steps; replaces `epochs`
+    batch_size: int = ranged(8, least=1)  # examples per process in one forward pass
     eval_batch_size: int = ranged(16, least=1)
     gradient_accumulation: int = ranged(1, least=1)
-    # examples of a step of all processes; default: batch_size x processes x gradient_accumulation. With it a run takes
-    # the same steps on any number of processes, in as many batches of at most batch_size as they need
+    # examples per step over all processes; default: batch_size x processes x gradient_accumulation. If set, a run takes
+    # the same steps on any number of processes, in as many batches of at most batch_size as needed
     global_batch_size: int | None = ranged(None, least=1)
-    sort_by_length: bool = True  # batches of similar length, which pad less
-    # processes that make the batches of training; 0: the one that trains
+    sort_by_length: bool = True  # batches of similar lengths, which need less padding
+    # processes that build the training batches; 0: the training process itself
     dataloader_num_workers: int = ranged(0, least=0)
     learning_rate: float = ranged(5e-5, above=0, most=1)
-    # of weights that the checkpoint does not bring; default: learning_rate
+    # for weights that are not in the checkpoint; default: learning_rate
     head_learning_rate: float | None = ranged(None, above=0, most=1)
     weight_decay: float = ranged(0.01, least=0, most=10)
     warmup_ratio: float = ranged(0.1, least=0, most=1, why="it is a share of the steps")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     max_grad_norm: float = ranged(1.0, above=0)
     seed: int = ranged(0, least=0, most=2**32 - 1)
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # default: what `accelerate launch` was told
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None  # default: the setting of `accelerate launch`
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    ignore_memory: bool = False  # start although the estimate of the memory is more than there is
-    # watching
-    eval_first: bool = False  # evaluate before training, too: where a converted or trained checkpoint starts from
+    ignore_memory: bool = False  # start even if the estimated memory exceeds what is available
+    # evaluation and logging
+    eval_first: bool = False  # also evaluate before training, to measure a converted or trained checkpoint
     eval_steps: int | None = ranged(None, least=1)  # default: at the end of every epoch
     best_metric: str = "loss"
-    patience: int | None = ranged(None, least=1)  # evaluations without a gain after which training stops
+    patience: int | None = ranged(None, least=1)  # stop training after this number of evaluations without improvement
     log_steps: int = ranged(10, least=1)
     tracker: Literal["tensorboard", "none"] = "tensorboard"
     # output
     task: str | None = None  # name of the task in `tasks.TASKS`
-    config: str | None = None  # <name of the YAML>/<variant>, which is set automatically
+    config: str | None = None  # <name of the YAML>/<variant>, set automatically
     out: str | None = None  # default: runs/<name of the YAML>-<variant>
     overwrite: bool = False
     resume: bool = False
     checkpoint_steps: int | None = ranged(None, least=1)  # default: after every evaluation
     keep_checkpoints: int = ranged(2, least=1)
     keep_checkpoints_at_end: bool = False
-    # these three go into the model card; those of a YAML only where options leave its data and its model as they are
+    # for the model card; values from a YAML are used only if options do not change its data and model
     license: str | None = None
     language: str | None = None
-    card_notes: str | None = None  # Markdown: what was measured beyond this run
+    card_notes: str | None = None  # Markdown: further measurements
 
     @classmethod
     def from_yaml(
@@ -147,9 +147,9 @@ class Settings:
 
     @classmethod
     def from_options(cls: type[SettingsType], values: Mapping[str, Any], options: Iterable[str]) -> SettingsType:
-        """Settings of `values`, as YAML files hold them, and, over these, of options of a command line.
+        """Build settings from `values`, as in YAML files, and from command-line options, which take precedence.
 
-        Only an option grants trust: the files may come from elsewhere, as the folder of a run does.
+        Only an option can grant trust, because files may come from elsewhere, like the folder of a run.
         """
         options = list(options)
         for option in options:
@@ -169,10 +169,10 @@ class Settings:
         for field in dataclasses.fields(cls):
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if required and values.get(field.name) is None:
-                raise InputError(f"The setting {field.name!r} is missing: give it in the YAML or as --{field.name}.")
-        given = copy.deepcopy(dict(values))  # the parser writes into it
+                raise InputError(f"The setting {field.name!r} is missing: set it in the YAML or with --{field.name}.")
+        given = copy.deepcopy(dict(values))  # the parser modifies it
         if given.get("mixed_precision") is False:
-            given["mixed_precision"] = "no"  # YAML 1.1 reads the bare word as a truth value
+            given["mixed_precision"] = "no"  # YAML 1.1 parses the bare word as a boolean
         try:
             settings = cls(**cls.parser().parse_object(given, defaults=False).as_dict())
         except ArgumentError as error:
@@ -183,7 +183,7 @@ class Settings:
     @classmethod
     @functools.cache
     def parser(cls) -> ArgumentParser:
-        """An option for every setting; truth values need none: `--resume` stands for `--resume true`."""
+        """A parser with an option for every setting; booleans need no value: `--resume` means `--resume true`."""
         parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, usage="%(prog)s [options]")
         hints = get_type_hints(cls)
         for field in dataclasses.fields(cls):
@@ -199,7 +199,7 @@ class Settings:
 
     @classmethod
     def _explain(cls, error: ArgumentError, values: Mapping[str, Any] | None = None) -> str:
-        """What the parser says in several lines, in one: the setting, its value and what it must be."""
+        """Summarise the parser's message in one line: the setting, its value and the allowed values."""
         said = " ".join(str(error).split())
         if found := re.search(r'Parser key "(\w+)[^"]*": .*(?:Got|Given) value: (.*)', said):
             key, text = found.groups()
@@ -209,7 +209,7 @@ class Settings:
         return said
 
     def check(self) -> None:
-        """Values that have the right type and cannot work all the same: out of their `Range`, or not together."""
+        """Check values of the right type that are out of their `Range` or contradict each other."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is not None and (limits := field.metadata.get("range")) is not None:
@@ -217,22 +217,22 @@ class Settings:
         if self.global_batch_size is not None and self.gradient_accumulation > 1:
             raise InputError(
                 f"gradient_accumulation ({self.gradient_accumulation}) follows from global_batch_size "
-                f"({self.global_batch_size}): leave out one of them."
+                f"({self.global_batch_size}): omit one of them."
             )
         if bool(self.model.get("model_type")) == bool(self.model.get("checkpoint")):
             raise InputError(
-                "model must name either model_type (a new model) or checkpoint (one to start from): give --variant, "
+                "model must name either model_type (a new model) or checkpoint (one to start from): pass --variant, "
                 "--model.model_type or --model.checkpoint."
             )
         if self.resume and self.overwrite:
-            raise InputError("resume and overwrite contradict each other: give one of them.")
+            raise InputError("resume and overwrite contradict each other: pass only one of them.")
 
     @property
     def folder(self) -> Path:
         return Path(self.out or "runs")
 
     def step_size(self, processes: int) -> int:
-        """Examples of one optimiser step."""
+        """Number of examples in one optimizer step."""
         return self.global_batch_size or self.batch_size * processes * self.gradient_accumulation
 
     def to_yaml(self) -> str:
@@ -261,11 +261,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def compose(path: Path, variant: str | None = None) -> dict[str, Any]:
-    """The settings of a YAML file, over them those of a variant, and over these the file's section for the variant.
+    """Merge the settings of a YAML file, those of a variant, and the file's section for the variant; later ones win.
 
-    `variants/<variant>.yaml`, beside the file or in this repository's configs, says how to make a new model; it is left
-    out where the file starts from a checkpoint, whose name may contain `{variant}`. A section of `variants:` need not
-    be that of a variant file. Raises InputError if there is neither.
+    `variants/<variant>.yaml`, next to the file or in the configs of this repository, defines a new model; it is ignored
+    if the file starts from a checkpoint, whose name may contain `{variant}`. A section under `variants:` does not need
+    a variant file. Raises InputError if there is neither.
     """
     values = read_yaml(path)
     sections = values.pop(VARIANTS, None) or {}
@@ -290,21 +290,21 @@ def compose(path: Path, variant: str | None = None) -> dict[str, Any]:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` wins; the fields of `model` are merged one by one."""
+    """Merge settings; `above` takes precedence, and the fields of `model` are merged individually."""
     merged = {**below, **above}
     lower, upper = below.get("model"), above.get("model")
     if isinstance(lower, dict) and isinstance(upper, dict):
-        # a checkpoint has a config of its own, to which the fields of a new model do not apply
+        # a checkpoint has its own config, to which the fields of a new model do not apply
         replaced = "checkpoint" in upper and "checkpoint" not in lower
         merged["model"] = upper if replaced else {**lower, **upper}
     return merged
 
 
 def without_claims(values: Mapping[str, Any], merged: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`merged` without what the YAML's `values` say for the card, where options (`given`) make it untrue.
+    """`merged` without the card settings in the YAML's `values` that options (`given`) make untrue.
 
-    `license` and `language` are those of the YAML's data, `license` that of its checkpoint, too. `card_notes` are of
-    the model that the YAML trains, with any seed.
+    `license` and `language` describe the data of the YAML, and `license` also its checkpoint. `card_notes` describe the
+    model that the YAML trains, with any seed.
     """
     changed = {name for name, value in given.items() if merged[name] != values.get(name)}
     of_data = bool(changed & set(DATA))
@@ -319,7 +319,7 @@ def without_claims(values: Mapping[str, Any], merged: Mapping[str, Any], given: 
 
 
 def wanted(annotation: Any) -> str:
-    """A type in the words of an error message."""
+    """A type, described for an error message."""
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(wanted(option) for option in get_args(annotation))
     if get_origin(annotation) is Literal:
@@ -337,7 +337,7 @@ def wanted(annotation: Any) -> str:
 
 
 def find_path(name: str) -> Path | None:
-    """A file or folder by its path from here, or from the repository, so that configs work from any folder."""
+    """Find a file or folder relative to the working directory, or to the repository, so that configs work anywhere."""
     for path in (Path(name), REPOSITORY / name):
         if path.exists():
             return path

@@ -1,4 +1,4 @@
-"""Causal language modelling: documents that begin and end, and the bytes of text that each token stands for."""
+"""Causal language modelling: documents with a beginning and an end, and the number of text bytes of each token."""
 
 import re
 from dataclasses import dataclass
@@ -13,26 +13,26 @@ from .packing import IGNORED, Packing, Windows, encoded, packed_coverage, slices
 
 @dataclass
 class CausalWindow:
-    """`sizes` are the UTF-8 bytes of text that each token stands for; special tokens stand for none."""
+    """`sizes` are the numbers of UTF-8 bytes of text represented by each token, 0 for special tokens."""
 
     ids: np.ndarray
     sizes: np.ndarray
 
     @property
     def predicted_bytes(self) -> int:
-        """Nothing predicts the first token."""
+        """Bytes of all tokens except the first one, which is not predicted."""
         return int(self.sizes[1:].sum())
 
 
 class CausalPacker:
-    """Cuts texts into windows of up to `max_length` tokens, like packing.Packer, for a model that reads in order.
+    """Cuts texts into windows of up to `max_length` tokens, like packing.Packer, for a causal model.
 
-    Every document begins as the tokenizer's texts do (`[CLS]`, `<s>` or nothing) and ends with its end token. These
-    stand where a document really begins and ends: a window that is cut from the middle of one has none, so that the
-    end is predicted, and `generate` stops, where a text is over. The tokenizer must be a fast one.
-    `documents` cuts the stream of all documents of a split, `padding` each for itself; a rest of fewer than
-    `shortest_window` tokens is then dropped, unless it is all there is of a document. `best_fit` cuts as `padding` and
-    drops only what is of one token, for packing.Rows.
+    Every document begins with the tokenizer's beginning (`[CLS]`, `<s>` or nothing) and ends with its end token. These
+    occur only where a document really begins and ends, and not where a window is cut from the middle of one, so that
+    the model predicts the end, and `generate` stops, at the end of a text. The tokenizer must be a fast one.
+    `documents` cuts the stream of all documents of a split, `padding` each document separately; a remainder of fewer
+    than `shortest_window` tokens is then dropped unless it is the whole document. `best_fit` cuts like `padding` and
+    drops only remainders of one token, for packing.Rows.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class CausalPacker:
     ):
         if max_length < 2:
             raise InputError(
-                f"max_length ({max_length}) leaves nothing to predict: a window's first token is given. Raise it."
+                f"max_length ({max_length}) leaves nothing to predict: a window's first token is given. Increase it."
             )
         self.tokenizer, self.max_length, self.packing = tokenizer, max_length, packing
         self.shortest_window = max(2, shortest_window) if packing == "padding" else 2
 
     def __call__(self, texts: list[str]) -> list[CausalWindow]:
-        """The windows of the texts; `coverage` then says how much of these they show."""
+        """Return the windows of the texts, and set `coverage` to the part of the texts that they contain."""
         head, _ = special_frame(self.tokenizer, texts)
         end = np.array([self.tokenizer.eos_token_id], dtype=np.int32)
         documents, counts = [], []
@@ -58,7 +58,7 @@ class CausalPacker:
             if len(ids):
                 assert encoding is not None
                 sizes = byte_sizes(text, encoding)
-                sizes[np.isin(ids, self.tokenizer.all_special_ids)] = 0  # those that stand in the text itself
+                sizes[np.isin(ids, self.tokenizer.all_special_ids)] = 0  # those that occur in the text itself
                 framed = np.concatenate([head, ids, end]), np.pad(sizes, (len(head), len(end)))
                 documents.append(CausalWindow(*framed))
                 counts.append(len(ids))
@@ -72,7 +72,7 @@ class CausalPacker:
             ]
             for document in documents
         ]
-        # where one token is left over, which nothing predicts, it is an end token and no text
+        # a single remaining token, which is not predicted, is an end token and not text
         whole = [len(document.ids) - 1 for document in documents]
         shown = [sum(len(window.ids) for window in own) for own in windows]
         self.coverage = packed_coverage(len(texts), counts, whole, shown)
@@ -80,12 +80,12 @@ class CausalPacker:
 
 
 class CausalWindows(Windows):
-    """Windows whose tokens are each predicted from those before."""
+    """Windows in which each token is predicted from the earlier ones."""
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         ids = self.windows[index].ids.astype(np.int64)
         labels = ids.copy()
-        labels[0] = IGNORED  # padding on the left would seem to predict it
+        labels[0] = IGNORED  # otherwise left padding would seem to predict it
         return {"input_ids": ids, "labels": labels}
 
     @property
@@ -100,11 +100,11 @@ class CausalWindows(Windows):
 
 
 def byte_sizes(text: str, encoding: Encoding) -> np.ndarray:
-    """UTF-8 bytes of `text` that each token stands for, (n,); together they are all that the text has.
+    """Number of UTF-8 bytes of `text` represented by each token, (n,); they add up to the whole text.
 
-    A token stands for the text from the end of the token before it to its own end, as the text was before the
-    tokenizer changed it: white space that is dropped counts with the token behind it, or at the end with the last one.
-    Tokens that byte-level BPE or byte fallback cut inside of a character have the bytes of it that they hold.
+    A token represents the text from the end of the previous token to its own end, before the tokenizer's normalisation:
+    dropped white space counts with the next token, or with the last one at the end. Tokens that byte-level BPE or byte
+    fallback cut inside a character count the bytes that they hold.
     """
     letters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     begins = np.concatenate([[0], np.cumsum(1 + (letters > 0x7F) + (letters > 0x7FF) + (letters > 0xFFFF))])
@@ -112,14 +112,14 @@ def byte_sizes(text: str, encoding: Encoding) -> np.ndarray:
     reached = np.maximum.accumulate(ends)
     sizes = np.diff(begins[reached], prepend=0)
 
-    # tokens of a run share characters, each with the one before it; the first of these is no part of `run`
+    # tokens of a run share characters, each with the previous token; the first of these tokens is not in `run`
     sharing = np.flatnonzero(starts[1:] < np.minimum(reached[:-1], ends[1:])) + 1
     tokens = encoding.tokens
     for run in np.split(sharing, np.flatnonzero(np.diff(sharing) > 1) + 1) if len(sharing) else []:
         whole = sizes[run[0] - 1 : run[-1] + 1].sum()
         # a byte is one letter of byte-level BPE's alphabet
         held = [1 if re.fullmatch("<0x[0-9A-F]{2}>", tokens[i]) else len(tokens[i]) for i in run]
-        if sum(held) <= whole:  # else normalising has made more of a character than it was: its first token has it
+        if sum(held) <= whole:  # otherwise normalisation expanded a character: its first token gets all bytes
             sizes[run[0] - 1], sizes[run] = whole - sum(held), held
     sizes[-1] += begins[-1] - begins[reached[-1]]
     return sizes

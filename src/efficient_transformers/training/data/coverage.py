@@ -1,4 +1,4 @@
-"""How much of the documents a model is shown: what is cut, skipped or empty is counted."""
+"""Count how much of the documents is used: parts that are cut or skipped, and empty documents."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -8,16 +8,16 @@ from typing import Any
 
 @dataclass
 class Coverage:
-    """Of the documents of a split: how many there are, and how much of them no example shows. Tokens are of text."""
+    """Number of documents in a split, and how much of them no example contains. Only tokens of text are counted."""
 
     documents: int = 0
-    empty: int = 0  # documents without a token of text, which are left out
-    cut: int = 0  # documents of which a part is not shown
+    empty: int = 0  # documents without a token of text, which are omitted
+    cut: int = 0  # documents that are not used completely
     tokens: int = 0
-    unseen: int = 0  # tokens that no example shows
+    unseen: int = 0  # tokens that are in no example
 
     def add(self, tokens: int, seen: int) -> None:
-        """Count a document of `tokens` tokens, `seen` of which are shown."""
+        """Count a document with `tokens` tokens, `seen` of which are used."""
         self.documents += 1
         self.empty += not tokens
         self.cut += seen < tokens
@@ -42,17 +42,17 @@ class Coverage:
 
 
 def coverage_of(data: Any) -> Coverage | None:
-    """The coverage of an encoded split; None if it is not of documents, or streamed."""
+    """The coverage of an encoded split; None if it is streamed or does not consist of documents."""
     return getattr(data, "coverage", None)
 
 
 def coverage_lines(recorded: Mapping[str, Mapping[str, int]], incomplete_only: bool = False) -> list[str]:
-    """A line for each split, from what `metrics.json` holds under `data`."""
+    """One line per split, from the entry `data` of `metrics.json`."""
     found = {name: Coverage(**counts) for name, counts in recorded.items()}
     return [f"{name}: {coverage}" for name, coverage in found.items() if not (incomplete_only and coverage.whole)]
 
 
 def recorded(splits: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """For `metrics.json`: the coverage of the splits that have one."""
+    """The coverage of all splits that have one, for `metrics.json`."""
     found: Iterable[tuple[str, Coverage | None]] = ((name, coverage_of(split)) for name, split in splits.items())
     return {name: coverage.to_dict() for name, coverage in found if coverage is not None}

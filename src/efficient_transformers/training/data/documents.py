@@ -1,4 +1,4 @@
-"""Labelled documents, and the token windows that a classifier reads."""
+"""Labelled documents, and the token windows on which a classifier is trained."""
 
 import re
 from collections import Counter
@@ -27,35 +27,35 @@ FEATURES = datasets.Features(
 
 @dataclass
 class DocumentSettings(TextSettings):
-    """How labelled documents are read and cut."""
+    """Settings for labelled documents and their windows."""
 
     label_column: str = "label"
-    mask_digits: bool = False  # every digit becomes 0, so that a number cannot give the label away
-    # tokens of a window, special tokens included; every window is an example
+    mask_digits: bool = False  # replace every digit by 0, so that numbers do not reveal the label
+    # tokens per window, including special tokens; every window is an example
     window_length: int | None = ranged(None, least=8)
-    # without window_length, what becomes of a document longer than the model sees: windows over all of it, whose logits
-    # are averaged in evaluation, or truncate: its first tokens alone
+    # without window_length, the treatment of documents longer than the model's input: `windows` covers all of it and
+    # averages their logits in evaluation; `truncate` uses only the first tokens
     long_documents: Literal["windows", "truncate"] = "windows"
-    shortest_window: int = ranged(512, least=1)  # a shorter rest of a document is dropped, unless it is the only window
+    shortest_window: int = ranged(512, least=1)  # a shorter remainder is dropped, unless it is the only window
 
     def check(self) -> None:
         super().check()
         if self.window_length and self.max_length and self.max_length > self.window_length:
             raise InputError(
                 f"max_length ({self.max_length}) must not exceed window_length ({self.window_length}): "
-                "a window has no more tokens to see."
+                "a window has no more tokens."
             )
 
 
 @dataclass
 class Documents:
-    """Texts and the names of their labels, one split each."""
+    """Texts and label names of each split."""
 
     splits: dict[str, tuple[list[str], list[str]]]
 
     @property
     def labels(self) -> list[str]:
-        """The training labels' names: in numeric order where all are whole numbers, else in alphabetic order."""
+        """Names of the training labels: in numeric order if all are integers, otherwise in alphabetical order."""
         names = set(self.splits["train"][1])
         try:
             return sorted(names, key=int)
@@ -64,7 +64,7 @@ class Documents:
 
 
 def load_documents(settings: DocumentSettings) -> Documents:
-    """All three splits, checked: texts with labels that the training data has, too."""
+    """Load all three splits, and check that all labels occur in the training data."""
     pairs = load_splits(
         settings,
         lambda row: (text_of(row, settings), _label_of(row, settings)),
@@ -80,7 +80,7 @@ def load_documents(settings: DocumentSettings) -> Documents:
         unseen = sorted(set(splits[name][1]) - known)
         if unseen:
             raise InputError(
-                f"The {name} data has labels that the training data lacks: {', '.join(unseen)}. "
+                f"The {name} data has labels that are missing in the training data: {', '.join(unseen)}. "
                 "Remove these documents or add some to the training data."
             )
     return Documents(splits)
@@ -100,7 +100,7 @@ def _label_of(row: Row, settings: DocumentSettings) -> str:
 def encode_documents(
     documents: Documents, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int, settings: DocumentSettings
 ) -> "DocumentWindows":
-    """Windows of a split, with `input_ids` and `labels`, on the disk if they are cached and else in memory."""
+    """Windows of a split, with `input_ids` and `labels`, on disk if they are cached and otherwise in memory."""
     ids = {name: i for i, name in enumerate(documents.labels)}
     how = {
         "kind": "documents",
@@ -138,7 +138,7 @@ def encode_documents(
 
 
 class DocumentWindows(Dataset):
-    """The windows of a split as a data set of `input_ids` and `labels`.
+    """The windows of a split as a dataset of `input_ids` and `labels`.
 
     `documents` are the indices of the windows' documents, ascending.
     """
@@ -166,17 +166,17 @@ class DocumentWindows(Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each window."""
+        """Number of tokens in each window."""
         return [len(ids) for ids in self.table["input_ids"]]
 
 
 class Cut(NamedTuple):
     """Windows of texts.
 
-    windows: token ids of each, special tokens included.
-    sources: the index of each window's text, ascending.
-    seen: tokens of text that each window shows and the one before it does not.
-    tokens: tokens of each text.
+    windows: token ids of each window, including special tokens.
+    sources: index of each window's text, ascending.
+    seen: tokens of text in each window that are not in the previous one.
+    tokens: number of tokens in each text.
     """
 
     windows: list[list[int]]
@@ -194,14 +194,14 @@ def cut_windows(
     *,
     whole: bool = False,
 ) -> Cut:
-    """Cut texts into windows. A text without tokens has none.
+    """Cut texts into windows. Texts without tokens have no windows.
 
-    Windows have `window_length` tokens with the special ones, and do not overlap. Of each the first `max_length` are
-    kept, so that runs with different `max_length` see the same windows; the special tokens at the end stay. A rest of
-    fewer than `shortest_window` tokens, special ones included, is dropped unless it is all there is.
-    Without `window_length`, windows of `max_length` show the `whole` text, the last one its last tokens, which overlap
-    those of the window before it; or the text is one window, its first tokens (its last ones, if the tokenizer's
-    `truncation_side` is left).
+    Windows have `window_length` tokens, including special tokens, and do not overlap. The first `max_length` tokens of
+    each are kept, so that runs with different `max_length` use the same windows; the special tokens at the end stay. A
+    remainder of fewer than `shortest_window` tokens, including special ones, is dropped unless it is the only window.
+    Without `window_length`, windows of `max_length` cover the `whole` text, and the last one is shifted back so that it
+    is full; or the text is one window with its first tokens (its last ones, if the tokenizer's `truncation_side` is
+    left).
     """
     head, tail = (part.tolist() for part in special_frame(tokenizer, texts))
     added = len(head) + len(tail)

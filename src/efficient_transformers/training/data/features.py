@@ -1,4 +1,4 @@
-"""Encoded examples as a data set."""
+"""Encoded examples as a dataset."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,12 +10,12 @@ from .coverage import Coverage
 
 
 class Features(Dataset):
-    """Windows as a data set.
+    """Windows as a dataset.
 
-    rows: the model's inputs, a mapping for each window.
-    notes: what the evaluation needs of each window besides, such as the index of its document.
-    shared: what the evaluation needs of the split as a whole.
-    coverage: how much of the documents the windows show.
+    rows: inputs of the model, a mapping for each window.
+    notes: additional data of each window for the evaluation, such as the index of its document.
+    shared: additional data of the whole split for the evaluation.
+    coverage: how much of the documents the windows contain.
     """
 
     def __init__(
@@ -36,6 +36,6 @@ class Features(Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each example, of its longest sequence if it has several."""
+        """Length of each example in tokens (of its longest sequence, if it has several)."""
         first = (row["input_ids"] for row in self.rows)
         return [max(map(len, ids)) if isinstance(ids, list) else len(ids) for ids in first]

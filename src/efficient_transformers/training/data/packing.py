@@ -1,4 +1,4 @@
-"""Cuts documents into windows of token ids for training without labels."""
+"""Cut documents into windows of token ids for training without labels."""
 
 import sys
 from bisect import bisect_left, insort
@@ -19,26 +19,26 @@ from .coverage import Coverage, coverage_of
 
 Packing = Literal["documents", "padding", "best_fit"]
 NO_WORD = -1  # the word of a special token
-IGNORED = -100  # label of a token that is not to be predicted
+IGNORED = -100  # label of a token that is not predicted
 
 
 @dataclass
 class Window:
-    """`ids` begin and end as the tokenizer's texts do; tokens of one word have the same number in `words`."""
+    """`ids` begin and end with the tokenizer's special tokens; tokens of one word have the same number in `words`."""
 
     ids: np.ndarray
     words: np.ndarray
 
 
 class Packer:
-    """Cuts texts into windows of up to `max_length` tokens, the tokenizer's special ones included.
+    """Cuts texts into windows of up to `max_length` tokens, including the tokenizer's special tokens.
 
-    `documents` joins the documents of a split, a separator between two of them, and cuts the stream: every window is
-    full but the split's last one, and no token is lost (FULL-SENTENCES of Liu et al. 2019, arXiv:1907.11692,
-    section 4.2, without regard to sentences). A token sees the documents beside its own.
-    `padding` cuts every document for itself; what is short of `max_length` is padded in the batch. A rest of fewer
-    than `shortest_window` tokens, special ones included, is dropped, unless it is all there is of a document.
-    `best_fit` cuts as `padding` and drops nothing, for `Rows`.
+    `documents` joins the documents of a split with separators and cuts the stream: every window except the last one is
+    full, and no token is lost (FULL-SENTENCES of Liu et al. 2019, arXiv:1907.11692, section 4.2, but without regard to
+    sentences). Tokens also attend to the other documents in their window.
+    `padding` cuts every document separately; windows shorter than `max_length` are padded in the batch. A remainder of
+    fewer than `shortest_window` tokens, including special ones, is dropped unless it is the whole document.
+    `best_fit` cuts like `padding`, but drops nothing, for `Rows`.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class Packer:
         self.separator = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
         if packing == "documents" and self.separator is None:
             raise InputError(
-                "The tokenizer has neither a separator nor an end token to stand between documents: "
-                "set packing to best_fit or padding, or give the tokenizer a sep_token."
+                "The tokenizer has neither a separator nor an end token to place between documents: "
+                "set packing to best_fit or padding, or set the tokenizer's sep_token."
             )
         if whole_words:
             check_words(tokenizer)
 
     def __call__(self, texts: list[str]) -> list[Window]:
-        """The windows of the texts; `coverage` then says how much of these they show."""
+        """Return the windows of the texts, and set `coverage` to the part of the texts that they contain."""
         documents = [document for document in self.tokenised(texts) if len(document.ids)]
         sizes = [len(document.ids) for document in documents]
         if self.packing == "documents" and documents:
@@ -85,7 +85,7 @@ class Packer:
             if self.whole_words:
                 assert encoding is not None
                 words[:] = [NO_WORD if word is None else word for word in encoding.word_ids]
-            # special tokens that stand in the text itself
+            # special tokens that occur in the text itself
             words[np.isin(ids, self.tokenizer.all_special_ids)] = NO_WORD
             yield Window(ids, words)
 
@@ -111,16 +111,16 @@ class Packer:
 
 
 def packed_coverage(texts: int, sizes: Sequence[int], whole: Sequence[int], shown: Sequence[int]) -> Coverage:
-    """Of a split's texts, whose documents have these `sizes` without those that are empty.
+    """Coverage of a split, from the number of texts and the `sizes` of the documents that are not empty.
 
-    `whole` and `shown` are the tokens of what is cut, one document each or all joined, and of its windows.
+    `whole` and `shown` are token counts before and after cutting, for each document or for all of them joined.
     """
     missing = [max(0, all_of_it - seen) for all_of_it, seen in zip(whole, shown, strict=True)]
     return Coverage(texts, texts - len(sizes), sum(map(bool, missing)), sum(sizes), sum(missing))
 
 
 class Windows(Dataset):
-    """The windows of a split as a data set; a subclass says what a model gets of each, and what there is to predict."""
+    """The windows of a split as a dataset; subclasses define a model's inputs and the number of predictions."""
 
     coverage: Coverage | None = None  # of the texts that were cut
 
@@ -132,19 +132,19 @@ class Windows(Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each."""
+        """Number of tokens in each window."""
         return [len(window.ids) for window in self.windows]
 
     def counts(self) -> dict[str, int]:
-        """What is predicted, by the names of `metrics.json`."""
+        """Number of predictions, by their names in `metrics.json`."""
         raise NotImplementedError
 
 
 class Rows(Windows):
-    """Windows, several in a row of up to `max_length` tokens, whose `position_ids` start again at 0 in each.
+    """Rows of up to `max_length` tokens that contain several windows; `position_ids` restart at 0 in each window.
 
-    A model that keeps them apart makes of each what it makes of it alone; their first tokens are predicted by nothing
-    if the windows have it so. `windows` may be any data set of inputs whose `lengths` are given.
+    A model that separates them computes the same outputs as for each window alone. Their first tokens are not predicted
+    if the windows exclude them. `windows` may be any dataset of inputs with known `lengths`.
     """
 
     def __init__(self, windows: Any, lengths: list[int], max_length: int):
@@ -174,9 +174,9 @@ class Rows(Windows):
 
 
 def best_fit(lengths: list[int], room: int) -> list[list[int]]:
-    """Rows of at most `room` tokens: the longest window first, each where it leaves the least room.
+    """Rows of at most `room` tokens: the longest window first, each in the row with the least sufficient room.
 
-    Ding et al. 2024 (arXiv:2404.10830), section 2: best-fit decreasing. What is longer than a row has been cut before.
+    Ding et al. 2024 (arXiv:2404.10830), section 2: best-fit decreasing. Windows longer than a row were cut before.
     """
     rows: list[list[int]] = []
     unfilled: list[tuple[int, int]] = []  # free tokens of a row and its number, sorted
@@ -192,13 +192,13 @@ def best_fit(lengths: list[int], room: int) -> list[list[int]]:
 
 
 def packed(windows: Windows, max_length: int, packing: Packing) -> Windows:
-    """The windows, or with `best_fit` rows of them."""
+    """Return the windows, or with `best_fit` rows of them."""
     return Rows(windows, windows.lengths, max_length) if packing == "best_fit" else windows
 
 
 @dataclass
 class RowCollator:
-    """Pads the `position_ids` of rows that have them, and leaves all else to `collate`."""
+    """Pads the `position_ids` of rows that have them, and passes everything else to `collate`."""
 
     collate: Any
     padding_side: str
@@ -214,7 +214,7 @@ class RowCollator:
 def encoded(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], at_once: int = 64
 ) -> Iterator[tuple[np.ndarray, Encoding | None]]:
-    """Token ids of each text without those that the tokenizer would add, and what a fast one knows of them besides."""
+    """Yield the token ids of each text without added special tokens, and the Encoding of a fast tokenizer."""
     shown = len(texts) > at_once and sys.stderr.isatty()
     for start in trange(0, len(texts), at_once, desc="tokenising", unit_scale=at_once, disable=not shown):
         batch = tokenizer(
@@ -222,23 +222,23 @@ def encoded(
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # that a document is longer than the model is no news here
+            verbose=False,  # no warning about documents longer than the model's input
         )
         for row, ids in enumerate(batch["input_ids"]):
             yield np.array(ids, dtype=np.int32), batch.encodings[row] if batch.encodings else None
 
 
 def slices(length: int, room: int, shortest: int) -> Iterator[slice]:
-    """Cuts `length` tokens after every `room`; a rest of less than `shortest` is left out, unless it is the whole."""
+    """Cut `length` tokens after every `room`; a remainder shorter than `shortest` is dropped, unless it is all."""
     for start in range(0, length, room):
         if not start or length - start >= min(room, shortest):
             yield slice(start, start + room)
 
 
 def overlapping_slices(length: int, room: int, overlap: int) -> Iterator[tuple[slice, slice]]:
-    """Windows of `room` tokens, each sharing `overlap` with the one before it, and the part of each that is its own.
+    """Windows of `room` tokens, each sharing `overlap` with the previous one, and the part that each of them owns.
 
-    The own parts divide the tokens among the windows: two windows share what they both show half and half.
+    The owned parts divide the tokens among the windows: the shared tokens of two windows are split in half.
     """
     begin = 0
     for start in range(0, max(length - overlap, 1), room - overlap):
@@ -249,7 +249,7 @@ def overlapping_slices(length: int, room: int, overlap: int) -> Iterator[tuple[s
 
 
 def special_frame(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that the tokenizer puts before and after a text; told by one of these, which it surely knows."""
+    """The tokens that the tokenizer adds before and after a text, determined from one of the texts."""
     for text in texts:
         encoded = tokenizer(text[:99], return_special_tokens_mask=True)
         ids = np.array(encoded["input_ids"], dtype=np.int32)
@@ -260,18 +260,18 @@ def special_frame(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple
 
 
 def check_offsets(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
-    """Only the tokenizers library tells which characters a token stands for."""
+    """Raise InputError unless the tokenizer is from the tokenizers library, which provides character offsets."""
     if not tokenizer.is_fast:
         raise InputError(
-            f"{what} need a tokenizer that knows where in the text its tokens stand, and {type(tokenizer).__name__} is "
-            "not one of the tokenizers library (a fast one): take another tokenizer."
+            f"{what} need a tokenizer with character offsets, but {type(tokenizer).__name__} is not from the "
+            "tokenizers library (a fast one): use another tokenizer."
         )
 
 
 def shortened(
     text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, keep: Literal["start", "end"] = "start"
 ) -> tuple[str, int]:
-    """The text, or of a longer one what its first or its last `tokens` tokens stand for; and how many it has."""
+    """The text, truncated to its first or last `tokens` tokens, and its full number of tokens."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     if len(offsets) <= tokens:
         return text, len(offsets)
@@ -279,15 +279,15 @@ def shortened(
 
 
 def check_words(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Words are the tokenizer's own, found before it cuts them into tokens: whatever marks them, `Ġ` or `##`."""
+    """Check that the tokenizer splits texts into words before it cuts them into tokens, with any marker (`Ġ`, `##`)."""
     if not tokenizer.is_fast:
         raise InputError(
-            f"whole_word needs a tokenizer that knows its words, and {type(tokenizer).__name__} is not one of the "
-            "tokenizers library (a fast one): set whole_word to false or take another tokenizer."
+            f"whole_word needs a tokenizer with word boundaries, but {type(tokenizer).__name__} is not from the "
+            "tokenizers library (a fast one): set whole_word to false or use another tokenizer."
         )
     words = tokenizer("one two", add_special_tokens=False).word_ids()
     if len(set(words)) < 2:
         raise InputError(
-            "whole_word needs a tokenizer that knows its words, and this one takes 'one two' for a single word: "
-            "set whole_word to false or take another tokenizer."
+            "whole_word needs a tokenizer with word boundaries, but this one treats 'one two' as a single word: "
+            "set whole_word to false or use another tokenizer."
         )

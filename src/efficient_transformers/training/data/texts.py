@@ -1,4 +1,4 @@
-"""Documents from a bundled corpus, a local file or the Hub, one list a split; labels are documents.py's business."""
+"""Documents from a bundled corpus, a local file or the Hub, a list for each split; documents.py adds labels."""
 
 import csv
 import itertools
@@ -21,27 +21,27 @@ from ..settings import REPOSITORY, InputError, Settings, find_path, ranged
 BUNDLED = {"era": REPOSITORY / "data" / "sotu"}
 Source = Literal["bundled", "local", "hub", "generated"]
 SPLITS = ("train", "validation", "test")
-ENCODING = "utf-8-sig"  # UTF-8, whether or not a byte order mark begins the file
-HELD_OUT = 0.15  # of the training data, for each split that has no file of its own
+ENCODING = "utf-8-sig"  # UTF-8, with or without a byte order mark
+HELD_OUT = 0.15  # share of the training data for each split without a file
 SUFFIXES = (".jsonl", ".csv", ".parquet", ".txt")
 
-Row = tuple[str, dict[str, Any]]  # the place to name in an error, and the columns
+Row = tuple[str, dict[str, Any]]  # a description of its place for errors, and the columns
 Tables = dict[str, tuple[str, list[Row]]]  # split → name of the source, rows
 Example = TypeVar("Example")
 
 
 @dataclass
 class TextSettings(Settings):
-    """How documents are read."""
+    """Settings for documents."""
 
     text_column: str = "text"
-    more_data: list[str] = field(default_factory=list)  # files whose documents are trained on, too
-    cache_tokens: bool = True  # keep what texts are cut into for next time: see token_cache.py
-    num_workers: int | None = ranged(None, least=1)  # processes that tokenise; default: the tokenizer's own threads
+    more_data: list[str] = field(default_factory=list)  # files whose documents are added to the training data
+    cache_tokens: bool = True  # cache the tokenized windows: see token_cache.py
+    num_workers: int | None = ranged(None, least=1)  # processes that tokenize; default: the tokenizer's own threads
 
 
 def source_of(data: str) -> Source:
-    """Where the setting `data` is found, as the loaders look for it; names of this package's own examples are last."""
+    """Where the setting `data` is found, as in the loaders; other names are those of generated data."""
     if data in BUNDLED:
         return "bundled"
     if find_path(data) is not None or Path(data).suffix in SUFFIXES or data.startswith((".", "/", "~")):
@@ -50,12 +50,12 @@ def source_of(data: str) -> Source:
 
 
 def load_texts(settings: TextSettings) -> dict[str, list[str]]:
-    """The documents of all three splits, whatever else their rows hold."""
+    """Load the documents of all three splits, ignoring other columns."""
     return load_splits(settings, lambda row: text_of(row, settings))
 
 
 def stream_texts(settings: TextSettings) -> tuple[Callable[[], Iterator[str]], dict[str, list[str]]]:
-    """A function that begins to read the training documents, and the other two splits, which are read whole."""
+    """Return a function that starts reading the training documents, and the other two splits, read in full."""
     files = _find_files(settings)
     if "train" in files:
         _, path = files.pop("train")
@@ -81,10 +81,10 @@ def load_splits(
     label: Callable[[Example], str] | None = None,
     label_column: str | None = None,
 ) -> dict[str, list[Example]]:
-    """All three splits, a row's `example` each; those without data of their own are cut from the training documents.
+    """Load all three splits and convert each row with `example`; missing splits are cut from the training documents.
 
-    With the `label` of an example the cut keeps every label in proportion. `label_column` is where labels stand: the
-    Hub's are taken by name, and a split of which they are withheld is not used.
+    With `label`, a function of an example, the cut is stratified by label. `label_column` is the column of labels:
+    labels of datasets on the Hub are converted to names, and a split without published labels is not used.
     """
     tables = _read_tables(settings, label_column)
     tables["train"][1].extend(_more_rows(settings))
@@ -109,7 +109,7 @@ def text_of(row: Row, settings: TextSettings) -> str:
 
 
 def value_of(row: Row, setting: str, settings: TextSettings) -> Any:
-    """The value in the column that a setting names."""
+    """The value in the column that is named by a setting."""
     (place, columns), name = row, getattr(settings, setting)
     if name not in columns:
         there = ", ".join(sorted(map(str, columns)))
@@ -120,11 +120,11 @@ def value_of(row: Row, setting: str, settings: TextSettings) -> Any:
 def _hold_out(
     examples: list[Example], strata: Sequence[str] | None, name: str, held: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Cuts a split from the training documents, every stratum in proportion where there are enough of each."""
+    """Cut a split from the training documents, stratified if there are enough documents of every stratum."""
     left = len(examples) - held
     if left < 2:
         raise InputError(
-            f"{len(examples)} documents are too few to cut a {name} split from: give more, or set {name}_data."
+            f"{len(examples)} documents are too few to cut a {name} split from: add documents, or set {name}_data."
         )
     if strata is not None:
         counts = Counter(strata)
@@ -150,7 +150,7 @@ def _more_rows(settings: TextSettings) -> Iterator[Row]:
 
 
 def _find_files(settings: TextSettings) -> dict[str, tuple[str, Path]]:
-    """Split → name and path of its file; no training file if the data are on the Hub."""
+    """Split → name and path of its file; without a training file if the data are on the Hub."""
     files: dict[str, tuple[str, Path]] = {}
     where = BUNDLED.get(settings.data) or find_path(settings.data)
     if where is None and (Path(settings.data).suffix in SUFFIXES or settings.data.startswith((".", "/", "~"))):
@@ -248,10 +248,10 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def _stream_hub(settings: TextSettings, skip: Sequence[str]) -> tuple[Callable[[], Iterator[Row]], Tables]:
-    """The training rows as they come, and the other splits but for those that are not wanted."""
+    """Stream the training rows, and load the other splits except those in `skip`."""
     try:
         loaded: Any = datasets.load_dataset(settings.data, settings.data_config, streaming=True)
-    except Exception as error:  # the Hub's failures have no common class
+    except Exception as error:  # errors of the Hub have no common class
         raise InputError(f"data ({settings.data!r}) could not be streamed from the Hub: {error}") from error
     if "train" not in loaded:
         raise InputError(f"The data set {settings.data} has no split 'train'; it has {', '.join(map(str, loaded))}.")
@@ -267,9 +267,9 @@ def _stream_hub(settings: TextSettings, skip: Sequence[str]) -> tuple[Callable[[
 def _read_hub(settings: TextSettings, label_column: str | None) -> Tables:
     try:
         loaded: Any = datasets.load_dataset(settings.data, settings.data_config)
-    except Exception as error:  # the Hub's failures have no common class
+    except Exception as error:  # errors of the Hub have no common class
         raise InputError(
-            f"data ({settings.data!r}) is no bundled corpus ({', '.join(BUNDLED)}), no file or folder here, "
+            f"data ({settings.data!r}) is not a bundled corpus ({', '.join(BUNDLED)}) or a local file or folder, "
             f"and could not be loaded from the Hub: {error}"
         ) from error
     if "train" not in loaded:
@@ -279,7 +279,7 @@ def _read_hub(settings: TextSettings, label_column: str | None) -> Tables:
         if split in loaded:
             table = loaded[split]
             label = table.features.get(label_column)
-            of_list = getattr(label, "feature", None)  # of a column of lists, such as the tags of words
+            of_list = getattr(label, "feature", None)  # for a column of lists, such as the tags of words
             if isinstance(label, datasets.ClassLabel):
                 names = [_name(label, value) for value in table[label_column]]
                 table = table.remove_columns(label_column).add_column(label_column, names)
@@ -287,7 +287,7 @@ def _read_hub(settings: TextSettings, label_column: str | None) -> Tables:
                 names = [[_name(of_list, value) for value in values] for values in table[label_column]]
                 table = table.remove_columns(label_column).add_column(label_column, names)
             rows = [(f"row {number} of {settings.data}/{split}", row) for number, row in enumerate(table, start=1)]
-            # a test split whose labels are withheld (-1 on the Hub) cannot be used; one is cut from training instead
+            # a test split without published labels (-1 on the Hub) cannot be used; one is cut from training instead
             if label_column is None or not all(row.get(label_column, "") is None for _, row in rows):
                 tables[split] = (f"{settings.data}/{split}", rows)
     return tables

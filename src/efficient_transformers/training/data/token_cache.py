@@ -1,4 +1,4 @@
-"""What texts are cut into, kept on the disk: the next run with the same texts, tokenizer and settings reads it."""
+"""Cache tokenized windows on disk, for later runs with the same texts, tokenizer and settings."""
 
 import contextlib
 import hashlib
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .coverage import Coverage
 
-FORMAT = 2  # counts changes in how texts are cut, after which nothing older is read
+FORMAT = 2  # incremented when the cutting of texts changes, which invalidates older files
 Row = TypeVar("Row")
 
 
@@ -26,15 +26,15 @@ def cache_folder() -> Path:
 
 
 def cache_file(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], how: Mapping[str, Any]) -> Path | None:
-    """File of the cut `texts`; its name follows from all that they depend on, `how` besides tokenizer and texts.
+    """File for the windows of `texts`; its name depends on the tokenizer, the texts, and all other settings in `how`.
 
-    datasets' own fingerprints are not used: they change with each call that sets the tokenizer's truncation.
-    None for a tokenizer that is not one of the tokenizers library, whose rules cannot be read off it.
+    The fingerprints of datasets are not used, because they change with each call that sets the tokenizer's truncation.
+    None for a tokenizer that is not from the tokenizers library, whose rules cannot be read.
     """
     if not tokenizer.is_fast:
         return None
     backend: Any = tokenizer
-    # what an earlier call has set to cut and pad is no part of the tokenizer
+    # truncation and padding set by an earlier call are not part of the tokenizer
     rules = json.loads(backend.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     rules |= {"special": tokenizer.all_special_ids, "end": tokenizer.eos_token_id, "separator": tokenizer.sep_token_id}
     name = hashlib.sha256(json.dumps([FORMAT, rules, how], sort_keys=True).encode())
@@ -45,13 +45,13 @@ def cache_file(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], how: Ma
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return None  # a home that cannot be written is no reason not to train
+        return None  # training also works without a cache
     return folder / f"{name.hexdigest()[:40]}.arrow" if os.access(folder, os.W_OK) else None
 
 
 @contextlib.contextmanager
 def one_process_first() -> Iterator[None]:
-    """The others then find on the disk what it has cut."""
+    """Let one process write the cache first; the others then read it."""
     with PartialState().main_process_first() if PartialState._shared_state else contextlib.nullcontext():
         yield
 
@@ -62,10 +62,10 @@ def cached_map(
     file: Path | None,
     **options: Any,
 ) -> datasets.Dataset:
-    """What `cut` makes of batches of the table, from the file if it is there, or written to it.
+    """Apply `cut` to batches of the table; read the result from the file if it exists, and otherwise write it.
 
-    `options` are those of `Dataset.map`. A file that cannot be read is removed, and a full disk only slows the next run
-    down: the result is then in memory, as it is without a file.
+    `options` are those of `Dataset.map`. A file that cannot be read is removed. If the disk is full, the result is kept
+    in memory, as without a file.
     """
     options = {"batched": True, "remove_columns": table.column_names, **options}
     if file is not None:
@@ -73,13 +73,13 @@ def cached_map(
             try:
                 return table.map(cut, cache_file_name=str(file), new_fingerprint=file.stem, **options)
             except (OSError, pa.ArrowException):
-                for left in file.parent.glob(f"{file.stem}*"):  # with several processes, a file of each
+                for left in file.parent.glob(f"{file.stem}*"):  # with several processes, one file each
                     left.unlink(missing_ok=True)
     return table.map(cut, **options)
 
 
 class Pack(Protocol[Row]):
-    """Cuts texts into rows; `coverage` is that of the texts of the last call."""
+    """Cuts texts into rows, and sets `coverage` for the texts of the last call."""
 
     coverage: Coverage
 
@@ -89,7 +89,7 @@ class Pack(Protocol[Row]):
 def cached_rows(
     pack: "Pack[Row]", row_class: type[Row], texts: list[str], file: Path | None
 ) -> tuple[list[Row], Coverage]:
-    """Rows of a dataclass of int32 arrays that `pack` makes of the texts, and its `coverage`."""
+    """Apply `pack` to the texts; return its rows, of a dataclass of int32 arrays, and its `coverage`."""
     if file is None:
         return pack(texts), pack.coverage
     names = [field.name for field in fields(row_class)]  # type: ignore[arg-type]

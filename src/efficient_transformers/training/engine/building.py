@@ -1,4 +1,4 @@
-"""Accelerator, tokenizer, config and model of a run, from its settings."""
+"""Build the accelerator, tokenizer, config and model of a run from its settings."""
 
 import inspect
 import logging
@@ -44,14 +44,14 @@ def make_accelerator(settings: Settings) -> Accelerator:
             log_with=None if settings.tracker == "none" else settings.tracker,
             project_config=ProjectConfiguration(project_dir=folder, logging_dir=str(settings.folder / LOGS)),
         )
-    except ValueError as error:  # of the precision, or of what `accelerate launch` was told
+    except ValueError as error:  # about the precision, or the settings of `accelerate launch`
         raise InputError(
             f"mixed_precision ({settings.mixed_precision!r}) cannot be used here: {error} Set it to no or bf16."
         ) from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("mixed_precision ('fp16') needs a GPU: set it to no or bf16.")
     settle_sharding(accelerator, settings)
-    # tied weights are saved once, as they should be, and accelerate warns of it at every checkpoint
+    # tied weights are correctly saved once, but accelerate warns about it at every checkpoint
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     if not (accelerator.is_main_process and sys.stderr.isatty()):
         datasets.disable_progress_bars()
@@ -80,9 +80,9 @@ def load_tokenizer(settings: Settings, needs_padding: bool = True) -> PreTrained
 
 
 def build_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None, **task_fields: Any) -> PreTrainedConfig:
-    """The config of a new model, or of a checkpoint; `task_fields` are the task's, such as `id2label`.
+    """The config of a new model or of a checkpoint; `task_fields` are set by the task, such as `id2label`.
 
-    Images have no tokenizer.
+    `tokenizer` is None for images.
     """
     fields = dict(settings.model)
     checkpoint, model_type = fields.pop("checkpoint", None), fields.pop("model_type", None)
@@ -92,7 +92,7 @@ def build_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None, 
             with refusing_code(source):
                 config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
             _check_fields(type(config), fields)
-            # through the constructor again, so that the class checks the fields that are set here
+            # call the constructor again, so that the class validates the changed fields
             config = type(config).from_dict({**config.to_dict(), **fields, **task_fields})
         else:
             config_class = type(AutoConfig.for_model(model_type))
@@ -110,7 +110,7 @@ def build_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None, 
     except OSError as error:
         raise InputError(f"The checkpoint {checkpoint!r} cannot be loaded: {error}") from error
     except (ValueError, TypeError, StrictDataclassError) as error:
-        # a strict dataclass puts lines of its own around what a check says
+        # a strict dataclass wraps the message of a check
         said = error.__cause__ if isinstance(error, StrictDataclassError) else error
         raise InputError(f"The model section cannot be used: {said}") from error
     if tokenizer is not None:
@@ -119,7 +119,7 @@ def build_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None, 
 
 
 def _check_fields(config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> None:
-    """transformers keeps an unknown field silently, and trains a model that nobody asked for."""
+    """Raise InputError for unknown fields, which transformers would silently store without any effect."""
     known = {*getattr(config_class, "__dataclass_fields__", {}), *config_class.attribute_map}
     known |= set(inspect.signature(config_class.__init__).parameters)
     for field in fields:
@@ -132,20 +132,20 @@ def _check_sizes(config: PreTrainedConfig, settings: Settings, tokenizer: PreTra
     if positions and settings.max_length and settings.max_length > positions:
         raise InputError(
             f"max_length ({settings.max_length}) must not exceed the model's max_position_embeddings ({positions}): "
-            "lower the first or raise model.max_position_embeddings."
+            "reduce the first or increase model.max_position_embeddings."
         )
     if len(tokenizer) > config.vocab_size:
         raise InputError(
             f"vocab_size ({config.vocab_size}) must be at least the tokenizer's size ({len(tokenizer)}): "
-            "raise model.vocab_size or leave it out."
+            "increase model.vocab_size or omit it."
         )
 
 
 def visible_length(settings: Settings, config: PreTrainedConfig, default: int | None = None) -> int:
-    """Tokens that the model sees: `max_length`, or `default`, or all positions the model has."""
+    """Maximum input length in tokens: `max_length`, or `default`, or the number of positions of the model."""
     length = settings.max_length or default or getattr(config, "max_position_embeddings", None)
     if not length:
-        raise InputError(f"A {config.model_type} model has no longest length: set max_length.")
+        raise InputError(f"A {config.model_type} model has no maximum length: set max_length.")
     positions = getattr(config, "max_position_embeddings", None)
     return min(length, positions) if positions else length
 
@@ -153,10 +153,11 @@ def visible_length(settings: Settings, config: PreTrainedConfig, default: int | 
 def build_model(
     settings: Settings, config: PreTrainedConfig, auto_class: Any, *, complete: bool = False
 ) -> PreTrainedModel:
-    """A new model from the seed that is set, or the checkpoint with a head of the right size.
+    """Build a new model, initialised from the current seed, or load the checkpoint with a head of the right size.
 
-    Parameters that the checkpoint does not bring are marked `made_anew`, for a learning rate of their own. With
-    `complete` the checkpoint must bring the head, too. Raises InputError, which lists the tensors, if it does not fit.
+    Parameters that are not in the checkpoint are marked as `made_anew`, because they may have their own learning rate.
+    With `complete`, the checkpoint must also contain the head. Raises InputError, which lists the tensors, if it does
+    not fit.
     """
     if "checkpoint" not in settings.model:
         try:
@@ -169,8 +170,8 @@ def build_model(
             model, loading = auto_class.from_pretrained(
                 local_or_hub(name),
                 config=config,
-                dtype=torch.float32,  # small updates are lost in the half precision that some checkpoints are saved in
-                ignore_mismatched_sizes=True,  # without it the first tensor that does not fit hides the others
+                dtype=torch.float32,  # small updates would be lost in the half precision of some checkpoints
+                ignore_mismatched_sizes=True,  # without it, the first tensor that does not fit hides the others
                 trust_remote_code=settings.trust_remote_code,
                 output_loading_info=True,
             )
@@ -185,7 +186,7 @@ def build_model(
 
 
 def check_fit(model: PreTrainedModel, loading: Mapping[str, Any], settings: Settings, complete: bool) -> set[str]:
-    """The tensors that the checkpoint does not bring, drawn anew: a head is shown in a notice.
+    """Return the names of newly initialised tensors, which are not in the checkpoint; those of a head are reported.
 
     Raises InputError for tensors of the body, or with `complete` of the head, that are missing, have another shape or
     are not used, unless `reinitialize` allows it.
@@ -200,7 +201,7 @@ def check_fit(model: PreTrainedModel, loading: Mapping[str, Any], settings: Sett
     parts, prefix = dict(model.base_model.named_children()), f"{model.base_model_prefix}."
 
     def of_head(key: str) -> bool:
-        # a body without a head that reads it has no pooler
+        # the pooler is absent in checkpoints whose head does not use it
         return "pooler." in key or not (key.startswith(prefix) or key.partition(".")[0] in parts)
 
     must_fit = {kind: [text for key, text in keys.items() if not of_head(key)] for kind, keys in kinds.items()}
@@ -215,10 +216,10 @@ def check_fit(model: PreTrainedModel, loading: Mapping[str, Any], settings: Sett
     if found and not settings.reinitialize:
         raise InputError(
             f"The checkpoint {name!r} does not fit the model ({found}). Correct the fields of the model section, or "
-            "set reinitialize to true to train with random values in the first two and without the third."
+            "set reinitialize to true to initialise the first two kinds randomly and ignore the third."
         )
     if made_anew:
-        note = f"New weights, which {name} does not bring: {listed(sorted(made_anew))}."
+        note = f"New weights, which are not in {name}: {listed(sorted(made_anew))}."
         PartialState().print(note)
     return made_anew
 
@@ -226,14 +227,14 @@ def check_fit(model: PreTrainedModel, loading: Mapping[str, Any], settings: Sett
 def check_memory(
     settings: Settings, config: PreTrainedConfig, lengths: Mapping[str, Sequence[int]], device: torch.device | None
 ) -> None:
-    """Raise InputError if a rough estimate of the memory is more than there is, unless `ignore_memory` allows it.
+    """Raise InputError if a rough estimate of the memory exceeds what is available, unless `ignore_memory` is set.
 
-    `lengths` are those of the examples of each split, in tokens; without `train` the model is only evaluated.
-    `device` is the one whose memory is needed; None is the machine.
+    `lengths` are the lengths of the examples of each split, in tokens; without `train`, the model is only evaluated.
+    `device` is the device whose memory is needed; None is the machine.
     """
     if settings.ignore_memory:
         return
-    remedy = " Lower what is too large in the settings, or set ignore_memory to true if the estimate is wrong."
+    remedy = " Reduce the sizes in the settings, or set ignore_memory to true if the estimate is wrong."
     try:
         check_layers(config, remedy)
         estimate = Estimate(workers=PROCESS * settings.dataloader_num_workers)
@@ -243,7 +244,7 @@ def check_memory(
             needed = activations_of(config, batch, max(tokens, default=0), training=is_training)
             estimate.activations = max(estimate.activations, needed)
         copies = ADAM if "train" in lengths else 1
-        for parameters in (parameters_by_sizes, parameters_of):  # counting makes the buffers of a model
+        for parameters in (parameters_by_sizes, parameters_of):  # the second builds the buffers of a model
             estimate.weights = FLOAT * copies * parameters(config)
             estimate.check(device, remedy)
     except TooLargeError as error:
@@ -251,7 +252,7 @@ def check_memory(
 
 
 def model_facts(model: PreTrainedModel, max_length: int) -> dict[str, Any]:
-    """Taken in front of training, which may divide the parameters among processes."""
+    """Facts about the model; computed before training, which may shard the parameters across processes."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     costs = costs_of(model.config, max_length)
     return {"model_type": model.config.model_type, "parameters": parameters, "max_length": max_length, "costs": costs}

@@ -1,4 +1,4 @@
-"""What is told of a run, whichever its task: the model card and the last lines on the screen."""
+"""Model card of a run, and its last lines on the screen, for all tasks."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from ..data.texts import BUNDLED, source_of
 from ..settings import REPOSITORY, Settings, find_path
 from .loop import format_scores
 
-LONG = 1024  # tokens; a model that sees fewer is not tagged as one of long documents
+LONG = 1024  # tokens; models with shorter inputs are not tagged as long-document models
 METRIC_NAMES = {
     "accuracy": "Accuracy",
     "macro_f1": "Macro F1",
@@ -29,7 +29,7 @@ METRIC_NAMES = {
     "nats_per_byte": "Nats per byte",
     "bits_per_byte": "Bits per byte",
 }
-METRIC_TYPES = {"macro_f1": "f1", "loss": "cross-entropy"}  # on the Hub, where they differ
+METRIC_TYPES = {"macro_f1": "f1", "loss": "cross-entropy"}  # names on the Hub, if they differ
 
 
 def make_card(
@@ -47,28 +47,28 @@ def make_card(
     test_unit: str | None = None,
     averaged: bool = False,
 ) -> ModelCard:
-    """The model card, from the same numbers as `metrics.json`.
+    """Create the model card, with the same numbers as in `metrics.json`.
 
-    `shown` are test scores; `unit` names what is counted, `test_unit` that of the test data if it is another one.
-    `averaged` says that scores are of the mean logits of a document's windows.
+    `shown` are test scores; `unit` names what is counted, and `test_unit` that of the test data if it differs.
+    `averaged` means that scores are computed from the mean logits of a document's windows.
 
-    The name of the model is `metrics["name"]`, or else that of its folder.
+    The name of the model is `metrics["name"]`, or otherwise that of its folder.
     """
     model, code = metrics["model"], metrics.get("code", {})
-    # a path on the disk says nothing to a reader of the card, and its folders are nobody's business
+    # readers of the card cannot use a local path, and its folders are private
     dataset = settings.data if settings.data in BUNDLED else Path(settings.data).name
     source = metrics["training"].get("data_source") or source_of(settings.data)
     on_hub = source == "hub"
     reads_text = auto_class != "AutoModelForImageClassification"
-    longest_text = f"It sees at most {model['max_length']:,} tokens of a text; " + (
-        "of longer ones the logits of windows over the whole text are averaged, also for the results above."
+    longest_text = f"The model processes at most {model['max_length']:,} tokens; " + (
+        "for longer texts, average the logits of windows over the whole text, as in the results above."
         if averaged
-        else "cut or divide longer ones."
+        else "truncate or split longer texts."
     )
     results = [
         EvalResult(
             task_type=task_type,
-            # files of the user's own are no data set of the Hub that has their name
+            # the user's own files are not the dataset of that name on the Hub
             dataset_type=settings.data if on_hub else "local" if source == "local" else dataset,
             dataset_name=f"{dataset} (local)" if source == "local" else dataset,
             dataset_split="test",
@@ -102,7 +102,7 @@ def make_card(
 def training_table(
     settings: Settings, metrics: dict[str, Any], dataset: str, units: tuple[str, str], rows: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The card's table of the training, with the `rows` of the task."""
+    """Rows of the card's training table, including the `rows` of the task."""
     training, before, code = metrics["training"], metrics.get("before"), metrics.get("code", {})
     more = [Path(name).name for name in getattr(settings, "more_data", [])]
     checkpoint = settings.model.get("checkpoint")
@@ -110,7 +110,7 @@ def training_table(
     documents = coverage_lines(metrics.get("data", {}))
     rate = f"{settings.learning_rate:g}"
     if settings.head_learning_rate is not None:
-        rate += f" ({settings.head_learning_rate:g} of new weights)"
+        rate += f" ({settings.head_learning_rate:g} for new weights)"
     return {
         "data": f"{' and '.join([dataset, *more])}: {training['windows']:,} {units[0]}",
         "test data": f"{metrics['test']['n']:,} {units[1]}",
@@ -119,11 +119,11 @@ def training_table(
         **({"validation before training": format_scores(before)} if before else {}),
         **rows,
         "parameters": f"{metrics['model']['parameters']:,}",
-        "optimiser": f"AdamW, learning rate {rate}, weight decay {settings.weight_decay:g}, "
-        f"{settings.schedule} schedule, warm-up {settings.warmup_ratio:g} of the steps",
+        "optimizer": f"AdamW, learning rate {rate}, weight decay {settings.weight_decay:g}, "
+        f"{settings.schedule} schedule, warm-up over {settings.warmup_ratio:g} of the steps",
         "steps": f"{training['steps']:,} of {settings.batch_size} x {settings.gradient_accumulation} x "
         f"{training['processes']} examples ({training['tokens']:,} tokens)",
-        "weights kept": f"best validation {settings.best_metric}, step {metrics['validation']['step']:,}",
+        "selected weights": f"best validation {settings.best_metric}, step {metrics['validation']['step']:,}",
         "seed": settings.seed,
         "hardware": f"{training['hardware']}, precision {training['precision']}",
         "time": f"{training['seconds']:,} s, {training['tokens_per_second']:,} tokens/s",
@@ -132,7 +132,7 @@ def training_table(
 
 
 def published_name(checkpoint: str | None) -> str | None:
-    """Id of a checkpoint on the Hub: its name there, or the one that a folder of the zoo has in its metrics."""
+    """Id of a checkpoint on the Hub: its name there, or the name in the metrics of a local folder."""
     path = find_path(checkpoint) if checkpoint else None
     if path is None:
         return checkpoint
@@ -141,7 +141,7 @@ def published_name(checkpoint: str | None) -> str | None:
 
 
 def bundled_names(settings: Settings) -> list[str]:
-    """Names of the data of this repository that a run was trained on; files of the user's own have none."""
+    """Names of the bundled data that a run was trained on, without the user's own files."""
     files = [find_path(name) for name in getattr(settings, "more_data", [])]
     ours = [path.stem for path in files if path is not None and path.resolve().parent == REPOSITORY / "data"]
     return [BUNDLED[settings.data].name, *ours] if settings.data in BUNDLED else ours

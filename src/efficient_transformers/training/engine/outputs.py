@@ -1,4 +1,4 @@
-"""The output folder of a run: refused, begun, continued; and the files that make it ready for the Hub."""
+"""The output folder of a run: check, start or resume it, and write the files for the Hub."""
 
 import dataclasses
 import json
@@ -30,12 +30,12 @@ from .checkpoints import Progress, flush, remove, writing
 from .lock import LOCK
 from .sharding import whole_state
 
-EARLIER = {"long_documents": "truncate"}  # what runs did that are older than a setting, where it is not its default
+EARLIER = {"long_documents": "truncate"}  # behaviour of runs older than a setting, if it differs from the default
 SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpoints", "runs"
 
 
 def finished_metrics(accelerator: Accelerator, settings: Settings) -> dict[str, Any] | None:
-    """Refuses an unusable folder before any other work; the metrics if the run in it is to go on and is finished."""
+    """Refuse an unusable folder before any other work; return the metrics of a finished run that is to be resumed."""
     error: list[str | None] = [None]
     if accelerator.is_main_process:
         try:
@@ -48,7 +48,7 @@ def finished_metrics(accelerator: Accelerator, settings: Settings) -> dict[str, 
     if not (settings.resume and (settings.folder / METRICS).exists()):
         return None
     remove_checkpoints_unless_kept(accelerator, settings)
-    accelerator.print(f"The run in {settings.folder} is finished already.")
+    accelerator.print(f"The run in {settings.folder} is already finished.")
     return json.loads((settings.folder / METRICS).read_text(encoding="utf-8"))
 
 
@@ -61,23 +61,23 @@ def _check_folder(settings: Settings) -> None:
         raise InputError(f"The folder {folder} cannot be written ({error.strerror}): set out to another.") from None
     if not any(path.suffix != ".partial" and path.name != LOCK for path in folder.iterdir()):
         return
-    # only what a run has written is ever deleted or continued
+    # only files written by a run are ever deleted or resumed
     if not (folder / SETTINGS).exists():
-        raise InputError(f"The output folder {folder} is not empty and holds no run: set out to another.")
+        raise InputError(f"The output folder {folder} is not empty and contains no run: set out to another.")
     if settings.resume and (different := differences(folder, settings)):
         raise InputError(
-            f"The run in {folder} was started with other settings ({'; '.join(different)}) and cannot be continued "
-            "with these: give the same ones, another --out, or --overwrite."
+            f"The run in {folder} was started with other settings ({'; '.join(different)}) and cannot be resumed "
+            "with these: restore them, set another --out, or pass --overwrite."
         )
     if not settings.resume and not settings.overwrite:
         raise InputError(
-            f"The output folder {folder} is not empty, it holds a run: --resume continues it, --overwrite deletes "
+            f"The output folder {folder} is not empty, it contains a run: --resume resumes it, --overwrite deletes "
             "it, another --out keeps both."
         )
 
 
 def begin_folder(accelerator: Accelerator, settings: Settings) -> None:
-    """Called when data and model have proved good: a run that cannot start neither deletes nor leaves anything."""
+    """Create the folder. Called when data and model are valid, so that a run that cannot start changes no files."""
     if accelerator.is_main_process:
         if settings.overwrite:
             for path in settings.folder.iterdir():
@@ -89,10 +89,10 @@ def begin_folder(accelerator: Accelerator, settings: Settings) -> None:
 
 
 def differences(folder: Path, settings: Settings) -> list[str]:
-    """Settings with which the run in `folder` was started otherwise, as `name: then → now`."""
+    """Settings that differ from those of the run in `folder`, as `name: then → now`."""
     then = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
     now = yaml.safe_load(settings.to_yaml())
-    # a setting that is newer than the run had its default then
+    # a setting that is newer than the run has its default value
     names = {field.name: field.default for field in dataclasses.fields(settings)}
     then = names | {name: value for name, value in EARLIER.items() if name in names} | then
     names = sorted((then.keys() | now.keys()) - FREE_TO_CHANGE)
@@ -100,7 +100,7 @@ def differences(folder: Path, settings: Settings) -> list[str]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """A reader, or a run continued after a kill, finds all of the text or no file."""
+    """Write a text file atomically: readers, and runs resumed after a kill, find all of the text or no file."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     flush(partial)
@@ -109,16 +109,16 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def recorded_settings(folder: Path) -> dict[str, Any]:
-    """The settings of a finished run, with the model that it saved. Raises InputError if the run is not finished."""
+    """The settings of a finished run, with its saved model. Raises InputError if the run is not finished."""
     if not (folder / METRICS).exists():
-        raise InputError(f"{folder} holds no finished run: it has no {METRICS}.")
+        raise InputError(f"{folder} contains no finished run: it has no {METRICS}.")
     settings = merge(compose(folder / SETTINGS), {"model": {"checkpoint": str(folder)}})
-    settings.pop("cache", None)  # the folder may come from elsewhere, and must not say where files are written
+    settings.pop("cache", None)  # a folder from elsewhere must not determine where files are written
     return settings
 
 
 def finished_settings(settings_class: type[SettingsType], folder: Path, options: list[str]) -> SettingsType:
-    """Settings to evaluate a finished run with; `options` are those of a command line, e.g. `["--max_length", "5"]`."""
+    """Settings for evaluating a finished run; `options` are command-line options, e.g. `["--max_length", "5"]`."""
     recorded, fields = recorded_settings(folder), {field.name for field in dataclasses.fields(settings_class)}
     recorded = {name: value for name, value in EARLIER.items() if name in fields} | recorded
     settings = settings_class.from_options(recorded, options)
@@ -139,15 +139,15 @@ def hardware(accelerator: Accelerator) -> str:
 
 
 def peak_memory_mb(accelerator: Accelerator) -> int:
-    """The most that this process has held so far: of the GPU's memory, or without one of the computer's."""
+    """Peak memory of this process so far: of the GPU, or without one of the computer."""
     if accelerator.device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(accelerator.device) / 2**20)
-    # what Linux gives as ru_maxrss begins with the peak of the process that started this one
+    # on Linux, ru_maxrss starts at the peak of the parent process
     status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return round(int(found[1]) / 1024)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / 2**20 if sys.platform == "darwin" else peak / 1024)  # a Mac counts bytes, others KiB
+    return round(peak / 2**20 if sys.platform == "darwin" else peak / 1024)  # macOS counts bytes, others KiB
 
 
 def metrics_of(
@@ -159,7 +159,7 @@ def metrics_of(
     scores: dict[str, dict[str, float]],
     command: str = "",
 ) -> dict[str, Any]:
-    """What `metrics.json` holds: the `scores` of the splits, and how they came about."""
+    """The contents of `metrics.json`: the `scores` of the splits, and details of the run."""
     return {
         **scores,
         **({"before": progress.before} if progress.before else {}),
@@ -192,7 +192,7 @@ def finish_folder(
     card: ModelCard,
     metrics: dict[str, Any],
 ) -> None:
-    """Model, what prepares its inputs, and card; then the metrics, which say that this run is finished."""
+    """Save the model, its preprocessor and the card; then the metrics, which mark the run as finished."""
     state = whole_state(accelerator, model)
     if accelerator.is_main_process:
         with writing("The trained model", settings.folder):

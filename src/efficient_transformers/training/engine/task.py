@@ -1,4 +1,4 @@
-"""One training task: its data, its model, and a run from the first check of the settings to the card."""
+"""Base class of a training task: its data, its model, and a run from the checks of the settings to the card."""
 
 import json
 import sys
@@ -42,10 +42,10 @@ from .streaming import Stream
 class Source:
     """Data of a task.
 
-    tokenizer: None if the task reads images.
-    labels: names of the classes in the training examples; empty if the task has no classes of its own.
-    encode: examples of a split, from its name, the longest length that the model sees, and the model.
-    notes: what looks like a slip in the data, to be shown before training.
+    tokenizer: None for images.
+    labels: names of the classes in the training examples; empty if the task has no classes.
+    encode: returns the examples of a split, given its name, the maximum input length, and the model.
+    notes: possible mistakes in the data, shown before training.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
@@ -61,7 +61,7 @@ class Source:
         encode: Callable[[list[Any], PreTrainedTokenizerBase, int, Any, Any], Features],
         labels: Callable[[list[Any]], Counter[str]] | None = None,
     ) -> "Source":
-        """From functions that load all splits, encode one of them, and count the classes of the training examples."""
+        """Create a Source from functions that load all splits, encode one, and count the classes in training data."""
         tokenizer, splits = load_tokenizer(settings), load(settings)
         counts = labels(splits["train"]) if labels else Counter()
         return cls(
@@ -74,7 +74,7 @@ class Source:
 
 @dataclass
 class Ready:
-    """Model and data of a task; `preparation` prepares inputs, and is saved beside the model."""
+    """Model and data of a task; `preparation` prepares inputs, and is saved next to the model."""
 
     model: PreTrainedModel
     max_length: int
@@ -89,21 +89,21 @@ S = TypeVar("S", bound=Settings)
 
 
 class Task(Generic[S]):
-    """One kind of training: a subclass says what is its own, `run` and `evaluate_folder` are the same for all."""
+    """A kind of training: subclasses define what is specific, `run` and `evaluate_folder` are the same for all."""
 
     name: str  # in `tasks.TASKS`
     settings_class: type[S]
     auto_class: Any
-    task_type: str  # the Hub's name
-    unit: str  # what an example is
-    collate: Any  # makes a function that puts examples in a batch, from the tokenizer
+    task_type: str  # name on the Hub
+    unit: str  # name of an example, plural
+    collate: Any  # given the tokenizer, returns a function that collates examples into a batch
     scorer: type[Scorer]
     purpose: str  # for the card
 
     def load(self, settings: S) -> Source:
         raise NotImplementedError
 
-    # --- the same in most tasks
+    # --- defaults for most tasks
 
     def build_config(self, settings: S, tokenizer: PreTrainedTokenizerBase | None, **fields: Any) -> PreTrainedConfig:
         return build_config(settings, tokenizer, **fields)
@@ -116,31 +116,31 @@ class Task(Generic[S]):
         *,
         complete: bool = False,
     ) -> PreTrainedModel:
-        """The model to train; it may add to the tokenizer what the model needs.
+        """Build the model to train; may add tokens to the tokenizer.
 
-        `complete` says that the checkpoint is a finished run, which brings all weights.
+        `complete`: the checkpoint is a finished run and must contain all weights.
         """
         return build_model(settings, config, self.auto_class, complete=complete)
 
     def longest(self, settings: S, config: PreTrainedConfig) -> int:
-        """Tokens of an example that the model sees."""
+        """Maximum number of tokens per example."""
         return visible_length(settings, config)
 
     def preparation(self, settings: S, source: Source, config: PreTrainedConfig) -> tuple[Any, Any]:
-        """What prepares inputs, and a function that puts examples in a batch."""
+        """Return the object that prepares inputs, and a function that collates examples into a batch."""
         return source.tokenizer, self.collate(source.tokenizer)
 
     def start(self, settings: S, model: PreTrainedModel, data: Any) -> None:
-        """Changes a new model by its training examples, before anything is written."""
+        """Initialise parts of a new model from its training examples, before anything is written."""
 
     def before_training(
         self, accelerator: Accelerator, settings: S, ready: Ready, data: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Trains the model on something else first; returns what is to be recorded of it in metrics.json."""
+        """Train the model on another objective first; return what metrics.json records about it."""
         return {}
 
     def sizes(self, sizes: list[int | str], ready: Ready) -> str:
-        """For the line that a run begins with."""
+        """Text for the first line of a run."""
         return f"{' / '.join(map(str, sizes))} {self.unit} of up to {ready.max_length} tokens"
 
     def shown(self, metrics: dict[str, Any]) -> dict[str, float]:
@@ -148,29 +148,29 @@ class Task(Generic[S]):
         return {name: value for name, value in metrics["test"].items() if name not in ("n", "loss")}
 
     def limits(self, settings: S) -> list[str]:
-        """For the card."""
+        """Limits of the model, for the card."""
         raise NotImplementedError
 
     def described(self, settings: S, metrics: dict[str, Any], labels: list[str]) -> dict[str, Any]:
-        """For the card: the model's purpose, the unit that is counted, limits, and optionally rows of the table."""
+        """For the card: purpose of the model, unit of the examples, limits, and optionally rows of the table."""
         classes = f" Its classes: {', '.join(labels)}." if labels else ""
         return {
             "purpose": f"{self.purpose}{classes}",
             "unit": f"{self.unit} of up to {metrics['model']['max_length']:,} tokens",
             "limits": [
                 *self.limits(settings),
-                f"The results are of one seed and {metrics['test']['n']:,} test {self.unit}; another seed gives "
-                "somewhat different ones.",
+                f"The results are from a single seed and {metrics['test']['n']:,} test {self.unit}; they vary somewhat "
+                "with the seed.",
             ],
         }
 
     def mismatch(self, labels: list[str], trained: list[str], folder: Path) -> str:
-        return f"The data has the classes {labels} and the model in {folder} has {trained}."
+        return f"The data has the classes {labels}, but the model in {folder} has {trained}."
 
-    # --- the same in all tasks
+    # --- shared by all tasks
 
     def run(self, settings: S, command: str = "") -> dict[str, Any]:
-        """Trains, evaluates and saves; returns what `metrics.json` holds. Raises Stopped after SIGTERM."""
+        """Train, evaluate and save; return the contents of `metrics.json`. Raises Stopped after SIGTERM."""
         accelerator = make_accelerator(settings)
         with hold_for_all(accelerator, settings.folder):
             return self._run(accelerator, settings, command)
@@ -186,7 +186,7 @@ class Task(Generic[S]):
         sizes = {name: "streamed" if isinstance(split, Stream) else len(split) for name, split in data.items()}
         for name, size in sizes.items():
             if not size:
-                raise InputError(f"The {name} data holds nothing to learn from: no example has anything to predict.")
+                raise InputError(f"The {name} data contains nothing to predict, so there is nothing to learn.")
         lengths = {name: lengths_of(split) for name, split in data.items() if not isinstance(split, Stream)}
         check_memory(settings, ready.model.config, lengths, accelerator.device)
         coverage = recorded(data)
@@ -221,7 +221,7 @@ class Task(Generic[S]):
         return metrics
 
     def evaluate_folder(self, folder: Path, options: list[str]) -> dict[str, float]:
-        """Test scores of a finished run, on its own data unless `options` say otherwise, e.g. `--max_length 512`."""
+        """Test scores of a finished run, on its own data unless `options` change it, e.g. `--max_length 512`."""
         settings = finished_settings(self.settings_class, folder, options)
         accelerator = make_accelerator(settings)
         ready = self.ready(settings, folder, accelerator.device)
@@ -235,9 +235,9 @@ class Task(Generic[S]):
         return scores
 
     def ready(self, settings: S, folder: Path | None = None, device: torch.device | None = None) -> Ready:
-        """The model and its data; with the `folder` of a finished run, whose classes the data must have.
+        """Load model and data; with the `folder` of a finished run, the data must have its classes.
 
-        `device` is the one whose memory the model needs; default: the machine's.
+        `device` is the device whose memory the model needs; default: that of the machine.
         """
         self.scorer.check(settings)
         source = self.load(settings)
@@ -276,5 +276,5 @@ class Task(Generic[S]):
 
 
 def label_fields(names: list[str]) -> dict[str, Any]:
-    """Fields of a config for these classes."""
+    """Config fields for these classes."""
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}} if names else {}

@@ -1,8 +1,8 @@
-"""What a bag of words knows: a linear SVM of TF-IDF, trained and tested on the windows of a classifier's config.
+"""Bag-of-words baseline: train and test a linear SVM on TF-IDF features of the windows of a classifier's config.
 
     python training/bag_of_words.py --config configs/era.yaml [--max_length 512 …]
 
-It is given what the model would be: with `--max_length 512` the first 512 tokens of each window.
+Its inputs are those of the model: with `--max_length 512`, the first 512 tokens of each window.
 """
 
 import argparse
@@ -27,13 +27,13 @@ def scores_of(settings: ClassifySettings) -> dict[str, dict[str, float]]:
     source = labelled_documents(settings, tokenizer)
     length = settings.max_length or settings.window_length
     if length is None:
-        raise InputError("A bag of words has no longest length of its own: set max_length or window_length.")
+        raise InputError("A bag of words has no maximum length: set max_length or window_length.")
     texts, labels = {}, {}
     for name in SPLITS:
         examples = source.encode(name, length, None)  # type: ignore[arg-type]  # no model is needed to cut windows
         windows = tokenizer.batch_decode(examples.column("input_ids"), skip_special_tokens=True)
         texts[name], labels[name] = windows, examples.column("labels")
-        if not settings.window_length:  # the model's scores, too, are of documents
+        if not settings.window_length:  # scores of the model are also per document
             whole: dict[int, list[str]] = {}
             for document, window in zip(examples.documents, windows, strict=True):
                 whole.setdefault(document, []).append(window)
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--variant", default="full", help="where a variant has settings of its own")
+    parser.add_argument("--variant", default="full", help="for settings that depend on the variant")
     given, options = parser.parse_known_args(arguments)
     with input_errors():
         print(json.dumps(scores_of(ClassifySettings.from_yaml(given.config, options, given.variant))))

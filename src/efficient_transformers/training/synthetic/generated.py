@@ -1,4 +1,4 @@
-"""Examples that are generated instead of read: each follows from the seed, its split and its index alone."""
+"""Examples that are generated instead of read: each depends only on the seed, its split and its index."""
 
 import hashlib
 import inspect
@@ -18,16 +18,16 @@ from ..data.coverage import Coverage
 from ..data.texts import SPLITS
 from ..settings import InputError
 
-SPECIAL = ("[PAD]", "[CLS]", "[UNK]", "[MASK]")  # the first ids of every vocabulary made here; words come behind them
+SPECIAL = ("[PAD]", "[CLS]", "[UNK]", "[MASK]")  # the first ids of every generated vocabulary, followed by the words
 
-Seed = tuple[int, int, int]  # of the data, number of the split, index of the example
+Seed = tuple[int, int, int]  # seed of the data, index of the split, index of the example
 
 
 class Generator(Protocol):
     """A task: its vocabulary, the names of its answers, and an example for every seed.
 
-    An example is the numbers of its words (n,), and the number of its answer, or (n,) of them with -100 where nothing
-    is asked.
+    An example has the indices of its words (n,), and the index of its answer, or (n,) of them with -100 at positions
+    without a label.
     """
 
     @property
@@ -41,7 +41,7 @@ class Generator(Protocol):
 
 @dataclass(frozen=True)
 class OneOf:
-    """Examples of one of several generators, drawn with equal chances. The last one knows the words of all."""
+    """Examples from one of several generators, selected at random. The last one has the words of all."""
 
     generators: tuple[Generator, ...]
 
@@ -54,13 +54,13 @@ class OneOf:
         return self.generators[-1].answers
 
     def __call__(self, seed: Seed) -> tuple[np.ndarray, Any]:
-        # a stream of its own: the generator draws from the one of the seed
+        # a separate stream, because the generator itself draws from that of the seed
         drawn = np.random.default_rng((*seed, 1)).integers(len(self.generators))
         return self.generators[drawn](seed)
 
 
 class Examples(Dataset):
-    """Token ids and labels in memory; of each example the first `max_length` tokens are seen."""
+    """Token ids and labels in memory; examples are truncated to their first `max_length` tokens."""
 
     def __init__(self, ids: Sequence[np.ndarray], labels: Sequence[Any], max_length: int | None = None):
         self.ids, self.labels, self.max_length = ids, labels, max_length
@@ -84,7 +84,7 @@ class Examples(Dataset):
 
 
 def generate(generator: Generator, split: str, size: int, seed: int, cache: str | None = None) -> Examples:
-    """`size` examples of a split. With a `cache` they are read from that folder, or left there for the next run."""
+    """`size` examples of a split; with a `cache`, they are read from that folder or written to it for later runs."""
     kept = Path(cache, f"{split}-{_fingerprint(generator, size, seed)}.npz") if cache else None
     if kept is not None and kept.exists():
         with np.load(kept) as arrays:
@@ -97,7 +97,7 @@ def generate(generator: Generator, split: str, size: int, seed: int, cache: str 
 
 
 def _fingerprint(generator: Generator, size: int, seed: int) -> str:
-    """Of all that examples follow from: the generator's code and fields, too."""
+    """Hash of everything that the examples depend on, including the generator's code and fields."""
     code = inspect.getsource(inspect.getmodule(type(generator)) or type(generator))
     return hashlib.sha256(f"{code}{generator!r}{size} {seed}".encode()).hexdigest()[:16]
 
@@ -111,17 +111,17 @@ def _write(path: Path, ids: list[np.ndarray], labels: list[int]) -> None:
         raise InputError(
             f"The folder {path.parent} cannot be written ({error.strerror}): set cache to another."
         ) from None
-    partial.replace(path)  # whole, and by whichever of several processes is the last
+    partial.replace(path)  # atomically; the last of several processes wins
 
 
 def with_special(numbers: np.ndarray, has_cls: bool) -> np.ndarray:
-    """Token ids of the words with these `numbers`, as the tokenizers below give them."""
+    """Token ids of the words with these `numbers`, as in the tokenizers below."""
     head = [SPECIAL.index("[CLS]")] if has_cls else []
     return np.concatenate([np.array(head, np.int16), numbers.astype(np.int16) + np.int16(len(SPECIAL))])
 
 
 def word_tokenizer(words: Sequence[str], has_cls: bool) -> PreTrainedTokenizerFast:
-    """Of words between spaces; with `has_cls` a text begins with [CLS]."""
+    """A tokenizer of words separated by spaces; with `has_cls`, texts begin with [CLS]."""
     vocabulary = {word: i for i, word in enumerate((*SPECIAL, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -129,7 +129,7 @@ def word_tokenizer(words: Sequence[str], has_cls: bool) -> PreTrainedTokenizerFa
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Of bytes; a text begins with [CLS]."""
+    """A tokenizer of bytes; texts begin with [CLS]."""
     characters = bytes_to_unicode()
     vocabulary = {word: i for i, word in enumerate((*SPECIAL, *(characters[byte] for byte in range(256))))}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
@@ -143,5 +143,5 @@ def _finished(tokenizer: Tokenizer, has_cls: bool) -> PreTrainedTokenizerFast:
         cls = ("[CLS]", SPECIAL.index("[CLS]"))
         tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[cls])
     names = {f"{name[1:-1].lower()}_token": name for name in SPECIAL}
-    # a word such as 12 or ] is to be kept as it stands
+    # keep words such as 12 or ] unchanged
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)

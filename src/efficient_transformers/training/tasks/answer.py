@@ -1,4 +1,4 @@
-"""Trains a model that finds the answer to a question in a long text, evaluates it on the test split and saves it.
+"""Train a model that finds the answer to a question in a long text, evaluate it on the test split and save it.
 
 accelerate launch training/train.py --config configs/facts.yaml --variant local [--NAME VALUE …] [--resume]
 python training/evaluate.py runs/facts-local [--max_length 512]
@@ -32,28 +32,28 @@ NAMES = (
 
 @dataclass
 class AnswerSettings(TextSettings):
-    """How questions are read and contexts cut."""
+    """Settings for questions and contexts."""
 
-    examples: Literal["columns", "needle"] = "columns"  # needle: made of the text column, see `plant`
+    examples: Literal["columns", "needle"] = "columns"  # needle: derived from the text column, see `plant`
     question_column: str = "question"
     context_column: str = "context"
-    answers_column: str = "answers"  # SQuAD's: {"text": [...], "answer_start": [...]}, characters from 0
+    answers_column: str = "answers"  # as in SQuAD: {"text": [...], "answer_start": [...]}, characters from 0
     null_answers: bool = False  # questions may have no answer, as in SQuAD 2.0
-    null_threshold: float = ranged(0.0)  # log-odds against "no answer" that an answer needs
-    # tokens that a window of a long context shares with the one before it
-    stride: int = ranged(128, least=0, why="0 cuts windows that share nothing")
-    max_question_length: int = ranged(64, least=1)  # tokens; a longer question is cut
-    max_answer_length: int = ranged(30, least=1)  # tokens; no longer span is ever given
-    mark_question: bool = True  # its tokens are global where a variant takes marks (Longformer, section 3.1)
-    needle_words: int = ranged(600, least=1)  # of the text around it
-    needles_per_document: int = ranged(4, least=1)  # questions, each with an excerpt of its own
-    # facts of the same form and another name, which make the question count
-    distractors: int = ranged(0, least=0, most=len(NAMES) - 1, why="names end")
+    null_threshold: float = ranged(0.0)  # log-odds against "no answer" required for an answer
+    # tokens that a window of a long context shares with the previous one
+    stride: int = ranged(128, least=0, why="0 makes windows without overlap")
+    max_question_length: int = ranged(64, least=1)  # tokens; longer questions are truncated
+    max_answer_length: int = ranged(30, least=1)  # tokens; maximum length of a predicted span
+    mark_question: bool = True  # its tokens are global in variants with marked global tokens (Longformer, section 3.1)
+    needle_words: int = ranged(600, least=1)  # words of text around the needle
+    needles_per_document: int = ranged(4, least=1)  # questions, each with its own excerpt
+    # facts of the same form about other names, so that the question matters
+    distractors: int = ranged(0, least=0, most=len(NAMES) - 1, why="there are no more names")
 
 
 @dataclass
 class Question:
-    """`answers` are all that count as right, `starts` where they begin in the context; none, where there is none."""
+    """`answers` are all correct answers, and `starts` their positions in the context; empty if there is no answer."""
 
     question: str
     context: str
@@ -62,7 +62,7 @@ class Question:
 
 
 def load_questions(settings: AnswerSettings) -> dict[str, list[Question]]:
-    """All three splits. Needles are hidden behind the cut into splits: no text is in two of them."""
+    """Load all three splits. Needles are inserted after the data is split, so no text is in two splits."""
     if settings.examples == "columns":
         return load_splits(settings, lambda row: _question(row, settings), label_column=settings.answers_column)
     texts = load_splits(settings, lambda row: text_of(row, settings))
@@ -83,7 +83,7 @@ def _question(row: Row, settings: AnswerSettings) -> Question:
     for name, value in ((settings.question_column, question), (settings.context_column, context)):
         if not isinstance(value, str):
             raise InputError(f"The column {name!r} must be text, but {place} has {value!r}.")
-    form = "{'text': [...], 'answer_start': [...]}, as many of one as of the other"
+    form = "{'text': [...], 'answer_start': [...]} with lists of equal length"
     texts, starts = (answers.get(key) if isinstance(answers, dict) else None for key in ("text", "answer_start"))
     if not (isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)):
         raise InputError(f"The column {settings.answers_column!r} must be {form}, but {place} has {answers!r}.")
@@ -94,17 +94,17 @@ def _question(row: Row, settings: AnswerSettings) -> Question:
     for text, start in zip(texts, starts, strict=True):
         if context[start : start + len(text)] != text:
             raise InputError(
-                f"The answer {text!r} of {place} does not stand in the context at character {start}, there is "
+                f"The answer {text!r} of {place} is not in the context at character {start}, which has "
                 f"{context[start : start + len(text)]!r}: correct answer_start."
             )
     return Question(question, context, texts, starts)
 
 
 def plant(text: str, rng: np.random.Generator, settings: AnswerSettings) -> Question:
-    """Hides `The code of <name> is <number>.` behind a random sentence of a random excerpt, and asks for the number."""
+    """Insert `The code of <name> is <number>.` after a random sentence of a random excerpt, and ask for the number."""
     lines = sentences(text) or [text]
-    words = np.cumsum([0, *(len(line.split()) for line in lines)])  # in front of each sentence, and in all
-    # the excerpt begins where enough words follow, if there are as many
+    words = np.cumsum([0, *(len(line.split()) for line in lines)])  # before each sentence, and in total
+    # the excerpt begins where enough words follow, if there are that many
     first = int(rng.integers(max(1, np.searchsorted(words, words[-1] - settings.needle_words, side="right"))))
     last = int(np.searchsorted(words, words[first] + settings.needle_words, side="right")) - 1
     lines = lines[first : max(last, first + 1)]
@@ -121,7 +121,7 @@ def plant(text: str, rng: np.random.Generator, settings: AnswerSettings) -> Ques
 
 @dataclass
 class Window:
-    """Where a window's tokens come from: offsets[i] are the characters of token `first + i` in the context."""
+    """Origin of a window's tokens: offsets[i] are the characters of token `first + i` in the context."""
 
     example: int
     first: int
@@ -135,24 +135,24 @@ def answer_windows(
     settings: AnswerSettings,
     model: PreTrainedModel,
 ) -> Features:
-    """Question and a part of the context in every window; windows of one context share `stride` tokens.
+    """Windows with the question and a part of the context; windows of one context share `stride` tokens.
 
-    Where a window does not show the (first) answer whole, both positions are 0, the token in front, which stands for
-    "no answer" (Devlin et al. 2018, arXiv:1810.04805, section 4.3).
+    If a window does not contain the whole (first) answer, both positions are 0, the first token, which represents "no
+    answer" (Devlin et al. 2018, arXiv:1810.04805, section 4.3).
     """
     check_offsets(tokenizer, "Answers")
     added = tokenizer.num_special_tokens_to_add(pair=True)
     room = max_length - settings.max_question_length - added
     if room <= settings.stride:
         raise InputError(
-            f"max_length ({max_length}) leaves {room} tokens for the context beside max_question_length "
-            f"({settings.max_question_length}) and {added} special tokens, and stride ({settings.stride}) must be "
-            "less: raise max_length or lower the others."
+            f"max_length ({max_length}) leaves {room} tokens for the context next to max_question_length "
+            f"({settings.max_question_length}) and {added} special tokens, but stride ({settings.stride}) must be "
+            "less: increase max_length or reduce the others."
         )
     longest = settings.max_question_length
     pairs = [shortened(question.question.strip(), tokenizer, longest) for question in questions]
     cut, asked = [text for text, _ in pairs], [tokens for _, tokens in pairs]
-    of_contexts = [0] * len(questions)  # tokens, all of which some window shows
+    of_contexts = [0] * len(questions)  # tokens, all of which are in some window
     marks = settings.mark_question and takes_marks(model)
     rows, windows = [], []
     for start in range(0, len(questions), 64):
@@ -190,7 +190,7 @@ def answer_windows(
 
 
 def collate_answers(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-    """Pads on the right, whatever the tokenizer does: positions count from the front. And pads marks, too."""
+    """Return a collate function that pads on the right, because positions count from the start; it also pads marks."""
     fill: dict[str, Any] = {"input_ids": tokenizer.pad_token_id}
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -210,21 +210,21 @@ def takes_marks(model: PreTrainedModel) -> bool:
 
 
 def positions(question: Question, window: Window) -> tuple[int, int]:
-    """The first and the last token of the answer in this window, or 0 and 0."""
+    """First and last token of the answer in this window, or 0 and 0."""
     if not question.answers:
         return 0, 0
     begin, end = question.starts[0], question.starts[0] + len(question.answers[0])
     starts, ends = window.offsets.T
     if begin < starts[0] or end > ends[-1]:
         return 0, 0
-    # byte-level tokens may begin with the blank in front of the answer, and some hold more than the answer's end
+    # byte-level tokens may begin with the space before the answer, and some extend beyond its end
     first = int(np.searchsorted(ends, begin, side="right"))
     last = int(np.searchsorted(ends, end, side="left"))
     return window.first + first, window.first + last
 
 
 def best_span(start: np.ndarray, end: np.ndarray, window: Window, longest: int) -> tuple[float, int, int]:
-    """The likeliest answer in a window from its logits: log-odds against "no answer", and its characters."""
+    """The most likely answer in a window, given its logits: log-odds against "no answer", and its characters."""
     count, first = len(window.offsets), window.first
     null = start[0] + end[0]
     start, end = start[first : first + count], end[first : first + count]
@@ -243,10 +243,10 @@ def best_span(start: np.ndarray, end: np.ndarray, window: Window, longest: int) 
 def answers_of(
     spans: Sequence[tuple[float, int, int]], windows: Sequence[Window], questions: Sequence[Question], settings: Any
 ) -> list[str]:
-    """The answer to each question from the best span of each window.
+    """The answer to each question, from the best span of each window.
 
-    Log-odds are compared over windows, and not sums of logits as in BERT's script (the paper reads one window): a
-    softmax is over one window, so that only the difference to its own "no answer" means the same in another.
+    Log-odds are compared across windows, not sums of logits as in BERT's script (the paper has one window): a softmax
+    is over one window, so that only the difference from its own "no answer" is comparable between windows.
     """
     best: dict[int, tuple[float, int, int]] = {}
     for span, window in zip(spans, windows, strict=True):
@@ -260,7 +260,7 @@ def answers_of(
     return given
 
 
-Logits = tuple[np.ndarray, np.ndarray]  # of a window's starts and ends
+Logits = tuple[np.ndarray, np.ndarray]  # start and end logits of a window
 
 
 class AnswerScorer(Scorer):
@@ -285,7 +285,7 @@ class AnswerScorer(Scorer):
 
 
 def window_loss(starts: np.ndarray, ends: np.ndarray, row: Mapping[str, Any]) -> float:
-    """Mean of the nats of both positions, without what pads a window to the others of its batch."""
+    """Mean cross-entropy of both positions in nats, without the padding of the batch."""
     both = ((starts, row["start_positions"]), (ends, row["end_positions"]))
     length = len(row["input_ids"])
     return sum(float(np.logaddexp.reduce(logits[:length]) - logits[position]) / 2 for logits, position in both)
@@ -299,7 +299,7 @@ class AnswerTask(Task[AnswerSettings]):
     unit = "windows"
     collate = staticmethod(collate_answers)
     scorer = AnswerScorer
-    purpose = "A reader: it finds the answer to a question as a span of a text."
+    purpose = "An extractive question-answering model: it finds the answer to a question as a span of a text."
 
     def load(self, settings: AnswerSettings) -> Source:
         return Source.of_texts(settings, load_questions, answer_windows)
@@ -307,18 +307,18 @@ class AnswerTask(Task[AnswerSettings]):
     def build_config(
         self, settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase | None, **fields: Any
     ) -> PreTrainedConfig:
-        """Longformer's config knows the token that ends the question, so that the saved model marks it by itself."""
+        """Store the token that ends the question in Longformer's config, so that the saved model marks it itself."""
         config = super().build_config(settings, tokenizer, **fields)
         if tokenizer is not None and getattr(config, "sep_token_id", 0) is None and settings.mark_question:
             config.sep_token_id = tokenizer.sep_token_id
         return config
 
     def limits(self, settings: AnswerSettings) -> list[str]:
-        needle = "Its questions ask for one kind of sentence, hidden at random in real text: it answers no other ones."
+        needle = "Its questions ask for one kind of sentence, inserted at random into real text; it answers no others."
         return [
-            f"It gives a span of at most {settings.max_answer_length} tokens of the text, and none that is longer.",
+            f"Its answers are spans of at most {settings.max_answer_length} tokens.",
             *([needle] if settings.examples == "needle" else []),
-            *([] if settings.null_answers else ["It always gives an answer, also where the text has none."]),
+            *([] if settings.null_answers else ["It always returns an answer, even if the text has none."]),
         ]
 
 

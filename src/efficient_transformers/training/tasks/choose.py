@@ -1,4 +1,4 @@
-"""Trains a model that picks one of several choices, evaluates it on the test split and saves it ready for the Hub.
+"""Train a model that selects one of several choices, evaluate it on the test split and save it for the Hub.
 
 accelerate launch training/train.py --config configs/next.yaml --variant local [--NAME VALUE …] [--resume]
 python training/evaluate.py runs/next-local [--max_length 512]
@@ -28,18 +28,18 @@ from ..settings import InputError, ranged
 
 @dataclass
 class ChooseSettings(TextSettings):
-    """How contexts and choices are read."""
+    """Settings for contexts and choices."""
 
-    examples: Literal["columns", "next"] = "columns"  # next: made of the text column, see `next_excerpts`
+    examples: Literal["columns", "next"] = "columns"  # next: derived from the text column, see `next_excerpts`
     context_column: str = "context"
-    question_column: str | None = None  # put in front of every choice
+    question_column: str | None = None  # added before every choice
     choices_column: str = "choices"  # a list of texts
     choice_columns: list[str] | None = None  # or one column for each choice, such as SWAG's ending0 to ending3
-    label_column: str = "label"  # the right choice: its number from 0, or its letter from A
-    # tokens of question and choice together; more are cut, and else the context
+    label_column: str = "label"  # the correct choice: its number from 0, or its letter from A
+    # tokens of question and choice together; longer ones are truncated
     max_choice_length: int = ranged(256, least=1)
-    keep: Literal["start", "end"] = "start"  # of a context that is too long
-    context_words: int = ranged(300, least=1)  # at least, of what is read before the choice
+    keep: Literal["start", "end"] = "start"  # part to keep of a context that is too long
+    context_words: int = ranged(300, least=1)  # minimum number of words before the choice
     choice_words: int = ranged(60, least=1)
     num_choices: int = ranged(4, least=2)
 
@@ -52,7 +52,7 @@ class Choice:
 
 
 def load_choices(settings: ChooseSettings) -> dict[str, list[Choice]]:
-    """All three splits, checked: as many choices everywhere, one of them right."""
+    """Load all three splits, and check that all examples have the same number of choices."""
     if settings.examples == "next":
         texts = load_splits(settings, lambda row: text_of(row, settings))
         return {
@@ -62,7 +62,7 @@ def load_choices(settings: ChooseSettings) -> dict[str, list[Choice]]:
     splits = load_splits(settings, lambda row: _choice(row, settings), label_column=settings.label_column)
     counts = sorted({len(choice.choices) for split in splits.values() for choice in split})
     if len(counts) > 1:
-        raise InputError(f"Every example must have as many choices as the others, but there are some with {counts}.")
+        raise InputError(f"Every example must have the same number of choices, but the numbers are {counts}.")
     return splits
 
 
@@ -99,13 +99,13 @@ def _label_of(row: Row, count: int, settings: ChooseSettings) -> int:
 
 
 def next_excerpts(texts: Sequence[str], rng: np.random.Generator, settings: ChooseSettings) -> list[Choice]:
-    """What comes next, among excerpts of other texts: contexts and choices are whole sentences, in turn.
+    """Examples that ask for the next excerpt, among excerpts of other texts; all consist of whole sentences.
 
-    A text is cut into pieces of a choice's length; as many as make a context are read, the one behind them is right.
-    The wrong ones are pieces of other texts of the same split, drawn at random.
+    A text is cut into pieces with the length of a choice. Enough pieces for a context are followed by the correct
+    choice. The wrong ones are random pieces of other texts in the same split.
     """
     pieces = [excerpts(text, settings.choice_words) for text in texts]
-    many = -(-settings.context_words // settings.choice_words)  # pieces of a context
+    many = -(-settings.context_words // settings.choice_words)  # pieces per context
     elsewhere = [(text, piece) for text, own in enumerate(pieces) for piece in own]
     owners = np.array([text for text, _ in elsewhere])
     found = []
@@ -114,7 +114,7 @@ def next_excerpts(texts: Sequence[str], rng: np.random.Generator, settings: Choo
         if len(others) < settings.num_choices - 1:
             raise InputError(
                 f"{len(others)} excerpts of other documents are too few for num_choices ({settings.num_choices}): "
-                "give more documents, or lower num_choices or choice_words."
+                "add documents, or reduce num_choices or choice_words."
             )
         for start in range(0, len(own) - many, many + 1):
             wrong = [elsewhere[i][1] for i in rng.choice(others, settings.num_choices - 1, replace=False)]
@@ -131,13 +131,13 @@ def choice_rows(
     settings: ChooseSettings,
     model: PreTrainedModel,
 ) -> Features:
-    """Context and choice as a pair, one for every choice."""
+    """Pairs of the context and each choice."""
     check_offsets(tokenizer, "Choices")
     room = max_length - tokenizer.num_special_tokens_to_add(pair=True) - settings.max_choice_length
     if room < 1:
         raise InputError(
-            f"max_length ({max_length}) leaves no room for a context beside max_choice_length "
-            f"({settings.max_choice_length}) and the special tokens: raise the first or lower the second."
+            f"max_length ({max_length}) leaves no room for a context next to max_choice_length "
+            f"({settings.max_choice_length}) and the special tokens: increase the first or reduce the second."
         )
     rows, coverage = [], Coverage()
     for example in examples:
@@ -150,7 +150,7 @@ def choice_rows(
         encoded = tokenizer(
             [context] * len(choices),
             choices,
-            truncation="longest_first",  # a cut text may have a token more than what it was cut from
+            truncation="longest_first",  # truncated texts may have one token more when encoded again
             max_length=max_length,
             return_attention_mask=False,
         )
@@ -159,7 +159,7 @@ def choice_rows(
 
 
 class ChoiceScorer(LabelScorer):
-    names = ("accuracy",)  # the number of the right choice is no class
+    names = ("accuracy",)  # the number of the correct choice is not a class
 
 
 class ChooseTask(Task[ChooseSettings]):
@@ -170,15 +170,15 @@ class ChooseTask(Task[ChooseSettings]):
     unit = "examples"
     collate = DataCollatorForMultipleChoice
     scorer = ChoiceScorer
-    purpose = "It reads a context with each of several choices and picks one."
+    purpose = "A multiple-choice model: it reads a context with each of several choices and selects one."
 
     def load(self, settings: ChooseSettings) -> Source:
         return Source.of_texts(settings, load_choices, choice_rows)
 
     def limits(self, settings: ChooseSettings) -> list[str]:
-        made = "It has learnt to tell what comes next in a text from what stands in other texts, by whatever shows it: "
-        made += "topic, time and style as well as what is said."
-        always = "It always picks one of the choices, also where none is right."
+        made = "It was trained to distinguish the continuation of a text from excerpts of other texts, by any clue: "
+        made += "topic, time and style as well as content."
+        always = "It always selects one of the choices, even if none is correct."
         return [made if settings.examples == "next" else always]
 
 

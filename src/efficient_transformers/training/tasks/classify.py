@@ -1,4 +1,4 @@
-"""Trains a document classifier, evaluates it on the test split and saves it ready for the Hub.
+"""Train a document classifier, evaluate it on the test split and save it for the Hub.
 
 accelerate launch training/train.py --config configs/era.yaml --variant local [--NAME VALUE …] [--resume]
 python training/evaluate.py runs/era-local [--max_length 512]
@@ -31,10 +31,10 @@ from .self_pretraining import SelfPretrainingSettings, card_row, self_pretrain
 
 @dataclass
 class ClassifySettings(DocumentSettings, SelfPretrainingSettings):
-    """The settings of this script; the shared ones are in settings.py, texts.py, documents.py, self_pretraining.py."""
+    """Settings of classification; the shared ones are in settings.py, texts.py, documents.py, self_pretraining.py."""
 
     best_metric: str = "accuracy"
-    extra_metrics: list[str] = field(default_factory=list)  # names for `evaluate.load`, which needs the network
+    extra_metrics: list[str] = field(default_factory=list)  # names for `evaluate.load`; needs a network connection
 
 
 def labelled_documents(settings: DocumentSettings, tokenizer: PreTrainedTokenizerBase) -> Source:
@@ -48,7 +48,7 @@ def labelled_documents(settings: DocumentSettings, tokenizer: PreTrainedTokenize
 
 
 class DocumentScorer(LabelScorer):
-    """Loss and metrics of documents, whose windows' logits are averaged; with `window_length`, of windows."""
+    """Loss and metrics of documents, with the logits of their windows averaged; with `window_length`, of windows."""
 
     def __init__(self, data: Any, settings: Any):
         super().__init__(data, settings)
@@ -102,24 +102,24 @@ class ClassifyTask(Task[ClassifySettings]):
     def described(self, settings: ClassifySettings, metrics: dict[str, Any], labels: list[str]) -> dict[str, Any]:
         max_length, window_length = metrics["model"]["max_length"], settings.window_length
         is_cut = window_length and max_length < window_length
-        cut = f", of which the model sees the first {max_length:,}" if is_cut else ""
+        cut = f", of which only the first {max_length:,} are used" if is_cut else ""
         if window_length:
             unit, note = f"windows of {window_length:,} tokens{cut}", "windows of one document are not independent"
         elif settings.long_documents == "truncate":
-            unit, note = f"documents, of which the model sees the first {max_length:,} tokens", ""
+            unit, note = f"documents, of which only the first {max_length:,} tokens are used", ""
         else:
-            unit, note = f"windows of up to {max_length:,} tokens, which together show the whole documents", ""
+            unit, note = f"windows of up to {max_length:,} tokens, which together cover the whole documents", ""
         return {
-            "purpose": f"A classifier of documents into {len(labels)} classes: {', '.join(labels)}.",
+            "purpose": f"A classifier of documents with {len(labels)} classes: {', '.join(labels)}.",
             "unit": unit,
             **({} if window_length else {"test_unit": "documents"}),
             **({"averaged": True} if not window_length and settings.long_documents == "windows" else {}),
             "training_rows": card_row(metrics),
             "limits": [
-                f"It has learnt these {len(labels)} classes from {metrics['training']['windows']:,} training examples "
-                "and knows no answer outside them.",
-                f"The results are of one seed and {metrics['test']['n']:,} test examples; another seed gives somewhat "
-                f"different ones{f', and {note} of each other' if note else ''}.",
+                f"It was trained on {metrics['training']['windows']:,} examples of these {len(labels)} classes and "
+                "always predicts one of them.",
+                f"The results are from a single seed and {metrics['test']['n']:,} test examples; they vary somewhat "
+                f"with the seed{f', and {note}' if note else ''}.",
             ],
         }
 

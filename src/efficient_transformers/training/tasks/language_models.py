@@ -1,4 +1,4 @@
-"""What masked and causal language modelling share: settings, windows of tokens, scores and the card."""
+"""Masked and causal language modelling: shared settings, windows of tokens, scores and the card."""
 
 import inspect
 import itertools
@@ -22,15 +22,15 @@ from ..settings import InputError, ranged
 
 @dataclass
 class LanguageModelSettings(TextSettings):
-    """How documents become windows of tokens."""
+    """Settings for the conversion of documents to windows of tokens."""
 
-    packing: Packing = "documents"  # joins documents and cuts full windows; padding: each of one document, and padded;
-    # best_fit: as many of these in a row as fit, kept apart by the model
-    # with padding: a shorter rest of a document is dropped, unless it is the only window
+    packing: Packing = "documents"  # joins documents and cuts full windows; padding: one document per window, padded;
+    # best_fit: as many documents in a row as fit, separated by the model
+    # with padding: a shorter remainder of a document is dropped, unless it is the only window
     shortest_window: int = ranged(64, least=1)
 
-    streaming: bool = False  # read training documents as they are needed, for data that are too many; needs max_steps
-    stream_buffer: int = ranged(1000, least=1)  # of a stream: documents that are cut, and shuffled, together
+    streaming: bool = False  # read training documents on demand, for data that do not fit in memory; needs max_steps
+    stream_buffer: int = ranged(1000, least=1)  # number of streamed documents that are cut and shuffled together
 
     def check(self) -> None:
         super().check()
@@ -38,11 +38,11 @@ class LanguageModelSettings(TextSettings):
             raise InputError("streaming does not know how long an epoch is: set max_steps.")
         if self.streaming and self.dataloader_num_workers:
             raise InputError(
-                f"dataloader_num_workers ({self.dataloader_num_workers}) has no use with streaming, which one process "
-                "reads: leave it out."
+                f"dataloader_num_workers ({self.dataloader_num_workers}) has no effect with streaming, which reads in "
+                "one process: omit it."
             )
         if self.best_metric not in ("loss", "accuracy"):
-            raise InputError(f"best_metric ({self.best_metric!r}) must be loss (it orders as perplexity) or accuracy.")
+            raise InputError(f"best_metric ({self.best_metric!r}) must be loss (same order as perplexity) or accuracy.")
 
 
 def cut(
@@ -53,9 +53,9 @@ def cut(
     settings: LanguageModelSettings,
     how: dict[str, Any],
 ) -> tuple[list[Row], Coverage]:
-    """The windows that `pack` makes of the texts, from the cache if they are there, and how much of these they show.
+    """Return the windows of the texts, from the cache if possible, and their coverage of the texts.
 
-    `how` is what else they follow from.
+    `how` has all other settings that the windows depend on.
     """
     how = {**how, "packing": settings.packing, "shortest_window": settings.shortest_window}
     file = cache_file(tokenizer, texts, how) if settings.cache_tokens else None
@@ -64,9 +64,9 @@ def cut(
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel, settings: LanguageModelSettings) -> None:
-    """Raises InputError if rows hold several documents and the model does not make of each what it makes of it alone.
+    """Raise InputError if rows contain several documents but the model does not compute the same as for each alone.
 
-    Most of transformers' models do not: they look for documents only where there is no mask of padding.
+    Most models of transformers do not: they detect documents only if there is no padding mask.
     """
     if settings.packing != "best_fit":
         return
@@ -80,8 +80,8 @@ def check_packing(model: PreTrainedModel, settings: LanguageModelSettings) -> No
         apart = torch.allclose(together, alone, rtol=1e-3, atol=1e-3 * alone.std().item())
     if not apart:
         raise InputError(
-            f"packing ('best_fit') needs a model that keeps the documents of a row apart by their position_ids, and a "
-            f"{model.config.model_type} model lets them read each other: set packing to padding, or take a model of "
+            f"packing ('best_fit') needs a model that separates the documents of a row by their position_ids, but in a "
+            f"{model.config.model_type} model they attend to each other: set packing to padding, or use a model of "
             "this zoo."
         )
 
@@ -110,7 +110,7 @@ class LanguageModelTask(Task[S]):
     scorer = PerplexityScorer
 
     def load_tokenizer(self, settings: S, texts: list[str]) -> PreTrainedTokenizerBase:
-        """The tokenizer; `texts` are some of those that it is for."""
+        """Load the tokenizer; `texts` are some of the training texts."""
         raise NotImplementedError
 
     def make_windows(
@@ -162,13 +162,13 @@ class LanguageModelTask(Task[S]):
     def described(self, settings: S, metrics: dict[str, Any], labels: list[str]) -> dict[str, Any]:
         windows = {
             "documents": "documents joined and cut, without padding",
-            "padding": "of one document each, padded",
-            "best_fit": "rows of documents, or pieces of longer ones, that do not read each other",
+            "padding": "one document each, padded",
+            "best_fit": "rows of documents, or pieces of longer ones, that do not attend to each other",
         }[settings.packing]
         full = settings.packing == "documents"
-        slant = "It has seen no more than this training data and repeats its slant."
+        slant = "It was trained only on this data and reproduces its biases."
         if "checkpoint" in settings.model:
-            slant = "It repeats the slant of this training data, and of what its checkpoint was trained on."
+            slant = "It reproduces the biases of this training data, and of the data its checkpoint was trained on."
         rows, limits = self.describe(settings, metrics)
         return {
             "purpose": self.purpose,

@@ -1,10 +1,10 @@
-"""Trains a classifier on a task of the Long Range Arena, evaluates it and saves it ready for the Hub.
+"""Train a classifier on a task of the Long Range Arena, evaluate it and save it for the Hub.
 
 accelerate launch training/train.py --config configs/listops.yaml --variant full [--NAME VALUE …] [--resume]
 python training/evaluate.py runs/listops-full [--max_length 512]
 
-ListOps and Pathfinder are generated, images are Fashion-MNIST's, text is read as bytes (Tay et al. 2020,
-arXiv:2011.04006). Retrieval, which has two documents, is the business of match.py.
+ListOps and Pathfinder are generated, images are those of Fashion-MNIST, texts are encoded as bytes (Tay et al. 2020,
+arXiv:2011.04006). Retrieval, with pairs of documents, is in match.py.
 """
 
 from dataclasses import dataclass
@@ -25,45 +25,45 @@ from .classify import ClassifySettings, ClassifyTask, labelled_documents
 from .self_pretraining import card_row
 
 TASKS = {
-    "listops": "ListOps: the digit that a nested list of digits and operators comes to.",
-    "pathfinder": "Pathfinder: whether two dots lie at the ends of one dashed path, from a picture's pixels in a row.",
-    "fashion_mnist": "Fashion-MNIST: the class of a garment, from the pixels of its picture in a row.",
+    "listops": "ListOps: the digit that a nested list of digits and operators evaluates to.",
+    "pathfinder": "Pathfinder: are two dots at the ends of the same dashed path? From the sequence of pixels.",
+    "fashion_mnist": "Fashion-MNIST: the class of a garment, from the sequence of pixels of its picture.",
 }
-TEXT = "Documents, read as bytes."
+TEXT = "Classification of documents encoded as bytes."
 
 
 @dataclass
 class LraSettings(ClassifySettings):
-    """The settings of this script; the shared ones are in settings.py, texts.py, documents.py and classify.py.
+    """Settings of the Long Range Arena; the shared ones are in settings.py, texts.py, documents.py and classify.py.
 
-    `data` is listops, pathfinder, fashion_mnist, or labelled documents, which are read as bytes. What is generated
-    follows from `split_seed`.
+    `data` is listops, pathfinder, fashion_mnist, or labelled documents, which are encoded as bytes. Generated data
+    depend on `split_seed`.
     """
 
     long_documents: Literal["windows", "truncate"] = "truncate"  # the paper's protocol
-    # default: the paper's number (listops, pathfinder), or all there are
+    # default: the number in the paper (listops, pathfinder), or all examples
     train_examples: int | None = ranged(None, least=1)
     validation_examples: int | None = ranged(None, least=1)
     test_examples: int | None = ranged(None, least=1)
-    cache: str | None = None  # folder for generated examples, which other runs on the same ones then read
+    cache: str | None = None  # folder for generated examples, shared by runs on the same examples
     min_tokens: int = ranged(500, least=1)  # listops: a list has more tokens than this,
     max_tokens: int = ranged(2000, least=3)  # and fewer than this
     contour_length: int = ranged(14, least=3, most=16)  # pathfinder: dashes of a long path
-    image_folder: str = FOLDER  # fashion_mnist: of its four files
+    image_folder: str = FOLDER  # for fashion_mnist: the folder of its four files
 
     def check(self) -> None:
         super().check()
         for name in SPLITS:
             if (size := getattr(self, f"{name}_examples")) is not None and self.data not in TASKS:
                 raise InputError(
-                    f"{name}_examples ({size}) has no use: all documents of {self.data} are taken. Leave it out."
+                    f"{name}_examples ({size}) has no effect: all documents of {self.data} are used. Omit it."
                 )
         if self.best_metric not in (known := ("loss", *OWN_METRICS, *self.extra_metrics)):
             raise InputError(f"best_metric ({self.best_metric!r}) must be one of {', '.join(known)}.")
         if self.tokenizer is not None:
             raise InputError(
-                f"tokenizer ({self.tokenizer!r}) has no use: these tasks are read by the word, the pixel or the byte. "
-                "Leave it out, or set task to classify."
+                f"tokenizer ({self.tokenizer!r}) has no effect: the tokens of these tasks are words, pixels or bytes. "
+                "Omit it, or set task to classify."
             )
 
 
@@ -72,7 +72,7 @@ def load_source(settings: LraSettings) -> Source:
         generator = ListOps(settings.min_tokens, settings.max_tokens)
         return generated_source(settings, generator, (96_000, 2_000, 2_000))
     if settings.data == "pathfinder":
-        # the paper divides 200,000 pictures 8 : 1 : 1
+        # the paper splits 200,000 pictures 8 : 1 : 1
         return generated_source(settings, Pathfinder(settings.contour_length), (160_000, 20_000, 20_000))
     if settings.data == "fashion_mnist":
         images = load_fashion_mnist(settings.image_folder)
@@ -111,10 +111,9 @@ class LraTask(ClassifyTask):
             "unit": f"sequences of up to {metrics['model']['max_length']:,} tokens",
             "training_rows": card_row(metrics),
             "limits": [
-                "A task of the Long Range Arena is made to compare models by: it says little of what they do with "
-                "text.",
-                f"The results are of one seed and {metrics['test']['n']:,} test examples; another seed gives somewhat "
-                "different ones.",
+                "Tasks of the Long Range Arena compare models; they say little about performance on natural text.",
+                f"The results are from a single seed and {metrics['test']['n']:,} test examples; they vary somewhat "
+                "with the seed.",
             ],
         }
 

@@ -1,10 +1,11 @@
-"""Trains a model that tells whether two documents match, evaluates it on the test split and saves it.
+"""Train a model that predicts whether two documents match, evaluate it on the test split and save it.
 
 accelerate launch training/train.py --config configs/president.yaml --variant local [--NAME VALUE …] [--resume]
 python training/evaluate.py runs/president-local [--max_length 512]
 
-Each document is encoded by itself, so that vectors of many can be kept: the head of LRA's retrieval task. In the output
-folder the encoder is an ordinary checkpoint; `DocumentMatcher.from_pretrained` opens it with its head.
+Each document is encoded separately, so that the vectors of many documents can be stored: the head of LRA's retrieval
+task. In the output folder, the encoder is an ordinary checkpoint; `DocumentMatcher.from_pretrained` opens it with its
+head.
 """
 
 import json
@@ -38,22 +39,22 @@ from ..engine.task import Source, Task
 from ..settings import InputError, find_path, ranged
 from .choose import ChoiceScorer
 
-HEAD, HEAD_SIZES = "matching_head.safetensors", "matching_head.json"  # beside the encoder's files
+HEAD, HEAD_SIZES = "matching_head.safetensors", "matching_head.json"  # next to the encoder's files
 CLASSES = ["different", "same"]
 Interaction = Literal["nli", "concat"]
 
 
 @dataclass
 class MatchSettings(TextSettings):
-    """How pairs of documents are read, and the head that judges them."""
+    """Settings for pairs of documents, and for the head."""
 
-    examples: Literal["columns", "same"] = "columns"  # same: made of the text column, see `same_or_not`
+    examples: Literal["columns", "same"] = "columns"  # same: derived from the text column, see `same_or_not`
     first_column: str = "text1"
     second_column: str = "text2"
-    label_column: str = "label"  # 1 for a match, 0 for none
-    group_column: str = "name"  # of `same`: what two documents may have in common
-    excerpt_words: int = ranged(600, least=1)  # of `same`, at least
-    mask_digits: bool = False  # every digit becomes 0, so that a year cannot give the answer away
+    label_column: str = "label"  # 1 for a match, 0 otherwise
+    group_column: str = "name"  # for `same`: the property that two documents may share
+    excerpt_words: int = ranged(600, least=1)  # for `same`: minimum length
+    mask_digits: bool = False  # replace every digit by 0, so that years do not reveal the answer
     interaction: Interaction = "nli"
     head_size: int = ranged(256, least=2)
 
@@ -65,7 +66,7 @@ class Pair:
 
 
 def load_pairs(settings: MatchSettings) -> dict[str, list[Pair]]:
-    """All three splits. Pairs are made within a split, so that no document of a test pair is one of training."""
+    """Load all three splits. Pairs are made within a split, so no document occurs in both training and test pairs."""
     if settings.examples == "columns":
         splits = load_splits(settings, lambda row: _pair(row, settings), label_column=settings.label_column)
     else:
@@ -76,7 +77,7 @@ def load_pairs(settings: MatchSettings) -> dict[str, list[Pair]]:
         }
     for name, pairs in splits.items():
         if {pair.label for pair in pairs} != {0, 1}:
-            raise InputError(f"The {name} data must have both pairs that match and pairs that do not.")
+            raise InputError(f"The {name} data must contain both pairs that match and pairs that do not.")
     return splits
 
 
@@ -99,10 +100,10 @@ def _group_of(row: Row, settings: MatchSettings) -> str:
 
 
 def same_or_not(documents: Sequence[tuple[str, str]], rng: np.random.Generator, settings: MatchSettings) -> list[Pair]:
-    """Do two excerpts come from documents of one group? Never from one document, which its topics would give away.
+    """Pairs of excerpts from documents of the same group or not; never from the same document, which would be too easy.
 
-    An excerpt of a group that has another document makes two pairs, each with a random excerpt: of another document
-    of the group, and of another group.
+    An excerpt from a group with another document yields two pairs, each with a random excerpt: one of another document
+    in the group, and one of another group.
     """
     pieces = [
         (text, document, group)
@@ -135,18 +136,18 @@ def pair_rows(
         rows.append({**encoded, "labels": pair.label})
         for text, ids in zip(texts, encoded["input_ids"], strict=True):
             seen = whole = len(ids) - added
-            if len(ids) == max_length:  # perhaps cut
+            if len(ids) == max_length:  # possibly truncated
                 whole = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
             coverage.add(whole, seen)
     return Features(rows, coverage=coverage)
 
 
 class MatchingHead(nn.Module):
-    """An MLP over two vectors and what they have in common: x₁, x₂, x₁·x₂, x₁ − x₂.
+    """An MLP over two vectors, their product and their difference: x₁, x₂, x₁·x₂, x₁ − x₂.
 
     The head of LRA's retrieval task (Tay et al. 2020, arXiv:2011.04006), as in its code: two hidden layers with ReLU,
-    the second half as wide. The product and the difference are the `NLI` interaction of that code; the script published
-    with the paper leaves it out (`concat`).
+    of which the second is half as wide. Product and difference are the `NLI` interaction of that code; the script
+    published with the paper omits them (`concat`).
     """
 
     def __init__(self, hidden_size: int, head_size: int, interaction: Interaction = "nli"):
@@ -158,7 +159,7 @@ class MatchingHead(nn.Module):
         self.logits = nn.Linear(head_size // 2, len(CLASSES))
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """From the vectors of both documents, (b, e), to (b, 2)."""
+        """Map the vectors of both documents, (b, e), to logits (b, 2)."""
         features = [first, second, first * second, first - second][: 4 if self.interaction == "nli" else 2]
         return self.logits(relu(self.mlp2(relu(self.mlp(torch.cat(features, dim=-1))))))
 
@@ -166,8 +167,8 @@ class MatchingHead(nn.Module):
 class DocumentMatcher(nn.Module):
     """One encoder for both documents, and a MatchingHead.
 
-    transformers has no Auto class for pairs that are encoded apart. `save_pretrained` saves the encoder as any
-    checkpoint, which AutoModel opens, and the head in files beside it; `from_pretrained` opens both.
+    transformers has no Auto class for pairs that are encoded separately. `save_pretrained` saves the encoder as an
+    ordinary checkpoint, which AutoModel opens, and the head in files next to it; `from_pretrained` opens both.
     """
 
     def __init__(self, encoder: PreTrainedModel, head: MatchingHead):
@@ -179,16 +180,16 @@ class DocumentMatcher(nn.Module):
         return self.encoder.config
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs: Tensor) -> SequenceClassifierOutput:
-        """All inputs have an axis of the two documents, (b, 2, n); labels (b,)."""
+        """All inputs have an axis for the two documents, (b, 2, n); labels are (b,)."""
         flat = {name: value.flatten(0, 1) for name, value in {"input_ids": input_ids, **inputs}.items()}
-        # the paper's head reads the pooled states; here, as in the other heads, they pass through the pooler's layer
+        # the paper's head uses the pooled states; here, as in the other heads, they first pass the pooler's layer
         pooled = self.encoder(**flat).pooler_output.unflatten(0, (-1, 2))  # (b, 2, e)
         logits = self.head(*pooled.unbind(1))
         loss = None if labels is None else cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Into a local folder; `state_dict` is that of this module where its own is divided among processes."""
+        """Save to a local folder; `state_dict` replaces that of this module if it is sharded across processes."""
         parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "head": {}}
         for name, value in (self.state_dict() if state_dict is None else state_dict).items():
             part, _, rest = name.partition(".")
@@ -199,7 +200,7 @@ class DocumentMatcher(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **keywords: Any) -> "DocumentMatcher":
-        """From a local folder; `keywords` are AutoModel's, such as `trust_remote_code`."""
+        """Load from a local folder; `keywords` are passed to AutoModel, e.g. `trust_remote_code`."""
         return cls(AutoModel.from_pretrained(folder, **keywords), load_head(Path(folder)))
 
 
@@ -212,7 +213,7 @@ def load_head(folder: Path) -> MatchingHead:
 def build_matcher(
     settings: MatchSettings, config: PreTrainedConfig, auto_class: Any, complete: bool = False
 ) -> DocumentMatcher:
-    """A new model, or a checkpoint with its head if it has one that fits; with `complete` it must."""
+    """Build a new model, or load a checkpoint with its head if there is one that fits; with `complete`, it must fit."""
     encoder = build_model(settings, config, auto_class, complete=complete)
     folder = find_path(settings.model.get("checkpoint") or "")
     wanted = MatchingHead(config.hidden_size, settings.head_size, settings.interaction)
@@ -221,10 +222,12 @@ def build_matcher(
         if saved.sizes == wanted.sizes:
             return DocumentMatcher(encoder, saved)
         if complete:
-            raise InputError(f"The head of {folder} has {saved.sizes} and the settings {wanted.sizes}: correct these.")
-        PartialState().print(f"New head of {wanted.sizes}: that of {folder} has {saved.sizes}.")
+            raise InputError(
+                f"The head of {folder} has {saved.sizes}, but the settings have {wanted.sizes}: fix these."
+            )
+        PartialState().print(f"New head with {wanted.sizes}: that of {folder} has {saved.sizes}.")
     elif complete:
-        raise InputError(f"{folder} has no {HEAD}, the trained model's head: copy the folder again.")
+        raise InputError(f"{folder} has no {HEAD}, the head of the trained model: copy the folder again.")
     for parameter in wanted.parameters():
         parameter.made_anew = "checkpoint" in settings.model  # type: ignore[attr-defined]
     return DocumentMatcher(encoder, wanted)
@@ -236,9 +239,9 @@ class MatchTask(Task[MatchSettings]):
     auto_class = AutoModel
     task_type = "text-classification"
     unit = "pairs"
-    collate = DataCollatorForMultipleChoice  # pads what has a second axis, here of two documents
+    collate = DataCollatorForMultipleChoice  # pads inputs with a second axis, here of two documents
     scorer = ChoiceScorer
-    purpose = "It encodes two documents apart and tells whether they match."
+    purpose = "It encodes two documents separately and predicts whether they match."
 
     def load(self, settings: MatchSettings) -> Source:
         return Source.of_texts(settings, load_pairs, pair_rows)
@@ -254,12 +257,12 @@ class MatchTask(Task[MatchSettings]):
         return build_matcher(settings, config, self.auto_class, complete)
 
     def limits(self, settings: MatchSettings) -> list[str]:
-        made = f"Its pairs have the same {settings.group_column!r} or not, in excerpts of texts that training has not "
-        made += "seen, but of groups most of which it has."
-        made += " Time and topic tell many groups apart." if settings.data in BUNDLED else ""
+        made = f"Its pairs have the same {settings.group_column!r} or not, in excerpts of texts that are not in the "
+        made += "training data, but mostly from groups that are."
+        made += " Many groups can be distinguished by time and topic." if settings.data in BUNDLED else ""
         return [
             "The head is in matching_head.safetensors. `DocumentMatcher.from_pretrained`, from "
-            "`efficient_transformers.training.tasks.match`, loads both; AutoModel loads the encoder alone.",
+            "`efficient_transformers.training.tasks.match`, loads both; AutoModel loads only the encoder.",
             *([made] if settings.examples == "same" else []),
         ]
 

@@ -1,4 +1,4 @@
-"""Trains a causal language model, new or from a checkpoint, evaluates it on the test split and saves it for the Hub.
+"""Train a causal language model, new or from a checkpoint, evaluate it on the test split and save it for the Hub.
 
 accelerate launch training/train.py --config configs/clm.yaml --variant local [--NAME VALUE …] [--resume]
 python training/evaluate.py runs/clm-local [--max_length 512]
@@ -30,11 +30,11 @@ from .language_models import LanguageModelSettings, LanguageModelTask, Perplexit
 
 @dataclass
 class ClmSettings(LanguageModelSettings):
-    """The settings of this script are all shared: see settings.py, texts.py and language_models.py."""
+    """Settings of causal language modelling; all are shared: see settings.py, texts.py and language_models.py."""
 
 
 class CausalScorer(NextTokenScorer, PerplexityScorer):
-    """Adds the loss per byte of text, by which models with different tokenizers compare."""
+    """Adds the loss per byte of text, which is comparable across tokenizers."""
 
     def scores(self, found: list[list[float]]) -> dict[str, float]:
         nats = math.fsum(loss for loss, *_ in found) / self.data.counts()["predicted_bytes"]
@@ -42,23 +42,23 @@ class CausalScorer(NextTokenScorer, PerplexityScorer):
 
 
 def load_open_tokenizer(settings: ClmSettings, texts: list[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer with an end token, which it puts behind no text.
+    """Load a tokenizer with an end token that it does not append to texts.
 
-    The end of a document is for the packer to set, and for the model to predict: a prompt that ended with it, as an
-    encoder's tokenizer would have it, could not be gone on with. What it puts before a text stays.
+    The packer adds the end token of a document, and the model predicts it. An encoder's tokenizer would append it to a
+    prompt, which then could not be continued. Tokens that it adds before a text are kept.
     """
     tokenizer = load_tokenizer(settings, needs_padding=False)
     name = settings.tokenizer or settings.model["checkpoint"]
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(
-            f"The tokenizer {name!r} cannot tell which bytes of a text a token stands for: {type(tokenizer).__name__} "
-            "is not one of the tokenizers library (a fast one). Take another tokenizer."
+            f"The tokenizer {name!r} does not report which bytes of a text a token represents: "
+            f"{type(tokenizer).__name__} is not from the tokenizers library (a fast one). Use another tokenizer."
         )
     if tokenizer.eos_token_id is None:
         if tokenizer.sep_token_id is None:
             raise InputError(
-                f"The tokenizer {name!r} has neither an end token nor a separator to stand between documents: "
-                "give it an eos_token."
+                f"The tokenizer {name!r} has neither an end token nor a separator to place between documents: "
+                "set its eos_token."
             )
         tokenizer.eos_token = tokenizer.sep_token
     if tokenizer.pad_token_id is None:
@@ -72,7 +72,7 @@ def load_open_tokenizer(settings: ClmSettings, texts: list[str]) -> PreTrainedTo
         pair=[*tokens, "$A", "$B:1"],
         special_tokens=list(zip(tokens, head.tolist(), strict=True)),
     )
-    # of no model's own class: BERT's and RoBERTa's set their end again when they are loaded
+    # not a model-specific class: those of BERT and RoBERTa add their end token again when loaded
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **tokenizer.special_tokens_map,
@@ -84,7 +84,7 @@ def load_open_tokenizer(settings: ClmSettings, texts: list[str]) -> PreTrainedTo
 
 @torch.no_grad()
 def reads_ahead(model: PreTrainedModel, length: int = 32) -> bool:
-    """Do later tokens change the logits of earlier ones?"""
+    """Return True if later tokens change the logits of earlier ones."""
     length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
     known = length // 2
     ids = torch.arange(length, device=model.device).repeat(2, 1) % model.config.vocab_size
@@ -98,7 +98,7 @@ class ClmTask(LanguageModelTask[ClmSettings]):
     settings_class = ClmSettings
     auto_class = AutoModelForCausalLM
     task_type = "text-generation"
-    purpose = "A causal language model: `model.generate(**inputs, max_new_tokens=50)` goes on with a text."
+    purpose = "A causal language model: `model.generate(**inputs, max_new_tokens=50)` continues a text."
     scorer = CausalScorer
 
     def load_tokenizer(self, settings: ClmSettings, texts: list[str]) -> PreTrainedTokenizerBase:
@@ -107,7 +107,7 @@ class ClmTask(LanguageModelTask[ClmSettings]):
     def build_model(
         self, settings: ClmSettings, config: PreTrainedConfig, tokenizer: Any, *, complete: bool = False
     ) -> PreTrainedModel:
-        """Raises InputError unless the model predicts each token from those before it alone."""
+        """Raise InputError unless the model predicts each token only from earlier ones."""
         causal = ", ".join(variant.model_type for variant in VARIANTS.values() if variant.causal)
         on_hub = getattr(config, "auto_map", None) or {}
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and AutoModelForCausalLM.__name__ not in on_hub:
@@ -118,20 +118,20 @@ class ClmTask(LanguageModelTask[ClmSettings]):
         is_encoder = getattr(config, "is_decoder", None) is False
         if is_encoder and "checkpoint" in settings.model:
             raise InputError(
-                f"The checkpoint {settings.model['checkpoint']!r} is an encoder, trained to read both sides: set "
-                "--model.is_decoder true to make a causal model of its weights, or model.checkpoint to a causal one."
+                f"The checkpoint {settings.model['checkpoint']!r} is a bidirectional encoder: set --model.is_decoder "
+                "true to convert its weights to a causal model, or model.checkpoint to a causal one."
             )
         if config.eos_token_id is None:
-            config.eos_token_id = tokenizer.eos_token_id  # `generate` stops there
+            config.eos_token_id = tokenizer.eos_token_id  # where `generate` stops
         if config.pad_token_id == config.eos_token_id:
-            # some models never train the embedding of padding, and that of the end must be trained
+            # some models never train the embedding of the padding token, but that of the end token must be trained
             config.pad_token_id = None
         model = super().build_model(settings, config, tokenizer, complete=complete)
         if reads_ahead(model):
             remedy = "is_decoder true" if is_encoder else f"model_type to a causal one, e.g. {causal}"
             raise InputError(
-                f"A {config.model_type} model reads the tokens that it is to predict: set --model.{remedy}, or set "
-                "task to pretrain_mlm."
+                f"A {config.model_type} model attends to the tokens that it should predict: set --model.{remedy}, or "
+                "set task to pretrain_mlm."
             )
         return model
 
@@ -145,20 +145,19 @@ class ClmTask(LanguageModelTask[ClmSettings]):
         data.coverage = coverage
         if not data.predicted_bytes:
             raise InputError(
-                f"The {name} data holds no text that could be predicted: the first token of a window is not."
+                f"The {name} data contains no text that could be predicted: the first token of a window is not."
             )
         return packed(data, max_length, settings.packing)
 
     def describe(self, settings: ClmSettings, metrics: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         test = metrics["test"]
-        return {"documents": "each with its end token, which is predicted, too"}, [
-            "Loss and perplexity are of tokens and compare only with those of models that have the same tokenizer. "
-            "Nats and bits per byte compare with any on the same text: the loss of all "
-            f"{test['predicted_tokens']:,} predicted tokens by the {test['predicted_bytes']:,} UTF-8 bytes that they "
-            "stand for.",
-            "A token is predicted from those before it in its window, and the first one of a window is not: the scores "
-            "depend on the length of the windows.",
-            "The results are of one seed; another seed gives somewhat different ones.",
+        return {"documents": "each with its end token, which is predicted as well"}, [
+            "Loss and perplexity are per token and comparable only between models with the same tokenizer. Nats and "
+            "bits per byte are comparable between all models on the same text: the loss of all "
+            f"{test['predicted_tokens']:,} predicted tokens divided by their {test['predicted_bytes']:,} UTF-8 bytes.",
+            "A token is predicted from the earlier ones in its window, and the first one of a window is not predicted: "
+            "the scores depend on the length of the windows.",
+            "The results are from a single seed; they vary somewhat with the seed.",
         ]
 
 

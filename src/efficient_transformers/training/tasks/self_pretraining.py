@@ -1,6 +1,6 @@
-"""Self-pretraining: a classifier's body first learns to denoise the training inputs of its own task, without labels.
+"""Self-pretraining: the body of a classifier is first trained to denoise the training inputs of its own task.
 
-Amos et al. 2023 (arXiv:2310.02980): masked denoising where the model reads both sides, causal where it reads in order.
+Amos et al. 2023 (arXiv:2310.02980): masked denoising for bidirectional models, causal denoising for causal ones.
 """
 
 import dataclasses
@@ -37,14 +37,14 @@ FOLDER, BODY, RECORD = "self-pretraining", "body.safetensors", "record.json"
 
 @dataclass
 class SelfPretrainingSettings(Settings):
-    """One of the first two begins it."""
+    """Setting one of the first two enables self-pretraining."""
 
-    # over the training inputs, in front of the first label
-    self_pretrain_epochs: int | None = ranged(None, least=1, why="leave it out for no self-pretraining")
-    # optimiser steps; takes the place of self_pretrain_epochs
-    self_pretrain_steps: int | None = ranged(None, least=1, why="leave it out for no self-pretraining")
+    # over the training inputs, before training with labels
+    self_pretrain_epochs: int | None = ranged(None, least=1, why="omit it for no self-pretraining")
+    # optimizer steps; replaces self_pretrain_epochs
+    self_pretrain_steps: int | None = ranged(None, least=1, why="omit it for no self-pretraining")
     self_pretrain_learning_rate: float | None = ranged(None, above=0, most=1)  # default: learning_rate
-    # of the tokens; the paper takes more where neighbours are alike: half of an image's pixels
+    # of the tokens; the paper masks more where neighbours are similar: half of an image's pixels
     self_pretrain_mask_share: float = ranged(0.15, above=0, below=1)
 
     @property
@@ -52,7 +52,7 @@ class SelfPretrainingSettings(Settings):
         return self.self_pretrain_epochs is not None or self.self_pretrain_steps is not None
 
     def for_self_pretraining(self) -> "SelfPretrainingSettings":
-        """Those of the loop that denoises, whose checkpoints lie among those of the run."""
+        """Settings of the denoising loop, whose checkpoints are stored with those of the run."""
         return dataclasses.replace(
             self,
             out=str(self.folder / CHECKPOINTS / FOLDER),
@@ -68,7 +68,7 @@ class SelfPretrainingSettings(Settings):
 
 
 class NextTokens(Windows):
-    """Inputs whose tokens are each predicted from those before."""
+    """Inputs in which each token is predicted from the earlier ones."""
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         ids = self.windows[index].ids.astype(np.int64)
@@ -82,11 +82,11 @@ def self_pretrain(
     data: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any] | None:
-    """Gives the body of `model`, in place, what it learns from the splits `train` and `validation` of `data`.
+    """Pretrain the body of `model`, in place, on the inputs of the splits `train` and `validation` of `data`.
 
-    These are sequences of examples with `input_ids`. Goes on where it was stopped, and raises Stopped, as `train`; what
-    is done is not repeated. Returns what metrics.json is to hold of it, or None if the settings ask for none. The
-    folder of the run must have been begun. Random states are afterwards those of the seed, however it came about.
+    These are sequences of examples with `input_ids`. Resumes an interrupted run and raises Stopped, like `train`; a
+    finished self-pretraining is not repeated. Returns the entry for metrics.json, or None if the settings do not ask
+    for it. The folder of the run must exist. Afterwards, random states are those of the seed in all cases.
     """
     if not settings.self_pretrains:
         return None
@@ -110,7 +110,7 @@ def learn(
     tokenizer: PreTrainedTokenizerBase,
     causal: bool,
 ) -> None:
-    """Trains a language model that starts from the body of `model`, and leaves its body and a record in the folder."""
+    """Train a language model that starts from the body of `model`; save its body and a record in the folder."""
     windows = {name: inputs_of(data[name], tokenizer) for name in ("train", "validation")}
     denoised = {name: denoising(name, split, tokenizer, settings, causal) for name, split in windows.items()}
     set_seed(settings.seed)
@@ -119,10 +119,10 @@ def learn(
         denoiser = auto_class.from_config(deepcopy(model.config), trust_remote_code=settings.trust_remote_code)
     except ValueError as error:
         raise InputError(
-            f"A {model.config.model_type} model has no head to self-pretrain with; leave out self_pretrain_epochs and "
+            f"A {model.config.model_type} model has no head to self-pretrain with; omit self_pretrain_epochs and "
             f"self_pretrain_steps: {error}"
         ) from error
-    # a head that reads no pooled vector has a body without one
+    # the body of a head without a pooled input has no pooler
     missing = denoiser.base_model.load_state_dict(model.base_model.state_dict(), strict=False).missing_keys
     assert not missing, missing
     collate = DataCollatorForTokenClassification(tokenizer)
@@ -147,13 +147,13 @@ def learn(
         }
         with writing("The self-pretrained body", settings.folder):
             save_file(body, settings.folder / BODY)
-            # written last: it says that the body is there
+            # written last, because it marks the body as complete
             write_whole(settings.folder / RECORD, json.dumps(record, indent=1))
     accelerator.wait_for_everyone()
 
 
 def inputs_of(split: Sized, tokenizer: PreTrainedTokenizerBase) -> list[Window]:
-    """The inputs of a split as windows, whose special tokens are not to be masked."""
+    """The inputs of a split as windows, with special tokens excluded from masking."""
     examples: Any = split
     windows = []
     for index in range(len(split)):
@@ -162,7 +162,7 @@ def inputs_of(split: Sized, tokenizer: PreTrainedTokenizerBase) -> list[Window]:
         if len(ids) > 1 and (words != NO_WORD).any():
             windows.append(Window(ids, words))
     if not windows:
-        raise InputError("The inputs hold no token to self-pretrain on: leave out self_pretrain_epochs and _steps.")
+        raise InputError("The inputs contain no token to self-pretrain on: omit self_pretrain_epochs and _steps.")
     return windows
 
 
@@ -177,11 +177,11 @@ def denoising(
         return NextTokens(windows)
     if tokenizer.mask_token_id is None:
         raise InputError(
-            "Self-pretraining of a model that reads both sides needs a mask token, and the tokenizer has none: take "
-            "another tokenizer, or leave out self_pretrain_epochs and self_pretrain_steps."
+            "Self-pretraining a bidirectional model needs a mask token, but the tokenizer has none: use another "
+            "tokenizer, or omit self_pretrain_epochs and self_pretrain_steps."
         )
-    # the paper masks every chosen token; here a tenth is another token and a tenth itself, as in BERT, so that the body
-    # also learns of tokens that it will meet unmasked
+    # the paper masks every selected token; here a tenth becomes another token and a tenth stays, as in BERT, so that
+    # the body is also trained on unmasked tokens, which it will meet later
     masker = Masker.of(tokenizer, settings.self_pretrain_mask_share)
     if name == "train":
         return RemaskedWindows(list(windows), masker, settings.seed)
@@ -189,11 +189,11 @@ def denoising(
 
 
 def take_body(model: PreTrainedModel, path: Path) -> None:
-    """Loads the body; what it does not bring, a pooler and the head, is marked as new, for head_learning_rate."""
+    """Load the body; parameters that are not in it (pooler, head) are marked as new, for head_learning_rate."""
     state = load_file(path)
     found = model.base_model.load_state_dict(state, strict=False)
     assert not found.unexpected_keys, found.unexpected_keys
-    # `state` also lacks what is tied to something it holds
+    # tied parameters are in `state` only once
     brought = {id(parameter) for name, parameter in model.base_model.named_parameters() if name in state}
     parameters: Any = model.parameters()
     for parameter in parameters:
@@ -201,7 +201,7 @@ def take_body(model: PreTrainedModel, path: Path) -> None:
 
 
 def card_row(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """For the card's table, if there was any."""
+    """Row of the card's table, if there was self-pretraining."""
     if (record := metrics.get("self_pretraining")) is None:
         return {}
     share = f" of {100 * record['mask_share']:g} % of the tokens" if "mask_share" in record else ""

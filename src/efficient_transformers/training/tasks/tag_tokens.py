@@ -1,4 +1,4 @@
-"""Trains a tagger of words, evaluates it on the test split and saves it ready for the Hub.
+"""Train a word tagger, evaluate it on the test split and save it for the Hub.
 
 accelerate launch training/train.py --config configs/case.yaml --variant local [--NAME VALUE …] [--resume]
 python training/evaluate.py runs/case-local [--max_length 512]
@@ -33,25 +33,25 @@ from ..settings import InputError, ranged
 
 @dataclass
 class TagSettings(TextSettings):
-    """How tagged words are read and cut."""
+    """Settings for tagged words and their windows."""
 
-    examples: Literal["columns", "case"] = "columns"  # case: made of the text column, see `case_tags`
+    examples: Literal["columns", "case"] = "columns"  # case: derived from the text column, see `case_tags`
     words_column: str = "words"
     tags_column: str = "tags"
-    # tokens that a window of a long document shares with the one before it
-    overlap: int = ranged(128, least=0, why="0 cuts windows that share nothing")
+    # tokens that a window of a long document shares with the previous one
+    overlap: int = ranged(128, least=0, why="0 makes windows without overlap")
 
 
 @dataclass
 class Tagged:
-    """A document. A word whose tag is None is read, and neither learnt nor scored."""
+    """A document. Words with the tag None are part of the input, but neither trained on nor scored."""
 
     words: list[str]
     tags: list[str | None]
 
 
 def load_tagged(settings: TagSettings) -> dict[str, list[Tagged]]:
-    """All three splits, checked: words with tags that the training data has, too."""
+    """Load all three splits, and check that all tags occur in the training data."""
     if settings.examples == "case":
         return load_splits(settings, lambda row: case_tags(text_of(row, settings)))
     splits = load_splits(settings, lambda row: _tagged(row, settings), label_column=settings.tags_column)
@@ -59,7 +59,7 @@ def load_tagged(settings: TagSettings) -> dict[str, list[Tagged]]:
     for name, documents in splits.items():
         if unseen := sorted(set(tag_names(documents)) - known):
             raise InputError(
-                f"The {name} data has tags that the training data lacks: {', '.join(unseen)}. "
+                f"The {name} data has tags that are missing in the training data: {', '.join(unseen)}. "
                 "Remove these documents or add some to the training data."
             )
     return splits
@@ -92,10 +92,10 @@ def _tagged(row: Row, settings: TagSettings) -> Tagged:
 
 
 def case_tags(text: str) -> Tagged:
-    """Case restoration: the words in lower case and without punctuation at their ends, and what was taken from them.
+    """Case restoration: words in lower case without punctuation at their ends, and tags for what was removed.
 
-    `START` is the first word of a sentence, `B-NAME` and `I-NAME` the first and the other words of a run of
-    capitalised words within one, which punctuation ends; all others are `O`, the pronoun I with them.
+    `START` is the first word of a sentence, `B-NAME` and `I-NAME` the first and the other words of a run of capitalised
+    words within a sentence, which ends at punctuation. All other words are `O`, including the pronoun I.
     """
     words, tags = [], []
     starts, in_name = True, False
@@ -119,11 +119,11 @@ def tag_windows(
     settings: TagSettings,
     model: PreTrainedModel,
 ) -> Features:
-    """Windows with a label at the first token of every word; the note of each is the index of its document,
-    and what they share are the names of the classes.
+    """Windows with a label at the first token of every word; their notes are the indices of their documents,
+    and their shared data are the names of the classes.
 
-    The windows of a long document share `overlap` tokens. A word in there has its label in the window that shows more
-    of what stands around it, so that every word is learnt and judged once.
+    The windows of a long document share `overlap` tokens. A word in the overlap is labelled in the window that shows
+    more of its context, so that every word is trained on and scored once.
     """
     check_offsets(tokenizer, "Tags")
     texts = [" ".join(document.words) for document in documents]
@@ -131,8 +131,8 @@ def tag_windows(
     room = max_length - len(head) - len(tail)
     if room <= settings.overlap:
         raise InputError(
-            f"overlap ({settings.overlap}) must be less than the tokens of text in a window ({room}): lower overlap "
-            "or raise max_length."
+            f"overlap ({settings.overlap}) must be less than the tokens of text in a window ({room}): reduce overlap "
+            "or increase max_length."
         )
     ids_of_tags = {None: IGNORED, **(model.config.label2id or {})}
     rows, notes, coverage = [], [], Coverage()
@@ -145,7 +145,7 @@ def tag_windows(
         for part, own in overlapping_slices(len(ids), room, settings.overlap):
             window = np.full(len(ids[part]), IGNORED, dtype=np.int32)
             window[own.start - part.start : own.stop - part.start] = labels[own]
-            if (window != IGNORED).any():  # a mean over nothing is no number
+            if (window != IGNORED).any():  # a mean over no labels would be NaN
                 framed = np.pad(window, (len(head), len(tail)), constant_values=IGNORED)
                 rows.append({"input_ids": np.concatenate([head, ids[part], tail]), "labels": framed})
                 notes.append(index)
@@ -155,11 +155,11 @@ def tag_windows(
 
 
 def first_tokens(words: list[str], offsets: np.ndarray) -> dict[int, int]:
-    """The first token of each word, as token → word, in the text that the words make when joined by blanks.
+    """The first token of each word, as token → word, in the words joined by spaces.
 
-    A token is of the word that its last character is in: byte-level ones begin with the blank in front of the word.
+    A token belongs to the word of its last character: byte-level tokens begin with the space before the word.
     """
-    ends = np.cumsum([len(word) + 1 for word in words])  # of each word, the blank behind it included
+    ends = np.cumsum([len(word) + 1 for word in words])  # of each word, including the space after it
     of_token = np.searchsorted(ends, offsets[:, 1] - 1, side="right")
     first: dict[int, int] = {}
     seen = -1
@@ -170,7 +170,7 @@ def first_tokens(words: list[str], offsets: np.ndarray) -> dict[int, int]:
 
 
 class TagScorer(Scorer):
-    """Loss, accuracy and the F1 of entities, at one token of each word; an entity may reach over windows."""
+    """Loss, accuracy and the F1 of entities, at one token of each word; an entity may span two windows."""
 
     names = ("f1", "precision", "recall", "accuracy")
 
@@ -184,7 +184,7 @@ class TagScorer(Scorer):
 
     def scores(self, found: list[tuple[float, list[int], list[int]]]) -> dict[str, float]:
         losses, predictions, references = zip(*found, strict=True)
-        # the windows of a document stand in its order, and each of its words is in one of them
+        # the windows of a document are in order, and each of its words is labelled in one of them
         documents: dict[int, tuple[list[int], list[int]]] = {}
         for index, ours, theirs in zip(self.data.notes, predictions, references, strict=True):
             whole = documents.setdefault(index, ([], []))
@@ -205,18 +205,18 @@ class TagTask(Task[TagSettings]):
     unit = "windows"
     collate = DataCollatorForTokenClassification
     scorer = TagScorer
-    purpose = "A tagger: a class for every word."
+    purpose = "A tagger, which predicts a class for every word."
 
     def load(self, settings: TagSettings) -> Source:
         return Source.of_texts(settings, load_tagged, tag_windows, tag_counts)
 
     def limits(self, settings: TagSettings) -> list[str]:
         case = settings.examples == "case"
-        made = "It restores the case of text in lower case and without punctuation at the words' ends: START "
+        made = "It restores the case of text in lower case without punctuation at the ends of words: START "
         made += "is the first word of a sentence, NAME a run of capitalised words."
         return [
-            "The first token of a word carries its tag; those of its other tokens mean nothing.",
-            *([made] if case else ["It knows no tag outside of those that its training data has."]),
+            "The first token of a word has its tag; predictions at its other tokens are meaningless.",
+            *([made] if case else ["It predicts only the tags in its training data."]),
         ]
 
 
