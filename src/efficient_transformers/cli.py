@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--head", metavar="H", help="MaskedLM, …, or Model for none; the source's if not given")
     command.add_argument("--max-position-embeddings", type=int, metavar="N", help="longest input in tokens")
     command.add_argument("--positions", default="tile", choices=("tile", "interpolate"), help="how they get longer")
-    command.add_argument("--base-model", metavar="ID", help="Hub id of the source, for the card; a Hub name's own")
+    command.add_argument("--base-model", metavar="ID", help="Hub id of the source, for the card")
     command.add_argument("--seed", type=int, default=0, help="of weights the source does not have")
     add_trust(command, "tokenizer")
     command.add_argument("fields", nargs="*", metavar="field=value", help="of the variant's config")

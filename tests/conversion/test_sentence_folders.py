@@ -53,7 +53,7 @@ def test_a_converted_folder_gives_the_vectors_of_the_source(modules, tmp_path):
     for text, row in zip(TEXTS, expected, strict=True):
         torch.testing.assert_close(vectors(tmp_path / "full", text), row, rtol=1e-5, atol=1e-5)
     names = ", ".join(type(module).__name__ for module in list(source)[1:])
-    assert f"sentence-transformers: {names} kept, texts are cut at 40 tokens" in conversion.report.notes
+    assert f"sentence-transformers: {names} kept, texts are truncated to 40 tokens" in conversion.report.notes
     assert SentenceTransformer(str(tmp_path / "full"), device="cpu").prompts["query"] == "word7 word8"
 
 
@@ -93,7 +93,7 @@ BROKEN = {
     "elsewhere": (json.dumps([{**ROW, "path": "0_Transformer"}]), "in the folder itself, not with .*0_Transformer"),
     "code": (
         json.dumps([ROW, {**ROW, "type": "own_code.Pooling", "path": "1_Own"}]),
-        "'own_code.Pooling', which is none",
+        "'own_code.Pooling', which is not a class",
     ),
     "outside": (
         json.dumps([ROW, {**ROW, "type": "sentence_transformers.models.Pooling", "path": "../1"}]),

@@ -186,8 +186,8 @@ def test_fields_have_the_names_that_they_have_here(case, theirs, ours):
 
 
 NOTES = {
-    "albert": ("albert-groups", {}, "layers: 4 of the source's, which it applies 3 times in all"),
-    "gpt2 scores": ("gpt2-scaled", {}, "scale_attn_weights is True, scale_attn_by_inverse_layer_idx True"),
+    "albert": ("albert-groups", {}, "layers: the source shares 4 among 6; here each has a copy"),
+    "gpt2 scores": ("gpt2-scaled", {}, "scale_attn_weights is True, scale_attn_by_inverse_layer_idx is True"),
     "gpt2 dropout": ("gpt2", {"embd_pdrop": 0.2}, r"embd_pdrop (0.2) becomes hidden_dropout_prob (0.1)"),
 }
 
@@ -251,7 +251,7 @@ def test_what_no_variant_computes_is_refused(case, head, changes, variant, optio
 def test_a_relative_bias_is_refused_with_the_reason(kind, tmp_path):
     (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
     with pytest.raises(
-        ValueError, match=rf"\({kind!r}\) cannot be converted: its attention adds a learned bias for the"
+        ValueError, match=rf"\({kind!r}\) cannot be converted: its attention scores have a learned term for the"
     ):
         convert(tmp_path, "full")
 

@@ -54,8 +54,8 @@ def convert(
     none. `base_model` is the source's id on the Hub, for the card; `source` itself if it is one. `trust_remote_code`
     lets a tokenizer's own code run. `fields` set the rest of the variant's config.
 
-    A SentenceTransformer (a source with `modules.json`) stays one unless a `head` is given: the modules after its
-    Transformer are kept, and so is the length at which it cuts texts, if `max_position_embeddings` does not set it.
+    A SentenceTransformer (a source with `modules.json`) remains one unless a `head` is given: its other modules are
+    kept, and so is the length that it truncates texts to, unless `max_position_embeddings` sets another.
 
     The source's dtype is kept. Initialised weights come from torch's default generator.
 
@@ -84,7 +84,6 @@ def convert(
     model, unloaded = load_source(source, source_config, head)
     weights = renamed_weights(model, source_config, kept_head, unloaded, report)
     tokenizer = None if isinstance(source, PreTrainedModel) else read_tokenizer(source, report, trust_remote_code)
-
     origin = Origin(base_model) if isinstance(source, PreTrainedModel) else read_origin(source, base_model, report)
 
     table = weights[POSITIONS]
@@ -100,8 +99,8 @@ def convert(
     if modules is not None:
         theirs_cut = modules.max_seq_length or getattr(tokenizer, "model_max_length", length)
         modules.max_seq_length = min(max_position_embeddings or theirs_cut, length)
-        kept = ", ".join(modules.names)
-        report.notes.append(f"sentence-transformers: {kept} kept, texts are cut at {modules.max_seq_length} tokens")
+        kept, cut = ", ".join(modules.names), modules.max_seq_length
+        report.notes.append(f"sentence-transformers: {kept} kept, texts are truncated to {cut} tokens")
 
     as_in_eval = block_tables is None and reads_blocks(source_config, variant, fields)
     if as_in_eval or block_tables is not None:

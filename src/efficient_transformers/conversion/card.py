@@ -1,4 +1,4 @@
-"""The model card of a conversion: where the weights come from, what became of them, how to load the model."""
+"""The model card of a conversion: the origin of the weights, the report, and code that loads the model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ class Origin:
 
 
 def read_origin(source: str | Path, base_model: str | None, report: Report) -> Origin:
-    """Read the source's own card, if it has one."""
+    """Read licence and language from the source's own card, if it has one."""
     origin = Origin(base_model or (None if Path(source).is_dir() else str(source)))
     path = find_file(source, "README.md")
     if path is not None:
@@ -60,7 +60,7 @@ def conversion_card(name: str, model: Any, report: Report, origin: Origin, is_se
         f"{model.config.max_position_embeddings:,} tokens.",
         "## Use",
         f"```python\n{code}\n```",
-        "The code of the model comes with it: `trust_remote_code=True` is needed, this package is not.",
+        "The folder contains the model's code: `trust_remote_code=True` is needed, this package is not.",
         "## Attention",
         description_of(model),
         "## Conversion",

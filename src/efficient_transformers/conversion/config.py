@@ -63,7 +63,7 @@ def check_known(fields: Mapping[str, Any], own: set[str], variant: Variant) -> N
 
 
 def fields_of_source(source_config: PreTrainedConfig) -> dict[str, Any]:
-    """The source's sizes and choices under the names they have here."""
+    """The source's sizes and choices under the names of the fields here."""
     values = {name: getattr(source_config, name) for name in (*SIZES, *CHOICES) if hasattr(source_config, name)}
     return values | SOURCES[source_config.model_type].fields(source_config)
 

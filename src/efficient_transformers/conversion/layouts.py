@@ -1,4 +1,4 @@
-"""The layout of every kind of source: names of its weights, fields of its config, and what no variant computes.
+"""The layout of each kind of source: names of its weights, fields of its config, and features that no variant has.
 
 A new kind is one entry of `SOURCES`.
 """
@@ -16,7 +16,7 @@ Rules = tuple[tuple[str, str | None], ...]  # pattern of a whole name -> what it
 
 
 def layer_rules(prefix: str, parts: Mapping[str, str]) -> Rules:
-    """Rules for the parts of all layers, `<prefix>.<number>.<part>`: name of a part there -> here."""
+    """Rules for the parts of all layers, `<prefix>.<number>.<part>`; `parts` maps their names in the source to ours."""
     return tuple(
         (rf"{re.escape(prefix)}\.(\d+)\.{re.escape(theirs)}\.(weight|bias)", rf"model.layers.\1.{ours}.\2")
         for theirs, ours in parts.items()
@@ -126,7 +126,7 @@ DISTILBERT_LM = lm_rules("vocab_transform", "vocab_layer_norm", "vocab_projector
 ELECTRA_LM = lm_rules("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head")
 ALBERT_LM = lm_rules("predictions.dense", "predictions.LayerNorm", "predictions.decoder", "predictions.bias")
 LINEAR: Rules = (renamed("classifier", "classifier"),)
-# heads with a dense layer of their own: that one is what is called a pooler here, and the body's pooler goes unread
+# heads with a dense layer of their own: it becomes the pooler here, and the pooler of the body is unused
 TWO_LAYERS: Rules = (
     (r"pooler\..*", None),
     renamed("classifier.dense", "model.pooler.dense"),
@@ -161,11 +161,11 @@ GPT2_HEADS = {
 
 @dataclass(frozen=True)
 class Creation:
-    """Weights the source may lack.
+    """Weights that the source may lack.
 
     pattern: of their names. how: what the report says.
-    like: name of the weight they begin as a copy of, or a function of the initialised tensor; None leaves them as
-        initialised.
+    like: name of the weight that they are copied from, or a function of the initialised tensor; None keeps the
+        initialised values.
     """
 
     pattern: str
@@ -173,7 +173,7 @@ class Creation:
     how: str
 
 
-# the score of GPT-2's classifier is a product with the last token's state, without a bias or a layer before it
+# GPT-2's classifier multiplies the last token's state by one matrix: it has no pooler and no bias
 GPT2_CLASSIFIER = (
     Creation(r"model\.pooler\.dense\.weight", lambda x: torch.eye(len(x)), "identity: the source has no pooler"),
     Creation(r"model\.pooler\.dense\.bias", None, "zero: the source has no pooler"),
@@ -194,18 +194,18 @@ def as_it_is(name: str, tensor: Tensor, config: PreTrainedConfig) -> Iterable[tu
 
 
 def unrolled(name: str, tensor: Tensor, config: PreTrainedConfig) -> Iterable[tuple[str, Tensor]]:
-    """A weight of one of ALBERT's groups of layers, once for each layer that has it."""
+    """A weight of one of ALBERT's shared layers, once for each layer that uses it."""
     found = re.fullmatch(r"encoder\.albert_layer_groups\.(\d+)\.albert_layers\.(\d+)\.(.*)", name)
     if found is None:
         return [(name, tensor)]
     group, inner, rest = int(found[1]), int(found[2]), found[3]
     layers, groups, per_group = config.num_hidden_layers, config.num_hidden_groups, config.inner_group_num
-    repeats = [number for number in range(layers) if int(number / (layers / groups)) == group]  # rounded as there
+    repeats = [number for number in range(layers) if int(number / (layers / groups)) == group]  # as AlbertTransformer
     return [(f"encoder.layer.{number * per_group + inner}.{rest}", tensor) for number in repeats]
 
 
 def transposed(name: str, tensor: Tensor, config: PreTrainedConfig) -> Iterable[tuple[str, Tensor]]:
-    """GPT-2's Conv1D, (in, out), as a linear layer's (out, in); queries, keys and values apart, queries scaled."""
+    """GPT-2's Conv1D (in, out) as a linear layer (out, in), split into queries (scaled), keys and values."""
     found = re.fullmatch(r"h\.(\d+)\.(?:attn|mlp)\.(c_attn|c_proj|c_fc)\.(?:weight|bias)", name)
     if found is None:
         return [(name, tensor)]
@@ -221,7 +221,7 @@ def transposed(name: str, tensor: Tensor, config: PreTrainedConfig) -> Iterable[
 
 
 def gpt2_scale(config: PreTrainedConfig, layer: int) -> float:
-    """Scores of GPT-2's `layer` over those of attention scaled by 1/√d."""
+    """Scale of the scores of `layer`, relative to 1/√d."""
     scale = 1.0 if config.scale_attn_weights else (config.hidden_size // config.num_attention_heads) ** 0.5
     return scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
 
@@ -248,7 +248,7 @@ def electra_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 def albert_fields(config: PreTrainedConfig) -> dict[str, Any]:
     return {
-        "embedding_size": config.embedding_size,  # also if it is hidden_size: there is a projection anyhow
+        "embedding_size": config.embedding_size,  # ALBERT projects even from hidden_size to hidden_size
         "num_hidden_layers": config.num_hidden_layers * config.inner_group_num,
         "classifier_dropout": config.classifier_dropout_prob,
     }
@@ -270,8 +270,8 @@ def no_notes(config: PreTrainedConfig, head: str | None) -> list[str]:
 
 def albert_notes(config: PreTrainedConfig, head: str | None) -> list[str]:
     return [
-        f"layers: {config.num_hidden_groups * config.inner_group_num} of the source's, which it applies "
-        f"{config.num_hidden_layers} times in all, are stored once for each time and no longer share their weights"
+        f"layers: the source shares {config.num_hidden_groups * config.inner_group_num} among "
+        f"{config.num_hidden_layers * config.inner_group_num}; here each has a copy, trained on its own"
     ]
 
 
@@ -289,8 +289,8 @@ def gpt2_notes(config: PreTrainedConfig, head: str | None) -> list[str]:
     notes = []
     if {gpt2_scale(config, layer) for layer in range(config.num_hidden_layers)} != {1.0}:
         notes.append(
-            "queries are multiplied by what the source scales its scores by besides 1/√d: scale_attn_weights is "
-            f"{config.scale_attn_weights}, scale_attn_by_inverse_layer_idx {config.scale_attn_by_inverse_layer_idx}"
+            "the scale of the attention scores, relative to 1/√d, is folded into the queries: scale_attn_weights is "
+            f"{config.scale_attn_weights}, scale_attn_by_inverse_layer_idx is {config.scale_attn_by_inverse_layer_idx}"
         )
     if config.embd_pdrop != config.resid_pdrop:
         notes.append(f"embd_pdrop ({config.embd_pdrop}) becomes hidden_dropout_prob ({config.resid_pdrop})")
@@ -301,17 +301,17 @@ def gpt2_notes(config: PreTrainedConfig, head: str | None) -> list[str]:
 class Source:
     """One kind of checkpoint.
 
-    heads: the renaming of each head that has a counterpart here; used if the model keeps that head.
-    body: the renaming of the body. parts: how the names of its weights begin, but for the pooler's.
-    unpack: one weight of the source as one or several, under names that `body` knows.
-    suffixes: ends of class names that name a head otherwise than `For<head>`.
-    layout: fields of every checkpoint of this kind. fields: those whose names in the source's config differ.
+    heads: rules for each head that has a counterpart here, applied if the model keeps that head.
+    body: rules for the body. parts: prefixes of the names of its weights, except the pooler's.
+    unpack: splits or copies a weight of the source into the weights that `body` has rules for.
+    suffixes: suffix of a class name -> head, where it is not `For<head>`.
+    layout: fields that all checkpoints of this kind share. fields: fields with another name in the source's config.
     offset_positions: does the position table begin with `pad_token_id + 1` rows that no token reads?
     lm_act: activation of the language model's head if it is not `hidden_act`.
     pooler_act: activation of a head's dense layer if it is not tanh; the name of a field of the source's config, or of
         an activation.
-    created: weights that a kept head has here alone, and how they are made.
-    notes: notes for the report, by config and kept head. Raises ValueError for what no variant computes.
+    created: weights of a kept head that only the model here has.
+    notes: notes for the report, from the config and the kept head. Raises ValueError for features that no variant has.
     """
 
     heads: Mapping[str, Rules]
@@ -380,5 +380,5 @@ SOURCES: dict[str, Source] = {
         notes=gpt2_notes,
     ),
 }
-BIAS = "its attention adds a learned bias for the distance of query and key, which no engine here adds"
-UNSUPPORTED = {"mpnet": BIAS, "deberta": BIAS, "deberta-v2": BIAS}  # kinds that look convertible -> why they are not
+DISTANCE = "its attention scores have a learned term for the distance between query and key, which no engine computes"
+UNSUPPORTED = {"mpnet": DISTANCE, "deberta": DISTANCE, "deberta-v2": DISTANCE}  # related kinds, and why not

@@ -14,9 +14,9 @@ from .sentences import SentenceModules
 
 @dataclass
 class Conversion:
-    """A converted model in eval mode, what became of the weights, and the source's tokenizer if it has one.
+    """A converted model in eval mode, the report, and the source's tokenizer if it has one.
 
-    modules: of a source that is a SentenceTransformer. origin: facts for the card.
+    modules: those of a SentenceTransformer, None for other sources. origin: facts for the card.
     """
 
     model: PreTrainedModel

@@ -1,7 +1,7 @@
-"""A source that is a SentenceTransformer: the files with which the converted folder is one, too.
+"""SentenceTransformers as sources: the files that make the converted folder a SentenceTransformer again.
 
-sentence-transformers lists the modules of a model in `modules.json`: a Transformer, whose model is what is converted,
-then pooling, normalisation or dense layers, whose files are kept as they are.
+`modules.json` lists the modules of a model: a Transformer, whose model is converted, then pooling, normalisation or
+dense layers, whose files are copied.
 """
 
 import json
@@ -12,14 +12,14 @@ from typing import Any
 from transformers.utils import cached_file
 
 MODULES, SETTINGS, LENGTHS = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
-OWN = "sentence_transformers."  # classes of other packages are code that this folder does not have
+OWN = "sentence_transformers."  # the code of other classes would be missing from the folder
 
 
 @dataclass
 class SentenceModules:
     """files: path in the folder -> content. names: classes of the modules after the Transformer.
 
-    max_seq_length: where texts are cut, in tokens; None where the tokenizer cuts them. do_lower_case: lower them first.
+    max_seq_length: texts are truncated to it, in tokens; None uses the tokenizer's length. do_lower_case: as there.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class SentenceModules:
 
 
 def find_file(source: str | Path, name: str) -> str | None:
-    """Path of a file of a folder or of a model on the Hub, None if it has none of that name."""
+    """Path of a file in a folder or a repository on the Hub; None if there is no such file."""
     return cached_file(
         str(source),
         name,
@@ -54,7 +54,7 @@ def read_file(source: str | Path, name: str) -> bytes | None:
 
 
 def parse(content: bytes, name: str, kind: type) -> Any:
-    """What a JSON file of the source holds. Raises ValueError, which names the file, if it is no JSON of this kind."""
+    """Parse a JSON file of the source. Raises ValueError, which names the file, if it is not JSON of this kind."""
     try:
         value = json.loads(content)
     except ValueError as error:
@@ -65,10 +65,10 @@ def parse(content: bytes, name: str, kind: type) -> Any:
 
 
 def read_modules(source: str | Path) -> SentenceModules | None:
-    """The modules of a SentenceTransformer, None for a source that is none.
+    """Read the modules of a SentenceTransformer; None if the source is not one.
 
-    Raises ValueError for a modules.json that cannot be kept: the Transformer must be the first module and lie in the
-    folder itself, and all modules be sentence-transformers' own.
+    Raises ValueError for unsupported modules: the first must be a Transformer in the folder itself, and all must be
+    classes of sentence-transformers.
     """
     content = read_file(source, MODULES)
     if content is None:
@@ -78,14 +78,14 @@ def read_modules(source: str | Path) -> SentenceModules | None:
     if not rows or not rows[0][0].endswith(".Transformer") or rows[0][1] not in ("", "."):
         raise ValueError(
             f"the source's {MODULES} must begin with a Transformer in the folder itself, not with {rows[:1]}: save it "
-            "anew by SentenceTransformer(…).save, or convert the folder of its Transformer alone."
+            "again with SentenceTransformer(…).save, or convert the folder of its Transformer alone."
         )
     kept = SentenceModules({MODULES: content})
     for kind, folder in rows:
         if not kind.startswith(OWN):
             raise ValueError(
-                f"the source's {MODULES} names {kind!r}, which is none of sentence-transformers' own modules and whose "
-                "code would be missing: convert a folder without it."
+                f"the source's {MODULES} names {kind!r}, which is not a class of sentence-transformers, so its code "
+                "would be missing: convert a folder without it."
             )
         if PurePosixPath(folder).is_absolute() or ".." in PurePosixPath(folder).parts:
             raise ValueError(f"the source's {MODULES} names {folder!r}, which lies outside of its folder.")

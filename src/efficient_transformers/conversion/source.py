@@ -113,7 +113,7 @@ def quiet():
 
 
 def class_of(config: PreTrainedConfig, head: str | None) -> Any:
-    """transformers' class with this head; the bare body if there is none."""
+    """The class of transformers with this head, or the bare body's if there is none."""
     suffixes = [f"For{head}", *(end for end, name in SOURCES[config.model_type].suffixes.items() if name == head)]
     names = [f"{stem(config)}{suffix}" for suffix in (suffixes if head else ()) if suffix != "ForPreTraining"]
     name = next((name for name in names if hasattr(transformers, name)), f"{stem(config)}Model")
