@@ -84,6 +84,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--max-position-embeddings", type=int, metavar="N", help="longest input in tokens")
     command.add_argument("--positions", default="tile", choices=("tile", "interpolate"), help="how they get longer")
     command.add_argument("--base-model", metavar="ID", help="Hub id of the source, for the card")
+    command.add_argument(
+        "--anchors", type=int, metavar="N", help="repeat [CLS] and [SEP] every N tokens, and start positions again"
+    )
     command.add_argument("--seed", type=int, default=0, help="of weights the source does not have")
     add_trust(command, "tokenizer")
     command.add_argument("fields", nargs="*", metavar="field=value", help="of the variant's config")
@@ -220,6 +223,9 @@ def run_convert(options: argparse.Namespace) -> None:
         raise ValueError(f"{name!r} is not a field of a config: see --help for its option.")
     transformers.logging.disable_progress_bar()
     torch.manual_seed(options.seed)
+    fields = {"max_position_embeddings": options.max_position_embeddings, **options.fields}
+    if options.anchors is not None:
+        fields["anchor_interval"] = options.anchors
     conversion = convert(
         options.source,
         options.to,
@@ -227,7 +233,7 @@ def run_convert(options: argparse.Namespace) -> None:
         positions=options.positions,
         base_model=options.base_model,
         trust_remote_code=options.trust_remote_code,
-        **{"max_position_embeddings": options.max_position_embeddings, **options.fields},
+        **fields,
     )
     conversion.save(options.out)
     print(conversion.report)

@@ -41,7 +41,7 @@ def attention_flops(config: EtConfig, length: int) -> int:
 def forward_flops(model: PreTrainedModel, length: int) -> int:
     """FLOPs of a forward pass over one sequence of `length` tokens: linear layers and attention."""
     config: EtConfig = model.config  # type: ignore[reportAssignmentType]
-    inner = length + getattr(config, "num_external_tokens", 0)
+    inner = config.row_length(length)
     total = attention_flops(config, length)
     for name, module in linears(model, variant_of(config)):
         once = name.endswith("pooler.dense") or (name == "classifier" and getattr(model, "pools", False))

@@ -32,7 +32,7 @@ from .models.modeling_routing import EtRoutingConfig
 from .models.modeling_sinkhorn import EtSinkhornConfig
 from .models.modeling_synthesizer import PRODUCTS, EtSynthesizerConfig
 from .models.ops_lsh import bucket_factors
-from .models.ops_patterns import AttentionPattern
+from .models.ops_patterns import FULL, AttentionPattern
 from .models.ops_tiles import OwnRead, tiles
 from .models.ops_tril_matmul import row_chunks
 
@@ -69,14 +69,17 @@ def tile_pairs(pattern: AttentionPattern, length: int, num_heads: int, global_ro
 
 
 def pattern_layer_flops(config: Any, layer: int, length: int, global_rows: bool = True) -> int:
-    groups = group_heads(config.attention_patterns(layer), config.num_attention_heads)
+    """FLOPs of one layer for a row of `length` places."""
+    fits = config.anchor_interval is not None and length <= config.anchor_interval + config.num_external_tokens
+    patterns = [FULL] if fits else config.attention_patterns(layer)
+    groups = group_heads(patterns, config.num_attention_heads)
     pairs = sum(len(heads) * tile_pairs(pattern, length, len(heads), global_rows) for pattern, heads in groups)
     return 2 * 2 * config.head_dim * pairs
 
 
 def pattern_flops(config: Any, length: int) -> int:
     """Scores and weighted values for the pairs in the tiles."""
-    inner = length + config.num_external_tokens
+    inner = config.row_length(length)
     return sum(pattern_layer_flops(config, layer, inner) for layer in range(config.num_hidden_layers))
 
 
@@ -94,6 +97,7 @@ def longformer_flops(config: EtLongformerConfig, length: int) -> int:
     """The pattern, and the rows of global tokens with their separate projections if there are any."""
     if not config.has_global_projections:
         return pattern_flops(config, length)
+    length = config.row_length(length)
     size, count = config.hidden_size, min(config.num_global_tokens or 0, length)
     if config.folds_global_rows(count):
         rows = 2 * count * size * (3 * size + 2 * config.num_attention_heads * length)

@@ -113,7 +113,7 @@ IDS = [f"{variant.slug}-{number}" for variant, settings in CASES for number in [
 
 
 def can_be_causal(variant: Variant, settings: dict) -> bool:
-    encoders_only = {"sortcut_blocks", "attend_across_buckets"}
+    encoders_only = {"sortcut_blocks", "attend_across_buckets", "anchor_interval"}
     return variant.causal and settings.get("global_token_type") != "external" and not settings.keys() & encoders_only
 
 

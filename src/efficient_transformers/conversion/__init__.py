@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 from ..folders import fit_tokenizer
 from ..memory import FLOAT, Estimate, check_model
-from ..models.base_resizing import stretch_positions
 from ..models.ops_checks import check_at_least
 from ..registry import VARIANTS
 from .card import Origin, read_origin
 from .config import fields_of_source, make_config, reads_blocks
 from .layouts import SOURCES
+from .positions import anchor_ids, fit_positions
 from .report import Report
 from .result import Conversion
 from .rules import CREATED, DIFFERENCES, POSITIONS
@@ -52,7 +52,10 @@ def convert(
     section 5), or interpolated linearly with its ends kept; a shorter one is cut. `block_tables` are the random blocks
     of `big_bird`, one (heads, blocks, r) tensor per layer, whose row i holds the blocks that block i reads, -1 for
     none. `base_model` is the source's id on the Hub, for the card; `source` itself if it is one. `trust_remote_code`
-    lets a tokenizer's own code run. `fields` set the rest of the variant's config.
+    lets a tokenizer's own code run. `fields` set the rest of the variant's config. Among them, `anchor_interval` (of
+    the variants with a pattern) keeps the first rows of the table and repeats the source's [CLS] and [SEP]: outputs for
+    a text up to that length equal the source's, and the mean of those for a longer one is close to the mean over its
+    parts, without training.
 
     A SentenceTransformer (a source with `modules.json`) remains one unless a `head` is given: its other modules are
     kept, and so is the length that it truncates texts to, unless `max_position_embeddings` sets another.
@@ -91,10 +94,10 @@ def convert(
         table = table[source_config.pad_token_id + 1 :]
     length = max_position_embeddings or len(table)
     Estimate(weights=FLOAT * length * table.shape[-1]).check()
-    weights[POSITIONS] = stretch_positions(table, length, positions)
-    if length != len(table):
-        how = "cut" if length < len(table) else {"tile": "tiled", "interpolate": "interpolated"}[positions]
-        report.notes.append(f"positions: {len(table)} rows {how} to {length}")
+    interval = fields.get("anchor_interval")
+    if interval is not None:
+        fields = {"anchor_token_ids": anchor_ids(tokenizer, source_config), **fields}
+    weights[POSITIONS] = fit_positions(table, length, positions, interval, report)
 
     if modules is not None:
         theirs_cut = modules.max_seq_length or getattr(tokenizer, "model_max_length", length)

@@ -86,7 +86,7 @@ def blocks_of_eval_mode(config: Any, report: Report) -> list[Tensor]:
 
 def checked_blocks(config: Any, tables: Sequence[Tensor]) -> dict[str, Tensor]:
     """Tables of random blocks, by the name of their buffers."""
-    blocks = -(-(config.max_position_embeddings + config.num_external_tokens) // config.block_size)
+    blocks = -(-config.row_length(config.max_position_embeddings) // config.block_size)
     shape = (config.num_attention_heads, blocks, config.num_random_blocks)
     layers = config.num_hidden_layers
     check_entries("block_tables", tables, "num_hidden_layers", layers, "give one table for each layer")

@@ -1,14 +1,16 @@
 """Multi-head attention: projections, rotary positions and cache; over drawn patterns, or with a rule of the variant."""
 
+import torch
 from torch import Tensor, nn
 
 from .attn_dense import softmax_attention
 from .attn_pattern import as_slice, dense_mask, fits_one_product, group_heads, in_order, one_product, pattern_attention
 from .base_cache import PatternCacheLayer, cache_layer
 from .base_mixer import Mixer, SequenceInfo
-from .ops_engine import Engine, choose_engine
-from .ops_patterns import AttentionPattern
+from .ops_engine import BatchRows, Engine, choose_engine
+from .ops_patterns import FULL, AttentionPattern
 from .ops_rotary import rotate
+from .ops_tracing import is_traced
 
 
 class MultiHeadAttention(Mixer):
@@ -48,6 +50,7 @@ class PatternAttention(MultiHeadAttention):
     random_blocks: (h, blocks, r) blocks that replace the patterns' draw, a buffer of the variants that store them; None
         draws.
     global_rows: are the rows of global tokens computed as all others? False leaves them to the variant.
+    first_interval: places up to which a row has full attention, with external tokens; None without anchors.
     """
 
     cache_class = PatternCacheLayer
@@ -59,6 +62,8 @@ class PatternAttention(MultiHeadAttention):
         self.register_buffer("random_blocks", None)
         self.dropout = config.attention_probs_dropout_prob
         self.groups = group_heads(config.attention_patterns(layer), self.num_heads)
+        interval = config.anchor_interval
+        self.first_interval = None if interval is None else interval + config.num_external_tokens
 
     def new_cache_layer(self) -> PatternCacheLayer:
         return cache_layer(self.config.attention_patterns(self.layer))
@@ -84,6 +89,27 @@ class PatternAttention(MultiHeadAttention):
         return True
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceInfo, dropout: float) -> Tensor:
+        """All heads, (b, h, n, d): by their patterns, and rows that fit into one anchor interval by full attention."""
+        first, lengths = self.first_interval, sequence.lengths or q.shape[2:3]
+        if first is None or (not is_traced() and min(lengths) > first):
+            return self.mix_patterns(q, k, v, sequence, dropout)
+        # by index and not by slices, so that an exported graph serves rows shorter and longer than an interval
+        length, place = q.shape[2], torch.arange(first, device=q.device)
+        index = place.clamp(max=length - 1)
+        real = (sequence.positions >= 0).index_select(1, index) & (place < length)
+        first_q, first_k, first_v = (x.index_select(2, index) for x in (q, k, v))
+        near = pattern_attention(first_q, first_k, first_v, FULL, BatchRows.of(real), dropout)
+        near = near.index_select(2, torch.arange(length, device=q.device).clamp(max=first - 1))
+        if not is_traced() and max(lengths) <= first:
+            return near * (sequence.positions >= 0)[:, None, :, None]
+        return torch.where(self.is_short(sequence), near, self.mix_patterns(q, k, v, sequence, dropout))
+
+    def is_short(self, sequence: SequenceInfo) -> Tensor:
+        """Does a row fit into one anchor interval? (b, 1, 1, 1)"""
+        assert self.first_interval is not None
+        return ((sequence.positions >= 0).sum(1) <= self.first_interval)[:, None, None, None]
+
+    def mix_patterns(self, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceInfo, dropout: float) -> Tensor:
         """All heads, by pattern, (b, h, n, d)."""
         table, mixed = self.random_blocks, []
         if table is None and fits_one_product(self.groups, q, sequence):
@@ -106,4 +132,7 @@ class PatternAttention(MultiHeadAttention):
             mask = dense_mask(pattern, len(heads), sequence.positions, key_positions, global_mask, table)
             masks.append(mask if len(self.groups) == 1 else mask.expand(-1, len(heads), -1, -1))
         real = (sequence.positions >= 0)[:, None, :, None] & (key_positions >= 0)[:, None, None, :]
-        return in_order(self.groups, masks) * real
+        allowed = in_order(self.groups, masks)
+        if self.first_interval is not None:
+            allowed = torch.where(self.is_short(sequence), torch.ones_like(allowed), allowed)
+        return allowed * real

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
+from .base_anchors import AnchoredRows, AnchorLayout
 from .base_blocks import EtBlock, EtReversibleBlock
 from .base_cache import check_cache, prepare_cache
 from .base_configuration import EtConfig
@@ -31,6 +32,8 @@ class Backbone(ModelInputs):
         super().__init__(config)  # type: ignore[call-arg]
         self.embeddings = EtEmbeddings(config)
         self.num_external = getattr(config, "num_external_tokens", 0)
+        interval = getattr(config, "anchor_interval", None)
+        self.anchors = None if interval is None else AnchorLayout(interval)
         if self.num_external:
             self.external_tokens = ExternalTokens(self.num_external, config.hidden_size)
         self.shared = self.mixer_class.new_shared(config)  # type: ignore[attr-defined]
@@ -87,7 +90,7 @@ class Backbone(ModelInputs):
         Where `position_ids` start again at 0 inside of a row, it holds several documents: each gives what it gives
         alone, and `pooler_output` is (documents, e), in their order. To see this, torch.compile breaks its graph where
         it is given `position_ids`, and leaves packed rows uncompiled; an exported or traced program takes every row
-        for one document.
+        for one document. With `config.anchor_interval`, `position_ids` do nothing else.
 
         Raises ValueError for a sequence longer than `max_position_embeddings`, masks and ids of another shape, dtype or
         value, both or neither of `input_ids` and `inputs_embeds`, a cache that this model cannot use, and for packed
@@ -129,7 +132,11 @@ class Backbone(ModelInputs):
         inputs_embeds, padding_mask, positions, token_type_ids, position_ids, global_mask, packing = self.pack(
             inputs_embeds, padding_mask, positions, token_type_ids, position_ids, global_attention_mask, bool(seen)
         )
-        if position_ids is None:
+        if self.anchors is not None:
+            inputs_embeds, padding_mask, positions, token_type_ids, position_ids, global_mask, packing = (
+                self.insert_anchors(inputs_embeds, padding_mask, positions, token_type_ids, global_mask, packing)
+            )
+        elif position_ids is None:
             position_ids = positions.clamp(min=0)
         elif position_ids.shape[0] != positions.shape[0]:
             position_ids = position_ids.expand_as(positions)
@@ -257,11 +264,18 @@ class Backbone(ModelInputs):
         """The tokens of packed documents in one row, (1, t, e); each document's external tokens precede its own."""
         self.check_global_mask(global_mask, documents.rows)
         check_length(max(documents.lengths), self.config.max_position_embeddings, type(self).__name__)
-        position_ids = position_ids.expand(documents.rows)
-        hidden = documents.gather(self.embeddings(embeds, position_ids, token_types))
-        position_ids = documents.gather(position_ids)
-        global_mask = None if global_mask is None else documents.gather(global_mask)
-        own, lengths, device = None, documents.lengths, hidden.device
+        embeds, position_ids, token_types, global_mask = (
+            None if x is None else documents.gather(x.expand(*documents.rows, *x.shape[2:]))[None]
+            for x in (embeds, position_ids, token_types, global_mask)
+        )  # type: ignore[assignment]
+        own, lengths, device = None, documents.lengths, embeds.device
+        if self.anchors is not None:
+            rows = AnchoredRows.of_documents(self.anchors, lengths, device)
+            embeds, token_types = rows.embed(embeds, self.anchor_embeddings()), rows.types(token_types)
+            global_mask, position_ids, own = rows.global_mask_of(global_mask), rows.position_ids, rows.places[0]
+            lengths = self.anchors.total(torch.tensor(lengths)).tolist()
+        hidden = self.embeddings(embeds, position_ids, token_types)[0]
+        position_ids, global_mask = position_ids[0], None if global_mask is None else global_mask[0]
         if count := self.num_external:
             lengths = [count + length for length in lengths]
             sizes = torch.tensor(lengths, device=device)
@@ -272,7 +286,8 @@ class Backbone(ModelInputs):
             hidden = self.external_tokens(hidden)[source]
             position_ids = torch.cat([torch.arange(count, device=device), position_ids + count])[source]
             global_mask = None if global_mask is None else nn.functional.pad(global_mask, (count, 0))[source]
-            own = (place >= count).nonzero()[:, 0]
+            words = (place >= count).nonzero()[:, 0]
+            own = words if own is None else words[own]
         parts = []
         for group in (groups := group_by_length(lengths, device)):
             positions = torch.arange(group.tokens.shape[1], device=device).expand_as(group.tokens)

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .base_anchors import AnchorLayout
 from .base_images import count_patches
 from .ops_checks import check_at_least, check_divisible, check_entries
 from .ops_patterns import AttentionPattern
@@ -122,6 +123,15 @@ class EtConfig(PreTrainedConfig):
         """Features of an embedding: `embedding_size`, or `hidden_size` if that is None."""
         return self.hidden_size if self.embedding_size is None else self.embedding_size
 
+    @property
+    def num_positions(self) -> int:
+        """Rows of the table of learned positions."""
+        return self.max_position_embeddings
+
+    def row_length(self, length: int) -> int:
+        """Places of a row of `length` tokens in the layers."""
+        return length
+
     def check_image_size(self) -> int | list[int]:
         """`image_size` of a model of images, or a ValueError."""
         if self.image_size is None:
@@ -222,10 +232,59 @@ class EtConfig(PreTrainedConfig):
                 )
 
 
-class PatternConfig:
-    """Mixin of the configs whose attention is drawn by hand; says what each head of each layer reads."""
+@strict
+class PatternConfig(EtConfig):
+    """Base of the configs whose attention is drawn by hand; states the pattern of each head of each layer.
+
+    Args:
+        anchor_interval: repeat the [CLS] and [SEP] of a model that was trained on short texts every so many places of a
+            row, and let positions start again there, as drawn in `base_anchors`. Rows that fit into one interval are
+            left as they are and have full attention. The table of learned positions has one row for each place of an
+            interval, and `max_position_embeddings` still limits the tokens of a row. For encoders of text. None
+            inserts nothing.
+        anchor_token_ids: ids of [CLS] and [SEP].
+    """
 
     num_external_tokens: ClassVar[int] = 0
+    takes_anchors: ClassVar[bool] = True
+
+    anchor_interval: int | None = None
+    anchor_token_ids: list[int] | None = None
+
+    def validate_anchors(self):
+        if self.anchor_interval is None:
+            return
+        for name, reason in (
+            ("is_decoder", "a token to come cannot close an interval"),
+            ("image_size", "an image has no [CLS] and [SEP]"),
+        ):
+            if getattr(self, name):
+                raise ValueError(
+                    f"anchor_interval ({self.anchor_interval}) must be None with {name} ({getattr(self, name)}): "
+                    f"{reason}."
+                )
+        if not self.takes_anchors:
+            raise ValueError(
+                f"anchor_interval ({self.anchor_interval}) must be None for {self.model_type}, whose segments would "
+                "mix anchors with tokens: use et_local, et_longformer or another pattern."
+            )
+        check_at_least("anchor_interval", self.anchor_interval, 3, "two places of an interval are those of anchors")
+        ids = self.anchor_token_ids
+        if ids is None or len(ids) != 2 or not all(0 <= number < self.vocab_size for number in ids):
+            raise ValueError(
+                f"anchor_token_ids ({ids}) must be the ids of [CLS] and [SEP], below vocab_size ({self.vocab_size}), "
+                "if anchor_interval is set: [tokenizer.cls_token_id, tokenizer.sep_token_id]."
+            )
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the table of learned positions."""
+        return self.anchor_interval or self.max_position_embeddings
+
+    def row_length(self, length: int) -> int:
+        """Places of a row of `length` tokens, with its anchors and external tokens."""
+        own = length if self.anchor_interval is None else AnchorLayout(self.anchor_interval).total(length)
+        return own + self.num_external_tokens
 
     def attention_patterns(self, layer: int) -> list[AttentionPattern]:
         """One pattern per head of layer `layer`, or one for all of them."""

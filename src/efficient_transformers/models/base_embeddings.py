@@ -39,7 +39,7 @@ class EtEmbeddings(OwnValues):
             sizes = config.image_size, config.patch_size, config.num_channels, width
             self.patch_embeddings = PatchEmbeddings(*sizes)
         if config.position_embedding_type == "learned":
-            self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+            self.position_embeddings = nn.Embedding(config.num_positions, width)
         if config.type_vocab_size:
             self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
         if not config.norm_first:

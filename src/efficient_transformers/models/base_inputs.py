@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from .base_anchors import AnchoredPacking, AnchoredRows, AnchorLayout
 from .base_configuration import EtConfig
 from .base_packing import LeftPacking, pack, packing_order
 from .ops_checks import as_mask, check_length, check_per_token, check_shape
@@ -17,6 +18,7 @@ class ModelInputs:
 
     has_marked_tokens: ClassVar[bool] = False  # does the variant take a global_attention_mask?
     num_external: int
+    anchors: AnchorLayout | None
     config: EtConfig
 
     def choose_input(
@@ -116,3 +118,29 @@ class ModelInputs:
         per_token = [padding_mask, positions, token_types, position_ids, global_mask]
         packed = [None if x is None else pack(x.expand(order.shape), order) for x in per_token]
         return pack(embeds, order), *packed, packing  # type: ignore[return-value]
+
+    def insert_anchors(
+        self,
+        embeds: Tensor,
+        padding_mask: Tensor | None,
+        positions: Tensor,
+        token_types: Tensor | None,
+        global_mask: Tensor | None,
+        packing: LeftPacking,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None, LeftPacking]:
+        """As `pack`, for packed rows: with their anchors, and with positions that start again in each interval."""
+        assert self.anchors is not None
+        batch, length, _ = embeds.shape
+        if not is_traced() and length <= self.anchors.interval:
+            return embeds, padding_mask, positions, token_types, positions.clamp(min=0), global_mask, packing
+        rows = AnchoredRows.of(self.anchors, batch, length, padding_mask, embeds.device)
+        packing = AnchoredPacking(packing.order, packing.padding_mask, packing.num_external, rows.places)
+        embeds = rows.embed(embeds, self.anchor_embeddings())
+        types, global_mask = rows.types(token_types), rows.global_mask_of(global_mask)
+        return embeds, rows.padding_mask, rows.positions, types, rows.position_ids, global_mask, packing
+
+    def anchor_embeddings(self) -> Tensor:
+        """Word embeddings of [CLS] and [SEP], (2, e)."""
+        ids = self.config.anchor_token_ids  # type: ignore[attr-defined]
+        words = self.get_input_embeddings()  # type: ignore[attr-defined]
+        return words(torch.tensor(ids, device=words.weight.device))

@@ -30,8 +30,8 @@ def inverse(order: Tensor) -> Tensor:
 
 
 def pack(x: Tensor, order: Tensor) -> Tensor:
-    """Reorder axis 1 of `x` (b, n, …) by `order` (b, n)."""
-    return x.gather(1, order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand_as(x))
+    """The entries of `x` (b, n, …) along axis 1 that `order` (b, m) names: (b, m, …)."""
+    return x.gather(1, order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
 
 def unpack(x: Tensor, order: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class DocumentPacking(LeftPacking):
     """How the tokens of packed documents came into one row, (1, t, e); undoes it."""
 
     documents: Documents
-    own: Tensor | None  # places in that row that are no external token's, None where there are none
+    own: Tensor | None  # places in that row of the documents' own tokens, None where there are no others
 
     def restore(self, hidden: Tensor) -> Tensor:
         tokens = hidden[0] if self.own is None else hidden[0].index_select(0, self.own)

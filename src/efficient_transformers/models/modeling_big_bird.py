@@ -116,7 +116,7 @@ class BigBirdAttention(PatternAttention):
     def draw(self) -> Tensor:
         """(h, blocks, r) for the longest sequence; heads without random blocks hold a draw that nobody reads."""
         config, pattern = self.config, self.groups[0][0]
-        longest = config.max_position_embeddings + config.num_external_tokens
+        longest = config.row_length(config.max_position_embeddings)
         return pattern.random_blocks(self.num_heads, -(-longest // config.block_size)).clone()
 
 

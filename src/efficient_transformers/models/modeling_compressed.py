@@ -9,7 +9,7 @@ at padding. As a decoder, a token reads the segments that end with it or before 
 local.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -53,6 +53,7 @@ class EtCompressedConfig(PatternConfig, EtConfig):
     """
 
     model_type = "et_compressed"
+    takes_anchors: ClassVar[bool] = False
 
     attention_layers: list[Kind] | None = None
     compression_factor: int = 4
