@@ -4,7 +4,6 @@ The metadata block is `huggingface_hub`'s own, so that results appear on the Hub
 """
 
 import inspect
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .costs import attention_flops
+from .folders import read_json
 from .models.base_configuration import EtConfig
 from .models.modeling_full import EtFullConfig
 
@@ -197,7 +197,7 @@ def measured(cards: Path, slug: str) -> dict[str, float]:
     `nats/byte` is that of the causal language model, the others are those of the era classifier, on the test splits.
     """
     classifier, language = (
-        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        read_json(path) if path.exists() else {}
         for path in (cards / f"{slug}-{task}" / "metrics.json" for task in ("era", "clm"))
     )
     found = {

@@ -8,12 +8,13 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from transformers import PreTrainedConfig
 from transformers.tokenization_utils_base import LARGE_INTEGER, PreTrainedTokenizerBase
 
 from .models.base_configuration import EtConfig
 
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+CONFIG, INDEX, TOKENIZER = "config.json", "model.safetensors.index.json", "tokenizer.json"
 
 # arguments of `from_pretrained` and of earlier calls, which transformers would save with the tokenizer
 NOT_SAVED = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only")
@@ -110,9 +111,16 @@ def check_weights(folder: str | Path) -> None:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Raise ValueError with the file name if any JSON, YAML or weights file in `folder` cannot be read."""
+    """Raise ValueError with the file name if any JSON, YAML, tokenizer or weights file in `folder` cannot be read."""
     for path in sorted(Path(folder).glob("*.json")):
         (read_json if path.name == CONFIG else parse_json)(path)
     for path in sorted(Path(folder).glob("*.yaml")):
         parse_yaml(path)
+    if (path := Path(folder) / TOKENIZER).exists():
+        try:
+            Tokenizer.from_file(str(path))
+        except Exception as error:  # the library has no class of its own for them
+            raise ValueError(
+                f"{path} does not hold a tokenizer ({error}): save it again, or copy the file again."
+            ) from None
     check_weights(folder)

@@ -3,7 +3,8 @@
 import inspect
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...cards import costs_of  # the package registers the variants with the Auto classes
+from ...folders import check_folder
 from ...memory import (
     ADAM,
     FLOAT,
@@ -63,17 +65,27 @@ def local_or_hub(name: str) -> str | Path:
     return find_path(name) or name
 
 
+@contextmanager
+def opening(what: str, name: str) -> Iterator[str | Path]:
+    """The folder or Hub name to load from, its files checked. Raises InputError if the body of the context fails."""
+    source = local_or_hub(name)
+    try:
+        check_folder(source)
+        with refusing_code(source):
+            yield source
+    except UntrustedCodeError as error:
+        raise InputError(str(error)) from None
+    except Exception as error:  # files may hold anything, and libraries then raise anything
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise InputError(f"The {what} {name!r} cannot be loaded: {kind}{error}") from error
+
+
 def load_tokenizer(settings: Settings, needs_padding: bool = True) -> PreTrainedTokenizerBase:
     name = settings.tokenizer or settings.model.get("checkpoint")
     if name is None:
         raise InputError("A new model needs a tokenizer: set tokenizer to a folder or a Hub name, e.g. data/tokenizer.")
-    try:
-        with refusing_code(local_or_hub(name)):
-            tokenizer = AutoTokenizer.from_pretrained(local_or_hub(name), trust_remote_code=settings.trust_remote_code)
-    except UntrustedCodeError as error:
-        raise InputError(str(error)) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"The tokenizer {name!r} cannot be loaded: {error}") from error
+    with opening("tokenizer", name) as source:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
     if needs_padding and tokenizer.pad_token_id is None:
         raise InputError(f"The tokenizer {name!r} has no padding token, so documents cannot be put in batches.")
     return tokenizer
@@ -88,8 +100,7 @@ def build_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None, 
     checkpoint, model_type = fields.pop("checkpoint", None), fields.pop("model_type", None)
     try:
         if checkpoint is not None:
-            source = local_or_hub(checkpoint)
-            with refusing_code(source):
+            with opening("checkpoint", checkpoint) as source:
                 config = AutoConfig.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
             _check_fields(type(config), fields)
             # call the constructor again, so that the class validates the changed fields
@@ -105,10 +116,6 @@ def build_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None, 
             config = config_class(**{**from_tokenizer, **fields, **task_fields})
     except InputError:
         raise
-    except UntrustedCodeError as error:
-        raise InputError(str(error)) from None
-    except OSError as error:
-        raise InputError(f"The checkpoint {checkpoint!r} cannot be loaded: {error}") from error
     except (ValueError, TypeError, StrictDataclassError) as error:
         # a strict dataclass wraps the message of a check
         said = error.__cause__ if isinstance(error, StrictDataclassError) else error
@@ -165,20 +172,15 @@ def build_model(
         except ValueError as error:
             raise InputError(f"The model section cannot be used: {error}") from error
     name = settings.model["checkpoint"]
-    try:
-        with refusing_code(local_or_hub(name)):
-            model, loading = auto_class.from_pretrained(
-                local_or_hub(name),
-                config=config,
-                dtype=torch.float32,  # small updates would be lost in the half precision of some checkpoints
-                ignore_mismatched_sizes=True,  # without it, the first tensor that does not fit hides the others
-                trust_remote_code=settings.trust_remote_code,
-                output_loading_info=True,
-            )
-    except UntrustedCodeError as error:
-        raise InputError(str(error)) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"The checkpoint {name!r} cannot be loaded: {error}") from error
+    with opening("checkpoint", name) as source:
+        model, loading = auto_class.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,  # small updates would be lost in the half precision of some checkpoints
+            ignore_mismatched_sizes=True,  # without it, the first tensor that does not fit hides the others
+            trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
+        )
     made_anew = check_fit(model, loading, settings, complete)
     for key, parameter in model.named_parameters():
         parameter.made_anew = key in made_anew

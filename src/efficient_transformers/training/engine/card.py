@@ -1,6 +1,5 @@
 """Model card of a run, and its last lines on the screen, for all tasks."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from ...cards import PICTURE, loading_code, model_card
 from ...exporting import README
+from ...folders import read_json
 from ...publishing import to_fill_in
 from ..data.coverage import coverage_lines
 from ..data.texts import BUNDLED, source_of
@@ -137,7 +137,7 @@ def published_name(checkpoint: str | None) -> str | None:
     if path is None:
         return checkpoint
     metrics = path / "metrics.json"
-    return json.loads(metrics.read_text(encoding="utf-8")).get("name") if metrics.exists() else None
+    return read_json(metrics).get("name") if metrics.exists() else None
 
 
 def bundled_names(settings: Settings) -> list[str]:

@@ -24,13 +24,22 @@ from huggingface_hub import ModelCard
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from ...exporting import code_version
-from ...folders import fit_tokenizer
-from ..settings import FREE_TO_CHANGE, InputError, Settings, SettingsType, compose, merge
+from ...folders import check_folder, fit_tokenizer, read_json
+from ..settings import FREE_TO_CHANGE, InputError, Settings, SettingsType, compose, merge, read_yaml
 from .checkpoints import Progress, flush, remove, writing
 from .lock import LOCK
 from .sharding import whole_state
 
 EARLIER = {"long_documents": "truncate"}  # behaviour of runs older than a setting, if it differs from the default
+# what a finished run always records
+METRICS_SECTIONS = {
+    "settings": (),
+    "model": ("model_type", "parameters", "max_length"),
+    "training": ("windows", "steps", "tokens", "seconds", "tokens_per_second", "hardware", "processes", "precision"),
+    "validation": ("step",),
+    "test": ("n",),
+    "versions": (),
+}
 SETTINGS, METRICS, CHECKPOINTS, LOGS = "settings.yaml", "metrics.json", "checkpoints", "runs"
 
 
@@ -47,9 +56,28 @@ def finished_metrics(accelerator: Accelerator, settings: Settings) -> dict[str, 
         raise InputError(error[0])
     if not (settings.resume and (settings.folder / METRICS).exists()):
         return None
+    metrics = read_metrics(settings.folder)
     remove_checkpoints_unless_kept(accelerator, settings)
     accelerator.print(f"The run in {settings.folder} is already finished.")
-    return json.loads((settings.folder / METRICS).read_text(encoding="utf-8"))
+    return metrics
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """The metrics of a finished run. Raises InputError with the file name if there are none or parts are missing."""
+    path = folder / METRICS
+    if not path.exists():
+        raise InputError(f"{folder} contains no finished run: it has no {METRICS}.")
+    try:
+        metrics = read_json(path)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    for section, names in METRICS_SECTIONS.items():
+        found = metrics.get(section)
+        for name in ("", *names):
+            if not isinstance(found, dict) or (name and name not in found):
+                place = f"{section}.{name}" if name else section
+                raise InputError(f"{path} has no {place}: it is not that of a finished run. Copy the file again.")
+    return metrics
 
 
 def _check_folder(settings: Settings) -> None:
@@ -90,7 +118,7 @@ def begin_folder(accelerator: Accelerator, settings: Settings) -> None:
 
 def differences(folder: Path, settings: Settings) -> list[str]:
     """Settings that differ from those of the run in `folder`, as `name: then → now`."""
-    then = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+    then = read_yaml(folder / SETTINGS)
     now = yaml.safe_load(settings.to_yaml())
     # a setting that is newer than the run has its default value
     names = {field.name: field.default for field in dataclasses.fields(settings)}
@@ -112,6 +140,10 @@ def recorded_settings(folder: Path) -> dict[str, Any]:
     """The settings of a finished run, with its saved model. Raises InputError if the run is not finished."""
     if not (folder / METRICS).exists():
         raise InputError(f"{folder} contains no finished run: it has no {METRICS}.")
+    try:
+        check_folder(folder)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     settings = merge(compose(folder / SETTINGS), {"model": {"checkpoint": str(folder)}})
     settings.pop("cache", None)  # a folder from elsewhere must not determine where files are written
     return settings

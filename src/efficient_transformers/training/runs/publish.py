@@ -29,12 +29,12 @@ from ... import VARIANTS, plots
 from ...attention_maps import read_matrices
 from ...cards import PICTURE, costs_of, description_of
 from ...exporting import CONFIG, README, export, foreign_code
-from ...folders import fit_tokenizer, load_as_float32
+from ...folders import check_folder, fit_tokenizer, load_as_float32, read_json
 from ...trust import ALLOW, UntrustedCodeError, refusing_code
 from ..data.documents import encode_documents, load_documents
 from ..engine.building import load_tokenizer
 from ..engine.checkpoints import write_json
-from ..engine.outputs import METRICS, SETTINGS
+from ..engine.outputs import METRICS, SETTINGS, read_metrics
 from ..engine.task import Task
 from ..settings import InputError
 from ..tasks import classify, pretrain_clm, pretrain_mlm, task_of
@@ -56,6 +56,7 @@ def publish(run: Path, out: Path, *, trust_remote_code: bool = False) -> dict[st
     need code that is not trusted, or a file is too large.
     """
     metrics = read_metrics(run)
+    check_folder(run)
     task = published_task(run, metrics)
     if out.resolve() == run.resolve():
         raise InputError(f"{out} is the run itself, whose weights would be overwritten: choose another folder.")
@@ -95,6 +96,7 @@ def trust_options(trust_remote_code: bool) -> list[str]:
 def write_card(folder: Path, *, trust_remote_code: bool = False) -> None:
     """Write picture and card of a folder of the zoo from its weights, settings and metrics."""
     metrics = read_metrics(folder)
+    check_folder(folder)
     task = published_task(folder, metrics)
     settings = task.settings_class.from_yaml(folder / SETTINGS)
     with refusing_code(folder):
@@ -115,12 +117,6 @@ def published_task(folder: Path, metrics: dict[str, Any]) -> Task[Any]:
         known = ", ".join(each.name for each in PUBLISHED)
         raise InputError(f"{folder} is a run of the task {task.name}; only {known} can be published.")
     return task
-
-
-def read_metrics(run: Path) -> dict[str, Any]:
-    if not (run / METRICS).exists():
-        raise InputError(f"{run} contains no finished run: it has no {METRICS}.")
-    return json.loads((run / METRICS).read_text(encoding="utf-8"))
 
 
 def draw_pattern(folder: Path, model_type: str, trust_remote_code: bool) -> None:
@@ -174,7 +170,7 @@ def check(folders: list[Path], *, trust_remote_code: bool = False) -> int:
 def test_windows(folder: Path, trust_remote_code: bool) -> dict[str, list[Any]]:
     """Token ids and classes of a classifier's test windows, split as for its card."""
     settings = classify.ClassifySettings.from_yaml(folder / SETTINGS)
-    positions = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["max_position_embeddings"]
+    positions = read_json(folder / CONFIG)["max_position_embeddings"]
     length = min(settings.max_length or settings.window_length or positions, positions)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     windows = encode_documents(load_documents(settings), "test", tokenizer, length, settings)

@@ -1,11 +1,10 @@
 """Start a run in a separate process, unless it is already finished."""
 
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from ..engine.outputs import METRICS, differences
+from ..engine.outputs import METRICS, differences, read_metrics
 from ..settings import REPOSITORY, InputError
 from ..tasks import read_settings
 
@@ -33,7 +32,7 @@ def train_or_find(config: Path, variant: str | None, options: list[str], launche
         raise InputError(
             f"{settings.folder} holds a run with other settings ({'; '.join(different)}): set --out to another folder."
         )
-    return json.loads(finished.read_text(encoding="utf-8"))
+    return read_metrics(settings.folder)
 
 
 def launch(command: list[str]) -> int:

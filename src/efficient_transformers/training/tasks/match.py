@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
@@ -30,6 +31,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from ...folders import read_json
 from ..data.coverage import Coverage
 from ..data.excerpts import excerpts
 from ..data.features import Features
@@ -205,8 +207,11 @@ class DocumentMatcher(nn.Module):
 
 
 def load_head(folder: Path) -> MatchingHead:
-    head = MatchingHead(**json.loads((folder / HEAD_SIZES).read_text(encoding="utf-8")))
-    head.load_state_dict(load_file(folder / HEAD))
+    try:
+        head = MatchingHead(**read_json(folder / HEAD_SIZES))
+        head.load_state_dict(load_file(folder / HEAD))
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"The head in {folder} ({HEAD_SIZES}, {HEAD}) cannot be loaded: {error}") from error
     return head
 
 
