@@ -57,6 +57,7 @@ def test_strangers_in_a_config_are_kept():
     [
         (dict, "either input_ids or inputs_embeds"),
         (lambda: {"input_ids": inputs(1, 4), "inputs_embeds": torch.zeros(1, 4, 32)}, "not both and not neither"),
+        (lambda: {"inputs_embeds": torch.zeros(1, 4, 30)}, r"width of embeddings\) = \(1, 4, 32\), got \(1, 4, 30\)"),
         (
             lambda: {"input_ids": inputs(2, 4), "attention_mask": torch.ones(2, 5)},
             r"attention_mask must have shape .* = \(2, 4\), got \(2, 5\)",

@@ -48,7 +48,10 @@ class ModelInputs:
         return mask, global_mask
 
     def check_ids(self, embeds: Tensor, token_types: Tensor | None, position_ids: Tensor | None) -> None:
-        """Raise ValueError for ids of another dtype or shape, which would be broadcast without a word."""
+        """Raise ValueError for embeddings of another width, and for ids of another dtype or shape, which broadcast."""
+        if not is_traced():
+            width = self.config.embedding_width
+            check_shape("inputs_embeds", embeds.shape, (*embeds.shape[:2], width), "batch, length, width of embeddings")
         for name, ids in (("token_type_ids", token_types), ("position_ids", position_ids)):
             if ids is not None:
                 check_per_token(name, ids, *embeds.shape[:2])
