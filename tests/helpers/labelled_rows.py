@@ -1,6 +1,7 @@
 """For each task with labelled examples, rows that a tiny model learns, and the settings of a short run."""
 
 from training_runs import TINY, WIDER
+from transformers import AutoConfig, AutoModelForQuestionAnswering
 
 # Of 60 rows 42 train: 6 steps an epoch, 24 in all, where each row is one example
 TINY_ROWS = {**TINY, "model": WIDER, "learning_rate": 0.02}
@@ -48,3 +49,14 @@ OWN = {
         "checkpoint_steps": 24,
     },
 }
+
+
+def task_settings(settings_class, **values):
+    return settings_class.from_dict({"data": "era", "model": {"model_type": "bert"}, **values})
+
+
+def plain_model(model_type="et_full", **fields):
+    return AutoModelForQuestionAnswering.from_config(
+        AutoConfig.for_model(model_type, vocab_size=4096, hidden_size=8, num_attention_heads=1, num_hidden_layers=1,
+                             intermediate_size=8, max_position_embeddings=64, **fields)
+    )  # fmt: skip

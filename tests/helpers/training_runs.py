@@ -108,6 +108,12 @@ def write_config(folder, tiny, corpus, **values):
     return path
 
 
+def run(config, *options):
+    """Metrics of the run that a YAML describes, with options of the command line. Errors are raised, not printed."""
+    task, settings = read_settings(config, None, options)
+    return task.run(settings)
+
+
 def config_of(task):
     return ROOT / "configs" / f"{task}.yaml"
 

@@ -8,12 +8,12 @@ import torch
 import training_runs
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from training_runs import PowerCut, assert_same_run, bpe, read_metrics, reset_accelerate, write_config, write_labelled
+from training_runs import PowerCut, assert_same_run, bpe, read_metrics, reset_accelerate, run, write_config
 
 from efficient_transformers.training.data.packing import IGNORED
 from efficient_transformers.training.engine import loop
 from efficient_transformers.training.settings import InputError
-from efficient_transformers.training.tasks import classify, self_pretraining
+from efficient_transformers.training.tasks import self_pretraining
 from efficient_transformers.training.tasks.classify import ClassifySettings
 from efficient_transformers.training.tasks.self_pretraining import NextTokens, denoising, inputs_of
 
@@ -23,20 +23,6 @@ TINY = {
     "self_pretrain_steps": 12,
     "self_pretrain_learning_rate": 0.01,
 }  # 12 steps of each
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_labelled(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture
-def config(tmp_path, corpus):
-    return write_config(tmp_path, TINY, corpus)
-
-
-def run(config, *overrides):
-    return classify.run(ClassifySettings.from_yaml(config, overrides))
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from training_runs import (
     bpe,
     kill_and_continue,
     reset_accelerate,
+    run,
     write_config,
-    write_labelled,
     write_rows,
 )
 
@@ -34,22 +34,7 @@ from efficient_transformers.training.engine.batches import EpochSampler
 from efficient_transformers.training.engine.checkpoints import Checkpoints, fault_of
 from efficient_transformers.training.runs import train
 from efficient_transformers.training.settings import InputError
-from efficient_transformers.training.tasks import classify
 from efficient_transformers.training.tasks.classify import ClassifySettings
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_labelled(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture
-def config(tmp_path, corpus):
-    return write_config(tmp_path, TINY, corpus)
-
-
-def run(config, *overrides):
-    return classify.run(ClassifySettings.from_yaml(config, overrides))
 
 
 @pytest.fixture(scope="module")
