@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from zoo import bytes_kept
 
-from efficient_transformers.models import attn_bucketed as engine
+from efficient_transformers.models import ops_bucket_runs
 from efficient_transformers.models.attn_bucketed import batched_attention, bucketed_attention
 from efficient_transformers.models.attn_dense import softmax_attention
 from efficient_transformers.models.ops_buckets import BucketLayout, chained_chunks, recent_counts, sorted_chunks
@@ -89,8 +89,8 @@ KINDS = [("sorted", False), ("sorted", True), ("chained", False), ("chained", Tr
 @pytest.mark.parametrize(("kind", "causal"), KINDS, ids=str)
 @pytest.mark.parametrize("bundle", [1, 500, 2**14, None], ids=["each head alone", "some", "all heads", "batched"])
 def test_the_engine_equals_softmax_with_counts(kind, causal, lengths, bundle, monkeypatch):
-    monkeypatch.setattr(engine, "RUN_ENTRIES", 300)  # several runs, one of a single group
-    monkeypatch.setattr(engine, "BUNDLE_SLOTS", bundle)
+    monkeypatch.setattr(ops_bucket_runs, "RUN_ENTRIES", 300)  # several runs, one of a single group
+    monkeypatch.setattr(ops_bucket_runs, "BUNDLE_SLOTS", bundle)
     layout, (q, k, v) = some_layout(kind, lengths, causal), tensors(max(lengths))
     expected, _ = softmax_attention(q, k, v, layout.counts(max(lengths)))
     if bundle:

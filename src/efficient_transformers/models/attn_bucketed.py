@@ -1,10 +1,8 @@
-"""Softmax attention inside groups of tokens that the data has chosen: buckets of a hash, clusters.
+"""Softmax attention within groups of tokens that depend on the data: buckets of a hash, clusters.
 
-A loop over cache-sized runs of groups with its own backward on a CPU, one batched product of all groups elsewhere.
-Heads of short sequences share a turn of the loop.
+On a CPU a loop over runs of groups that fit into the cache, with its own backward; elsewhere one batched product.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,23 +10,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .attn_pattern_tiled import DropoutMasks
+from .ops_bucket_runs import Bundle, GroupRun, bundles, group_runs
 from .ops_buckets import BucketLayout
 from .ops_engine import choose_engine
-from .ops_tiles import RUN_ENTRIES, SCRATCH
-
-# Slots of the heads that share a turn of the loop, by measurement. A training step of two layers over 32 padded rows of
-# 64 tokens, 4 heads, 4 rounds of chunks of 8, takes 1,200 ms head by head, as each operation is called for a few
-# numbers, and 160 so; twice or four times as many slots gain nothing.
-BUNDLE_SLOTS = 2**14
+from .ops_tiles import SCRATCH
 
 
 def bucketed_attention(q: Tensor, k: Tensor, v: Tensor, layout: BucketLayout, dropout: float = 0.0) -> Tensor:
-    r"""Softmax over the keys of all groups that a query stands in, O(g·c·m·d).
+    r"""Softmax over the keys of all groups that a query is in, O(g·c·m·d).
 
     .. math:: o_i = \sum_j \frac{c_{ij} \exp(q_i^\top k_j / \sqrt d)}{\sum_l c_{il} \exp(q_i^\top k_l / \sqrt d)} v_j
 
-    with the counts of `BucketLayout`: what the groups say is combined by their logsumexp (Kitaev et al. 2020,
-    arXiv:2001.04451, appendix A). `q`, `k`, `v` (b, h, n, d). A token that has nothing to read reads itself.
+    with the counts of `BucketLayout`: outputs of the groups are combined by their logsumexp (Kitaev et al. 2020,
+    arXiv:2001.04451, appendix A). `q`, `k`, `v` (b, h, n, d). A token without any key attends to itself.
     Returns (b, h, n, d) in `v.dtype`, zeros at padding. Products run in the input's dtype, softmax and logsumexp in
     float32 or wider.
     """
@@ -52,7 +46,7 @@ def batched_attention(q: Tensor, k: Tensor, v: Tensor, layout: BucketLayout, dro
     weights = (scores.softmax(-1) * allowed).to(v.dtype)
     mixed = (F.dropout(weights, dropout) @ rows(v, keys)).flatten(2, 3)  # (b, h, g·c, d)
 
-    # empty slots write behind the sequence
+    # empty slots write to an extra row at the end
     token = torch.where(queries < 0, length, queries).flatten(2)
     total = scores.logsumexp(-1).flatten(2)
     largest = total.new_full((*q.shape[:2], length + 1), torch.finfo(wide).min)
@@ -71,162 +65,41 @@ def rows(x: Tensor, tokens: Tensor) -> Tensor:
     return x.gather(2, index).unflatten(2, tokens.shape[2:])
 
 
-class Bundle(NamedTuple):
-    """Heads of some rows as if they were one: their tokens stand one head behind another, and so do their groups.
-
-    Groups without a token are left out. Equal labels stand side by side, so nobody reads across the gap.
-    """
-
-    layout: BucketLayout  # of the batch
-    part: tuple[slice, slice]  # its rows, their heads
-    queries: Tensor  # (g, c)
-    keys: Tensor | None  # (g, m)
-    labels: Tensor | None  # (g, c)
-
-    def of(self, x: Tensor) -> Tensor:
-        """(b, h, n, …) -> all tokens of the bundle, (t, …): a copy of several heads, a view of one."""
-        return x[self.part].flatten(0, 2)
-
-    def put(self, x: Tensor, rows: Tensor) -> None:
-        here = x[self.part]
-        here.copy_(rows.view(here.shape))
-
-
-def bundles(layout: BucketLayout, length: int) -> Iterator[Bundle]:
-    """All heads of a batch of `length` tokens, in bundles of up to BUNDLE_SLOTS slots."""
-    batch, num_heads, groups, size = layout.queries.shape
-    heads_per_bundle = max(1, BUNDLE_SLOTS // (groups * size))
-    rows, heads = max(1, heads_per_bundle // num_heads), min(heads_per_bundle, num_heads)
-    for row in range(0, batch, rows):
-        for head in range(0, num_heads, heads):
-            part = slice(row, row + rows), slice(head, head + heads)
-            filled = (layout.queries[part] >= 0).any(-1)
-            count = filled.shape[0] * filled.shape[1]
-            queries = one_behind_another(layout.queries[part], filled, 1, length)
-            keys = None if layout.keys is None else one_behind_another(layout.keys[part], filled, 1, length)
-            labels = None if layout.labels is None else one_behind_another(layout.labels[part], filled, count, 1)
-            yield Bundle(layout, part, queries, keys, labels)
-
-
-def one_behind_another(x: Tensor, filled: Tensor, factor: int, step: int) -> Tensor:
-    """Slots of several heads (b, h, g, …) -> those of the `filled` groups (b, h, g), with a number apart in each head.
-
-    Head i of them all has x · `factor` + i · `step` for x; empty slots stay as they are.
-    """
-    batch, heads, _ = filled.shape
-    if batch * heads > 1:
-        number = torch.arange(batch * heads, device=x.device).view(batch, heads, 1, 1)
-        x = torch.where(x < 0, x, x * factor + number * step)
-    x = x.flatten(0, 2)
-    return x if bool(filled.all()) else x[filled.flatten()]
-
-
-class GroupRun(NamedTuple):
-    """Neighbouring groups of a bundle: where their rows stand, and what they must not read."""
-
-    queries: Tensor  # (g·c,) tokens, 0 at empty slots
-    keys: Tensor  # (g·m,), or ((g + 1)·c,) where a group reads the one before it
-    size: int  # c
-    forbidden: Tensor  # broadcastable to (g, c, m): True where a key must not be read
-    band: Tensor | None  # (c, m), 0 and -inf: what no group may read
-    slots: slice  # of the query slots of the head
-    overlaps: bool
-    own: bool
-
-    def windows(self, x: Tensor) -> Tensor:
-        """Rows at `keys` -> (g, m, d), a view."""
-        if not self.overlaps:
-            return x.unflatten(0, (len(self.queries) // self.size, -1))
-        groups, dim = len(self.queries) // self.size, x.shape[-1]
-        return x.as_strided((groups, 2 * self.size, dim), (self.size * dim, dim, 1))
-
-    def add(self, x: Tensor, grad: Tensor) -> None:
-        """x[keys] += grad (g, m, d), in place."""
-        if self.overlaps:
-            before, here = grad.split(self.size, 1)
-            grad = SCRATCH.take("folded slots", (len(self.keys), x.shape[-1]), x)
-            grad[self.size :] = here.flatten(0, 1)
-            grad[: self.size] = 0
-            grad[: -self.size] += before.flatten(0, 1)
-        else:
-            grad = grad.flatten(0, 1)
-        x.index_add_(0, self.keys, grad)
-
-    def mask_(self, scores: Tensor, alone: Tensor | float) -> None:
-        """Forbid in place, and give a slot's score with itself the value `alone`, a number or (g, c)."""
-        scores.masked_fill_(self.forbidden, float("-inf"))
-        if self.band is not None:
-            scores.add_(self.band)
-        if not self.own:
-            diagonal = scores.diagonal(scores.shape[2] - self.size, 1, 2)
-            diagonal.copy_(alone) if isinstance(alone, Tensor) else diagonal.fill_(alone)
-
-
-def group_runs(bundle: Bundle, dtype: torch.dtype) -> Iterator[GroupRun]:
-    """All groups of a bundle, in runs that fit into the cache."""
-    layout, tokens = bundle.layout, bundle.queries
-    size = tokens.shape[-1]
-    groups_per_run = max(1, RUN_ENTRIES // (size * layout.keys_per_group))
-    band = causal_band(size, dtype, tokens.device) if layout.causal and layout.keys is None else None
-    for first in range(0, len(tokens), groups_per_run):
-        here = tokens[first : first + groups_per_run]
-        queries, part = here.flatten().clamp(min=0), slice(first * size, (first + len(here)) * size)
-        if bundle.keys is not None:
-            keys = bundle.keys[first : first + groups_per_run]
-            forbidden = (keys < 0)[:, None]
-            if layout.causal:
-                forbidden = forbidden | (keys[:, None] > here[..., None])
-            if not layout.own:
-                forbidden = forbidden | (keys[:, None] == here[..., None])
-            yield GroupRun(queries, keys.flatten().clamp(min=0), size, forbidden, band, part, False, layout.own)
-            continue
-        assert bundle.labels is not None
-        labels = bundle.labels[first : first + groups_per_run]
-        if first:
-            before, before_label = tokens[first - 1], bundle.labels[first - 1]
-        else:
-            before, before_label = torch.zeros_like(tokens[0]), torch.full_like(tokens[0], -2)
-        keys = torch.cat([before.clamp(min=0), queries])
-        around = torch.cat([before_label, labels.flatten()]).as_strided((len(here), 2 * size), (size, 1))
-        # an empty slot is no key, so it must not equal itself
-        forbidden = around[:, None] != labels.masked_fill(labels < 0, -3)[..., None]
-        yield GroupRun(queries, keys, size, forbidden, band, part, True, layout.own)
-
-
-def causal_band(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(c, 2c), 0 where key slot j lies at most c slots before query slot c + i, and not behind it; -inf elsewhere."""
-    i, j = torch.arange(size, device=device)[:, None], torch.arange(2 * size, device=device)
-    return torch.zeros(size, 2 * size, dtype=dtype, device=device).masked_fill_((j < i) | (j > size + i), float("-inf"))
-
-
 class BucketedAttention(torch.autograd.Function):
-    """The loop over runs of groups. Keeps its inputs, its output and one normaliser per token."""
+    """The loop over runs of groups. Keeps its inputs, its output and one normalizer per token.
+
+    With p the softmax weights of one slot, which share the normalizer of all slots of its token, and dp = grad · vᵀ:
+
+        gather      queries, gradients and normalizers at the query slots, keys and values at the key slots
+        gradients   ds = p ⊙ (dp - Σ p ⊙ dp);  of q: ds·k, of k: dsᵀ·q, of v: pᵀ·grad
+        scatter     added to the tokens, of which several slots hold the same
+    """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, layout: BucketLayout, dropout: float, seed: int) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
         out, norm = torch.empty_like(v), v.new_empty(v.shape[:3], dtype=wide)
         alone = torch.zeros(v.shape[:3], dtype=torch.bool)
-        lowest = torch.finfo(wide).min / 2  # finite: below every score, and a row of it has a softmax
+        lowest = torch.finfo(wide).min / 2  # finite, so that a row of it has a softmax; below every score
         masks, scale = DropoutMasks(dropout, seed, q.device), q.shape[-1] ** -0.5
         for bundle in bundles(layout, q.shape[2]):
-            x, y, z = bundle.of(q), bundle.of(k), bundle.of(v)
+            queries, keys, values = bundle.of(q), bundle.of(k), bundle.of(v)
             token = bundle.queries.flatten()
-            mixed = SCRATCH.take("mixed slots", (len(token), z.shape[-1]), z)
+            mixed = SCRATCH.take("mixed slots", (len(token), values.shape[-1]), values)
             total = torch.empty(len(token), dtype=wide)
             for run in group_runs(bundle, wide):
-                weights = scores_of(run, x, y, scale, wide)
+                weights, *_ = scores_of(run, queries, keys, scale, wide)
                 run.mask_(weights, lowest)
                 largest = weights.amax(-1)
                 torch.softmax(weights, -1, out=weights)
-                # the largest weight is exp(largest - logsumexp); a slot without keys is empty, and nobody asks for it
+                # the largest weight is exp(largest - logsumexp); slots without keys are empty and never used
                 total[run.slots] = (largest - weights.amax(-1).log()).flatten()
                 if dropout:
                     weights *= masks.like(weights)
-                values = run.windows(take(z, run.keys, "values"))
                 part = mixed[run.slots].unflatten(0, (-1, run.size))
-                torch.bmm(weights.to(z.dtype), values, out=part)
-            for result, rows in zip((out, norm, alone), combine(mixed, total, token, len(z), lowest), strict=True):
+                torch.bmm(weights.to(values.dtype), run.gather_keys("values", values), out=part)
+            results = combine(mixed, total, token, len(values), lowest)
+            for result, rows in zip((out, norm, alone), results, strict=True):
                 bundle.put(result, rows)
         ctx.save_for_backward(q, k, v, out, norm, alone)
         ctx.settings = layout, dropout, seed
@@ -237,59 +110,72 @@ class BucketedAttention(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         q, k, v, out, norm, alone = ctx.saved_tensors
         layout, dropout, seed = ctx.settings
-        wide = norm.dtype
-        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
-        lowest = torch.finfo(wide).min / 2
-        masks, scale = DropoutMasks(dropout, seed, q.device), q.shape[-1] ** -0.5
-        inner = (grad * out).sum(-1, dtype=wide)  # Σ_j p_ij · ∂/∂p_ij
-        lone = torch.zeros_like(norm).masked_fill_(~alone, lowest)
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        scale, masks = q.shape[-1] ** -0.5, DropoutMasks(dropout, seed, q.device)
+        inner = (grad * out).sum(-1, dtype=norm.dtype)  # Σ p ⊙ dp of all slots of a token
+        # the score with itself of a token that has no other key, as `combine` assumes it
+        self_score = torch.zeros_like(norm).masked_fill_(~alone, torch.finfo(norm.dtype).min / 2)
         for bundle in bundles(layout, q.shape[2]):
-            x, y, z = bundle.of(q), bundle.of(k), bundle.of(v)
-            grad_of, norm_of, lone_of, inner_of, alone_of = map(bundle.of, (grad, norm, lone, inner, alone))
-            # summed in whole rows: scattered into parts of rows it takes ten times as long
-            sums = [
-                SCRATCH.take(f"{name} sum of slots", w.shape, w).zero_()
-                for name, w in zip("qkv", (x, y, z), strict=True)
-            ]
-            empty = bundle.queries.flatten() < 0
-            for run in group_runs(bundle, wide):
-                shape = (-1, run.size, 1)
-                queries = SCRATCH.take("query rows", (len(run.queries), x.shape[-1]), x)
-                weights = scores_of(run, x, y, scale, wide)
-                run.mask_(weights, lone_of[run.queries].view(shape[:2]))
-                # all rounds have one normaliser; at empty slots it is infinite, so that they weigh nothing
-                normaliser = norm_of[run.queries].masked_fill(empty[run.slots], float("inf"))
-                weights.sub_(normaliser.view(shape)).exp_()
-                grad_out = take(grad_of, run.queries, "gradient rows").unflatten(0, (-1, run.size))
-                values = run.windows(take(z, run.keys, "values"))
-                grad_scores = product(grad_out, values.transpose(1, 2), "gradient", wide)
-                used = weights
-                if dropout:
-                    mask = masks.like(weights)
-                    grad_scores *= mask
-                    used = weights * mask
-                run.add(sums[2], torch.bmm(used.to(z.dtype).transpose(1, 2), grad_out))
-                grad_scores.sub_(inner_of[run.queries].view(shape)).mul_(weights)
-                if dropout:  # a token that reads itself alone has no score to learn
-                    grad_scores.masked_fill_(alone_of[run.queries].view(shape), 0)
-                grad_scores = grad_scores.to(x.dtype)
-                queries = queries.unflatten(0, (-1, run.size))  # scaled, by `scores_of`
-                run.add(sums[1], torch.bmm(grad_scores.transpose(1, 2), queries))
-                keys = run.windows(take(y, run.keys, "keys"))
-                sums[0].index_add_(0, run.queries, torch.bmm(grad_scores, keys).flatten(0, 1))
+            rows = GradientRows(bundle, *map(bundle.of, (q, k, v, grad, norm, inner, alone, self_score)))
+            sums = rows.sums()
+            for run in group_runs(bundle, norm.dtype):
+                rows.add_run(run, sums, scale, masks if dropout else None)
             sums[0].mul_(scale)
-            for result, rows in zip((grad_q, grad_k, grad_v), sums, strict=True):
-                bundle.put(result, rows)
-        return grad_q, grad_k, grad_v, None, None, None
+            for result, of_bundle in zip(grads, sums, strict=True):
+                bundle.put(result, of_bundle)
+        return *grads, None, None, None
 
 
-def take(x: Tensor, tokens: Tensor, name: str) -> Tensor:
-    """Rows of `x` (n, d), in memory that the next call with this name uses again."""
-    return torch.index_select(x, 0, tokens, out=SCRATCH.take(f"{name} of slots", (len(tokens), x.shape[-1]), x))
+class GradientRows(NamedTuple):
+    """The rows of a bundle's tokens that the backward pass gathers: (t, d) and (t,)."""
+
+    bundle: Bundle
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor
+    norm: Tensor
+    inner: Tensor
+    alone: Tensor
+    self_score: Tensor
+
+    def sums(self) -> list[Tensor]:
+        """Zeros for the gradients of q, k and v, in whole rows; scattering into parts of rows is ten times slower."""
+        named = zip("qkv", (self.q, self.k, self.v), strict=True)
+        return [SCRATCH.take(f"{name} sum of slots", x.shape, x).zero_() for name, x in named]
+
+    def add_run(self, run: GroupRun, sums: list[Tensor], scale: float, masks: DropoutMasks | None) -> None:
+        """Add the gradients of a run to `sums`; that of q still lacks the factor `scale`."""
+        # gather
+        weights, queries, keys = scores_of(run, self.q, self.k, scale, self.norm.dtype)
+        run.mask_(weights, run.per_query(self.self_score).squeeze(-1))
+        empty = self.bundle.queries.flatten()[run.slots].view(-1, run.size, 1) < 0
+        # p = exp(s - norm); the norm of empty slots is infinite, so that their weights are zero
+        weights.sub_(run.per_query(self.norm).masked_fill(empty, float("inf"))).exp_()
+        grad_out = run.gather("gradient rows", self.grad)
+
+        # gradients
+        values = run.gather_keys("values", self.v)
+        grad_scores = product(grad_out, values.transpose(1, 2), "gradient", self.norm.dtype)
+        used = weights
+        if masks is not None:
+            mask = masks.like(weights)
+            grad_scores *= mask
+            used = weights * mask
+        grad_v = torch.bmm(used.to(self.v.dtype).transpose(1, 2), grad_out)
+        grad_scores.sub_(run.per_query(self.inner)).mul_(weights)
+        if masks is not None:  # the output of a token that is its only key does not depend on its score
+            grad_scores.masked_fill_(run.per_query(self.alone), 0)
+        grad_scores = grad_scores.to(self.q.dtype)
+
+        # scatter
+        run.scatter_keys(sums[2], grad_v)
+        run.scatter_keys(sums[1], torch.bmm(grad_scores.transpose(1, 2), queries))
+        run.scatter(sums[0], torch.bmm(grad_scores, keys))
 
 
 def product(left: Tensor, right: Tensor, name: str, wide: torch.dtype) -> Tensor:
-    """left @ right in their dtype, widened."""
+    """left @ right, multiplied in their dtype and returned in `wide`, in scratch memory."""
     shape = (left.shape[0], left.shape[1], right.shape[2])
     narrow = torch.bmm(left, right, out=SCRATCH.take(f"{name} of slots", shape, left))
     if narrow.dtype == wide:
@@ -297,18 +183,17 @@ def product(left: Tensor, right: Tensor, name: str, wide: torch.dtype) -> Tensor
     return SCRATCH.take(f"{name} of slots", shape, torch.empty(0, dtype=wide)).copy_(narrow)
 
 
-def scores_of(run: GroupRun, q: Tensor, k: Tensor, scale: float, wide: torch.dtype) -> Tensor:
-    """Scaled products of a run's queries and keys, (g, c, m); leaves the scaled queries in "query rows"."""
-    queries = torch.index_select(q, 0, run.queries, out=SCRATCH.take("query rows", (len(run.queries), q.shape[-1]), q))
-    keys = run.windows(take(k, run.keys, "keys"))
-    return product(queries.mul_(scale).unflatten(0, (-1, run.size)), keys.transpose(1, 2), "weights", wide)
+def scores_of(run: GroupRun, q: Tensor, k: Tensor, scale: float, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of a run, (g, c, m), with the scaled queries, (g, c, d), and the keys, (g, m, d), they are made of."""
+    queries, keys = run.gather("query", q).mul_(scale), run.gather_keys("keys", k)
+    return product(queries, keys.transpose(1, 2), "weights", wide), queries, keys
 
 
 def combine(mixed: Tensor, total: Tensor, token: Tensor, length: int, lowest: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Add up what the slots of each token have read, `mixed` (s, d), in proportion to exp(`total`).
+    """Combine the outputs `mixed` (s, d) of the slots of each `token` (s,), weighted by exp(`total`) (s,).
 
-    Returns the sums (n, d), the logsumexp of the totals of each token, and whether it had nothing but itself: then the
-    logarithm of the number of its slots stands there, as if its score with itself were 0.
+    Returns the outputs (n, d), the normalizers (n,) and whether a token had no key but itself (n,). The normalizer is
+    the logsumexp of the totals; for a token alone, the logarithm of the number of its slots, as for scores of 0.
     """
     if bool((token < 0).any()):
         filled = (token >= 0).nonzero().flatten()
