@@ -33,7 +33,8 @@ from .models.modeling_sinkhorn import EtSinkhornConfig
 from .models.modeling_synthesizer import PRODUCTS, EtSynthesizerConfig
 from .models.ops_lsh import bucket_factors
 from .models.ops_patterns import FULL, AttentionPattern
-from .models.ops_tiles import OwnRead, tiles
+from .models.ops_tile_types import OwnRead
+from .models.ops_tiles import tiles
 from .models.ops_tril_matmul import row_chunks
 
 Flops = Callable[[Any, int], int]

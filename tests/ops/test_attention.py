@@ -10,7 +10,8 @@ from efficient_transformers.models.attn_pattern_blocked import blocked_attention
 from efficient_transformers.models.attn_pattern_flex import BLOCK, block_mask, flex_pattern_attention
 from efficient_transformers.models.ops_engine import BatchRows
 from efficient_transformers.models.ops_patterns import rounded_length
-from efficient_transformers.models.ops_tiles import OwnRead, tiles
+from efficient_transformers.models.ops_tile_types import OwnRead
+from efficient_transformers.models.ops_tiles import tiles
 
 PATTERNS = [
     "full", "local:0", "local:1", "local:3", "local:70", "local:200", "stride:5", "stride:5:2", "stride:200",

@@ -13,7 +13,7 @@ from .attn_pattern_tiled import DropoutMasks
 from .ops_bucket_runs import Bundle, GroupRun, bundles, group_runs
 from .ops_buckets import BucketLayout
 from .ops_engine import choose_engine
-from .ops_tiles import SCRATCH
+from .ops_scratch import SCRATCH
 
 
 def bucketed_attention(q: Tensor, k: Tensor, v: Tensor, layout: BucketLayout, dropout: float = 0.0) -> Tensor:

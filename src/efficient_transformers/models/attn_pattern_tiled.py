@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from .ops_engine import BatchRows
 from .ops_patterns import AttentionPattern, rounded_length
-from .ops_tiles import Tile, as_bias, load, tiles, windows
+from .ops_tile_types import Tile, load
+from .ops_tiles import as_bias, tiles, windows
 
 # What a turn of the loop costs beyond its products, and the loop to begin with, in entries of a weight matrix, by
 # measurement. They decide when a sequence is so short that one dense product is cheaper; none above ALWAYS_LONG is.

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from .attn_pattern_tiled import DropoutMasks, softmax_backward_
 from .ops_engine import choose_engine
-from .ops_tiles import RUN_ENTRIES, SCRATCH
+from .ops_scratch import SCRATCH
+from .ops_tiles import RUN_ENTRIES
 from .ops_tracing import count_blocks, is_traced
 
 LEAST = 1e-20  # share of a sorted token that counts; less is none, and a division by it stays finite in float32

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .attn_pattern_tiled import DropoutMasks, softmax_backward_
 from .ops_score_terms import Term
-from .ops_tiles import SCRATCH
+from .ops_scratch import SCRATCH
 
 # Entries of the weights of a tile, by measurement: enough for full products, few enough to stay in the cache.
 TILE_ENTRIES = 2**20

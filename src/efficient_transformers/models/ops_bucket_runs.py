@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .ops_buckets import BucketLayout
-from .ops_tiles import RUN_ENTRIES, SCRATCH
+from .ops_scratch import SCRATCH
+from .ops_tiles import RUN_ENTRIES
 
 # Slots of a bundle, by measurement. A training step of two layers over 32 padded rows of 64 tokens, 4 heads, 4 rounds
 # of chunks of 8, takes 1,200 ms head by head, because each operation is called for a few numbers, and 160 ms in
