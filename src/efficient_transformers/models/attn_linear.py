@@ -4,10 +4,10 @@ r"""Attention through a feature map, in time linear in the length.
 
 Katharopoulos et al. 2020 (arXiv:2006.16236), equations 4 to 6. The sums over the keys are a state of fixed size:
 `linear_attention` takes it over all keys, `causal_linear_attention` carries it from chunk to chunk, and
-`linear_attention_step` from token to token; `attention_matrix` writes out the n×n weights that all three stand for.
+`linear_attention_step` from token to token; `attention_matrix` writes out the n×n weights that all three imply.
 
-Long sequences go by segments, whose features stay in the cache of the processor; those of very long ones are computed
-again in the backward pass instead of being kept.
+Long sequences are processed in segments whose features fit into the cache of the processor. Features of very long
+sequences are recomputed in the backward pass instead of being stored.
 
 Shapes: q, k, v (b, h, n, d), features (b, h, n, f), padding_mask (b, n), which is True at real tokens. Everything is
 computed in float32, or in float64 for float64 inputs, and returned in the dtype of v.
@@ -31,17 +31,17 @@ from .ops_tracing import count_blocks, is_traced
 CHUNK = 128  # tokens whose weights are written out
 SEGMENT_ENTRIES = 2**19  # features of a segment on a CPU
 KEPT_ENTRIES = 2**24  # features of a sequence that are kept for the backward pass
-# Features of a segment elsewhere. With those of a CPU an H200 took 47 ms for 65,536 tokens of RFA, for the most part to
-# launch the products of 128 segments; the other end, memory, is 64 MB for each copy of the features.
+# Features of a segment on other devices. With segments as on a CPU, an H200 takes 47 ms for 65,536 tokens of RFA,
+# mostly to launch the products of 128 segments. This limit costs 64 MB for each copy of the features.
 LAUNCHED_ENTRIES = 2**24
 
 
 class LinearState(NamedTuple):
-    """What is left of the keys and values so far.
+    """The sums over the keys and values so far, after decay.
 
     sums: Σ φ(k) vᵀ, (b, h, f, d). total: Σ φ(k), (b, h, f).
-    mass: how many keys that is, less what a gate has left of them, (b, h or 1, 1, 1); of maps with a floor.
-    peak: where features come as logarithms, the largest of each so far, (b, h, f); both sums are in units of its exp.
+    mass: number of keys, decayed in the same way, (b, h or 1, 1, 1); only for maps with a floor.
+    peak: for features in logarithms, the largest of each so far, (b, h, f); both sums are divided by its exponential.
     """
 
     sums: Tensor
@@ -58,7 +58,7 @@ def linear_attention(
     projection: Tensor | None = None,
     padding_mask: Tensor | None = None,
 ) -> Tensor:
-    """Every query reads every key that is kept: (b, h, n, d). O(n·f·d) time and O(n·d) memory."""
+    """Bidirectional linear attention over the real tokens: (b, h, n, d). O(n·f·d) time and O(n·d) memory."""
     q, k, values, padding_mask, _ = prepared(q, k, v, padding_mask)
     (size, run), state = plan(k, feature_map, projection), None
     with torch.autocast(q.device.type, enabled=False):
@@ -78,7 +78,7 @@ def causal_linear_attention(
     log_decay: Tensor | None = None,
     state: LinearState | None = None,
 ) -> tuple[Tensor, LinearState]:
-    r"""A query reads `state` and the keys up to its own: (b, h, n, d), and the state behind the last one.
+    r"""Causal linear attention after `state`: outputs (b, h, n, d) and the state after the last key.
 
     `log_decay` (b, h, n) is log g of a recency gate: :math:`S_t = g_t S_{t-1} + (1 - g_t)\,\phi(k_t) v_t^\top`, and
     the normaliser likewise (Peng et al. 2021, arXiv:2103.02143, section 3.2). O(n·f·d) time and O(n·d) memory.
@@ -103,7 +103,7 @@ def linear_attention_step(
     log_decay: Tensor | None = None,
     state: LinearState | None = None,
 ) -> tuple[Tensor, LinearState]:
-    """`causal_linear_attention` of one token, n = 1, as the recurrence it is. O(f·d), whatever came before."""
+    """`causal_linear_attention` for one token, n = 1, as a recurrence. O(f·d), independent of the past."""
     q, k, values, padding_mask, log_decay = prepared(q, k, v, padding_mask, log_decay)
     with torch.autocast(q.device.type, enabled=False):
         if log_decay is not None and state is not None:
@@ -122,9 +122,9 @@ def attention_matrix(
     causal: bool = False,
     log_decay: Tensor | None = None,
 ) -> Tensor:
-    """The weights of all pairs, (b, h, n, n): what the functions above never write out. O(n²·f).
+    """The weights of all pairs, (b, h, n, n), which the functions above never write out. O(n²·f).
 
-    Rows sum to 1, or less where the map has a floor; those of padding to 0.
+    Rows sum to 1, to less if the map has a floor, and to 0 at padding.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     there = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
@@ -136,7 +136,7 @@ def attention_matrix(
         if feature_map.in_logs and padding_mask is not None:
             keys = keys.masked_fill(~padding_mask[:, None, :, None], torch.finfo(wide).min)
         if feature_map.per_feature:
-            # the weights of the features of each query, over the sums of the keys that it reads
+            # the query's weights of the features, over the sums of the keys that it attends to
             queries = queries.log_softmax(-1) - (keys.logcumsumexp(2) if causal else keys.logsumexp(2, keepdim=True))
         if feature_map.in_logs:
             peak = keys.amax(2, keepdim=True)
@@ -156,7 +156,7 @@ def attention_matrix(
 
 
 def prepared(q: Tensor, k: Tensor, v: Tensor, padding_mask: Tensor | None, log_decay: Tensor | None = None) -> tuple:
-    """All in one dtype, and masks and gates with the axes of the features."""
+    """The inputs in one dtype; masks and gates with the axes of the features."""
     wide = torch.promote_types(q.dtype, torch.float32)
     padding_mask = None if padding_mask is None else padding_mask[:, None, :, None]
     return (
@@ -169,15 +169,15 @@ def prepared(q: Tensor, k: Tensor, v: Tensor, padding_mask: Tensor | None, log_d
 
 
 def segment_tokens(of_token: int, device: torch.device) -> int:
-    """Tokens of a segment, a multiple of the chunk, if each has `of_token` features in all heads of a batch."""
+    """Tokens of a segment, a multiple of the chunk, for `of_token` features per token in all heads of a batch."""
     entries = SEGMENT_ENTRIES if device.type == "cpu" else LAUNCHED_ENTRIES
     return max(1, entries // (of_token * CHUNK)) * CHUNK
 
 
 def plan(k: Tensor, feature_map: FeatureMap, projection: Tensor | None) -> tuple[int | None, Callable[..., Any]]:
-    """Tokens of a segment, None for the whole sequence, and what calls the function of one.
+    """Choose the tokens of a segment, None for the whole sequence, and how to call the function of a segment.
 
-    That is the function itself, or `checkpoint` where there is too much to be kept.
+    The call is direct, or through `checkpoint` if there are too many features to be stored.
     """
 
     def call(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -194,7 +194,7 @@ def plan(k: Tensor, feature_map: FeatureMap, projection: Tensor | None) -> tuple
 
 
 def segments(size: int | None, *tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
-    """The tensors in pieces of `size` along axis 2, split at once: slices would each add a gradient of full length."""
+    """Split the tensors along axis 2 into pieces of `size`; slices would each have a gradient of full length."""
     if size is None or size >= tensors[0].shape[2]:  # type: ignore[union-attr]
         yield tensors
         return
@@ -203,7 +203,7 @@ def segments(size: int | None, *tensors: Tensor | None) -> Iterator[tuple[Tensor
 
 
 def join_segments(parts: list[Tensor]) -> Tensor:
-    """Segments (b, h, s, d) as (b, h, n, d), a view of (b, n, h, d): the heads are side by side for what comes next."""
+    """Join segments (b, h, s, d) to (b, h, n, d), a view of (b, n, h, d), the layout the output projection needs."""
     return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
 
 
@@ -215,16 +215,16 @@ def key_features(
     projection: Tensor | None,
     causal: bool = False,
 ) -> tuple[Tensor, LinearState | None, Tensor | None]:
-    """φ(k), 0 where there is no key, `state` in the same units, and the peak so far.
+    """φ(k), 0 at padding, `state` in the same units, and the peak so far.
 
-    A query that does not read the key with the peak must not be left with nothing: if `causal`, no feature is taken for
-    less than exp(-43) of the largest one in its segment (exp(-354) in float64).
+    If `causal`, features are at least exp(-43) of the largest one in their segment (exp(-354) in float64), so that a
+    query before the key with the peak has weights that do not all underflow.
     """
     features = feature_map(k, projection)
     if not feature_map.in_logs:
         return features if padding_mask is None else features * padding_mask, state, None
     lowest = torch.finfo(features.dtype).min
-    seen = features.detach()  # the result does not depend on the peak, so nothing is to be learnt from it
+    seen = features.detach()  # the result does not depend on the peak, so it needs no gradient
     peak = (seen if padding_mask is None else seen.masked_fill(~padding_mask, lowest)).amax(2)
     if state is not None:
         assert state.peak is not None
@@ -238,7 +238,7 @@ def key_features(
 
 
 def query_features(q: Tensor, peak: Tensor | None, feature_map: FeatureMap, projection: Tensor | None) -> Tensor:
-    """φ(q); where features come as logarithms their softmax, for a factor of each query's own divides out."""
+    """φ(q); for features in logarithms their softmax, because a factor per query cancels out."""
     features = feature_map(q, projection)
     if not feature_map.in_logs:
         return features
@@ -255,7 +255,7 @@ def absorb(
     feature_map: FeatureMap,
     projection: Tensor | None,
 ) -> LinearState:
-    """The state behind some more keys, of which a gate takes the share 1 - g."""
+    """The state after some more keys; a gate weights each of them by 1 - g."""
     features, state, peak = key_features(k, padding_mask, state, feature_map, projection)
     if log_decay is not None:
         features = features * -torch.expm1(log_decay)
@@ -267,7 +267,7 @@ def absorb(
 
 
 def masses(k: Tensor, padding_mask: Tensor | None, log_decay: Tensor | None, state: LinearState | None) -> Tensor:
-    """The `mass` behind every one of these keys, (b, h or 1, n, 1)."""
+    """The `mass` after each of these keys, (b, h or 1, n, 1)."""
     before = 0 if state is None or state.mass is None else state.mass
     if log_decay is not None:
         return 1 - log_decay.cumsum(2).exp() * (1 - before)
@@ -276,12 +276,12 @@ def masses(k: Tensor, padding_mask: Tensor | None, log_decay: Tensor | None, sta
 
 
 def divided(mixed: Tensor, weight: Tensor, mass: Tensor | None, feature_map: FeatureMap) -> Tensor:
-    """Σ w v over Σ w, or over the floor; 0 where there was no key."""
+    """Σ w v divided by Σ w, or by the floor if that is larger; 0 without a key."""
     return mixed / nonzero(weight if mass is None else torch.maximum(weight, feature_map.floor * mass))
 
 
 def read(q: Tensor, state: LinearState, feature_map: FeatureMap, projection: Tensor | None) -> Tensor:
-    """What queries that read all of a state get, (b, h, n, d)."""
+    """Output of queries that attend to all of a state, (b, h, n, d)."""
     features = query_features(q, state.peak, feature_map, projection)
     if feature_map.per_feature:
         return features @ (state.sums / nonzero(state.total[..., None]))
@@ -308,7 +308,7 @@ def causal_segment(
     products = fla_products if use_fla else chunked_products
     mixed, weight, sums, total = products(queries, keys, v, log_decay, state)
     mass = masses(k, padding_mask, log_decay, state) if feature_map.floor else None
-    if not feature_map.per_feature:  # those weights sum to 1 as they are
+    if not feature_map.per_feature:  # the weights already sum to 1
         mixed = divided(mixed, weight, mass, feature_map)
     return mixed, LinearState(sums, total, None if mass is None else mass[:, :, -1:], peak)
 
@@ -316,35 +316,43 @@ def causal_segment(
 def chunked_products(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: LinearState | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Σ w v (b, h, n, d) and Σ w (b, h, n, 1) over the past, w = q_i·k_j of mapped q and k; sums and total behind it.
+    r"""Weighted sums over the past, for mapped `q` and `k` (b, h, n, f), chunk by chunk.
 
-    Within a chunk the weights are written out; what came before it is read from a state at its beginning.
+    .. math:: o_i = \sum_{j \le i} w_{ij} v_j, \qquad z_i = \sum_{j \le i} w_{ij}, \qquad
+              w_{ij} = q_i^\top k_j\, (1 - g_j)\, G_i / G_j, \qquad G_i = g_1 \cdots g_i
+
+    without a gate :math:`w_{ij} = q_i^\top k_j`. Within a chunk the weights are written out; the keys before chunk c
+    are summed up in a state :math:`S_c`. Returns o (b, h, n, d), z (b, h, n, 1), and the state after the last key: its
+    sums (b, h, f, d) and its total (b, h, f), which is the same without the values.
     """
     length, size = q.shape[2], CHUNK if is_traced() else min(CHUNK, q.shape[2])
     q, k, v = (padded_chunks(x, size) for x in (q, k, v))  # (b, h, c, size, ·)
-    weights = q @ k.transpose(-1, -2)
-    earlier = q.new_ones(q.shape[2], q.shape[2])
+    w = q @ k.transpose(-1, -2)  # q_i · k_j
+    between = q.new_ones(q.shape[2], q.shape[2])  # decay from the end of chunk b < c to the start of chunk c
     if log_decay is None:
-        weights, earlier, left = weights.tril_(), earlier.tril(-1), None
+        w, between, initial, last = w.tril_(), between.tril(-1), None, None
     else:
-        gates = padded_chunks(log_decay, size)
-        taken, passed = -torch.expm1(gates), gates.cumsum(3)  # passed: from the beginning of the chunk
-        whole = passed[..., -1, :]  # (b, h, c, 1)
-        since = whole.cumsum(2)  # from the beginning of the segment
-        weights = weights * (decay_between(passed, passed) * taken.transpose(-1, -2))
-        earlier, left = decay_between(since - whole, since, -1), (since - whole).exp()
-        k, q = k * (taken * (whole[..., None, :] - passed).exp()), q * passed.exp()
-    own, own_total = k.transpose(-1, -2) @ v, k.sum(3)
-    before, before_total = (earlier @ own.flatten(-2)).unflatten(-1, own.shape[-2:]), earlier @ own_total
-    if state is not None:
+        log_g = padded_chunks(log_decay, size)
+        share = -torch.expm1(log_g)  # 1 - g_j
+        log_G = log_g.cumsum(3)  # G_i within the chunk
+        log_chunk = log_G[..., -1, :]  # G of a whole chunk, (b, h, c, 1)
+        log_end = log_chunk.cumsum(2)  # from the start of the segment to the end of chunk c
+        w = w * (decay_between(log_G, log_G) * share.transpose(-1, -2))  # · (1 - g_j) G_i / G_j
+        between = decay_between(log_end - log_chunk, log_end, -1)
+        initial = (log_end - log_chunk).exp()  # decay from the start of the segment to the start of chunk c
+        last = log_chunk[:, :, -1].exp()
+        k, q = k * (share * (log_chunk[..., None, :] - log_G).exp()), q * log_G.exp()
+    own, own_total = k.transpose(-1, -2) @ v, k.sum(3)  # U_c = Σ_j (1 - g_j) G_end / G_j · k_j v_jᵀ
+    before = (between @ own.flatten(-2)).unflatten(-1, own.shape[-2:])  # S_c = Σ_b between_cb U_b
+    before_total = between @ own_total
+    if state is not None:  # S_c += initial_c S_0
         carried, carried_total = state.sums[:, :, None], state.total[:, :, None]
-        before = before + (carried if left is None else carried * left[..., None])
-        before_total = before_total + (carried_total if left is None else carried_total * left)
-    mixed = weights @ v + q @ before
-    weight = weights.sum(-1, keepdim=True) + dot(q, before_total[..., None, :])
+        before = before + (carried if initial is None else carried * initial[..., None])
+        before_total = before_total + (carried_total if initial is None else carried_total * initial)
+    mixed = w @ v + q @ before  # o_i = Σ_j w_ij v_j + G_i q_i · S_c
+    weight = w.sum(-1, keepdim=True) + dot(q, before_total[..., None, :])  # z_i
     sums, total = before[:, :, -1], before_total[:, :, -1]
-    if log_decay is not None:
-        last = whole[:, :, -1].exp()
+    if last is not None:  # S = G_end S_c + U_c, for the last chunk
         sums, total = sums * last[..., None], total * last
     sums, total = sums + own[:, :, -1], total + own_total[:, :, -1]
     return mixed.flatten(2, 3)[:, :, :length], weight.flatten(2, 3)[:, :, :length], sums, total
@@ -371,16 +379,16 @@ def padded_chunks(x: Tensor, size: int) -> Tensor:
         x = x.index_select(2, index.clamp(max=length - 1)) * (index < length)[:, None]
     elif length % size:
         x = F.pad(x, (0, 0, 0, -length % size))
-    return x.unflatten(2, (-1, size)).contiguous()  # once, or every product would copy it
+    return x.unflatten(2, (-1, size)).contiguous()  # copy once, or every product would
 
 
 def nonzero(x: Tensor) -> Tensor:
-    """x with 1 in the place of 0: of a query that finds no key the sum of the values is 0, too."""
+    """x with 1 instead of 0, for a division: without a key the sum of the values is 0 as well."""
     return torch.where(x.abs() < torch.finfo(x.dtype).tiny, 1, x)
 
 
 def fla_takes(q: Tensor) -> bool:
-    """Is flash-linear-attention there, and may it run?"""
+    """Is flash-linear-attention installed, and does it support `q`?"""
     return q.is_cuda and q.dtype == torch.float32 and not is_traced() and fla() is not None
 
 

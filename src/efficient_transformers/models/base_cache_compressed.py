@@ -1,4 +1,4 @@
-"""The cache of memory-compressed attention: keys and values of whole segments, and the tokens of unfinished ones."""
+"""The cache of memory-compressed attention: keys and values of complete segments, and the tokens of incomplete ones."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,11 @@ from .base_cache import SelectableRows, is_closed
 
 
 class CompressedCacheLayer(SelectableRows, CacheLayerMixin):
-    """Compressed keys and values of whole segments, and the tokens of which the next ones will be made.
+    """Compressed keys and values of complete segments, and the tokens from which the next ones will be computed.
 
-    stored: (2, b, h, room, d), keys and values; row by row, `tokens // factor` segments are there.
-    pending: (2, b, h, reach·f, d), the segments that the kernel of the next one touches; zero where no token is yet.
-    tokens: real ones of each row, (b,).
+    stored: (2, b, h, room, d), keys and values; each row holds `tokens // factor` segments.
+    pending: (2, b, h, reach·f, d), the segments that the kernel of the next one touches; zero without a token.
+    tokens: number of real tokens of each row, (b,).
     """
 
     is_compileable = False
@@ -35,15 +35,24 @@ class CompressedCacheLayer(SelectableRows, CacheLayerMixin):
         self.cumulative_length = self.count = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: memory is made by the first tokens."""
+        """Nothing to do: memory is allocated by the first tokens."""
 
     def update(self, keys: Tensor, values: Tensor, positions: Tensor, *args, **kwargs) -> None:  # type: ignore[override]
-        """Add keys and values (b, h, n, d) of tokens at `positions` (b, n), -1 at none."""
-        self.waiting = keys, values, positions  # compressed when they are read: training does not read them
+        """Add keys and values (b, h, n, d) of tokens at `positions` (b, n), -1 at padding."""
+        self.waiting = keys, values, positions  # compressed on the next access, which training never makes
         self.cumulative_length += positions.shape[1]
 
     def write(self, rule: Callable[[Tensor], Tensor]) -> None:
-        """Compress what is waiting by `rule`, (2, b, h, n, d) -> (2, b, h, s, d), as far as it fills segments."""
+        """Compress the waiting tokens by `rule`, (2, b, h, n, d) -> (2, b, h, s, d), as far as they complete segments.
+
+        An example for one row: f = 4, κ = 8, so a kernel touches `reach` = 2 segments; 6 tokens are cached and 3 new
+        ones, 6 to 8, are waiting. `start` = 6 // 4 = 1 is the first incomplete segment.
+
+            segment      |      0      |      1      |      2      |
+            laid_out     |  0  1  2  3 |  4  5  6  7 |  8  .  .  . |   `pending` holds segments 0 and 1, up to token 5
+            done = 1                   [ rule, of 8 tokens ]           segment 1 is complete: stored[1] = rule(0 … 7)
+            pending after              |  4  5  6  7 |  8  .  .  . |   the segments that the next kernel touches
+        """
         if self.waiting is None:
             return
         (keys, values, positions), self.waiting = self.waiting, None
@@ -53,11 +62,11 @@ class CompressedCacheLayer(SelectableRows, CacheLayerMixin):
             self.tokens = positions.new_zeros(len(positions))
         start, tokens = self.tokens // size, torch.maximum(self.tokens, positions.amax(1) + 1)
         blocks = int((tokens - start * size).max()) // size + 1
-        laid_out = F.pad(self.pending, (0, 0, 0, blocks * size))  # row by row, from `reach - 1` segments before `start`
+        laid_out = F.pad(self.pending, (0, 0, 0, blocks * size))  # each row from segment `start - reach + 1` on
         row, column = (positions >= 0).nonzero(as_tuple=True)
         place = positions[row, column] - (start[row] - self.reach + 1) * size
         laid_out[:, row, :, place] = pair[:, row, :, column]
-        done = tokens // size - start  # segments of each row that are full now
+        done = tokens // size - start  # segments that are complete now, in each row
         self.count = max(self.count, int((tokens // size).max()))
         if bool(done.any()):
             row, number = (torch.arange(blocks, device=done.device) < done[:, None]).nonzero(as_tuple=True)
@@ -68,7 +77,7 @@ class CompressedCacheLayer(SelectableRows, CacheLayerMixin):
         self.pending, self.tokens = laid_out.gather(3, index), tokens
 
     def make_room(self, like: Tensor) -> Tensor:
-        """`stored` with room for `count` segments, that may be written to."""
+        """`stored`, writable and with room for `count` segments."""
         old = self.stored
         if old is None or old.shape[3] < self.count or torch.is_grad_enabled() or is_closed(old):
             self.stored = like.new_zeros(*like.shape[:3], self.count + self.count // 4 + 16, like.shape[4])

@@ -1,14 +1,17 @@
 """Cut an attention pattern into tiles: groups of queries and the keys they attend to.
 
-keys →                                     g  global token: a column of every tile, and a row of its own
-g g g g g g g g g g g g g g g g g g   ↓    w  window: the keys within reach of the queries of a tile
-g w w w . . . . . . . r r r . . . . queries .  a corner of the window, masked by a `Patch`, or not computed at all
-g w w w w . . . . . . r r r . . . .        r  random block, gathered by an `Index`
-g . w w w w . . . . . r r r . . . .
-g . . w w w w . r r r . . . . . . .        A tile is a few rows, here three, with the columns that they need. Tiles
-g . . . w w w w r r r . . . . . . .        of equal shape form a run: their rows are strided views, and a batched
-g . . . . w w w r r r . . . . . . .        product computes them all in one head. A single tile is computed in all
-                                           heads at once.
+keys →
+g g g g g g g g g g g g g g g g g g    g  global token: a column of every tile, and a row of its own
+g w w w . . . . . r r r . . . . . .    w  window: the keys within reach of a query
+g w w w w . . . . r r r . . . . . .    .  not computed, or in a corner of a tile's window and masked
+g w w w w w . . . r r r . . . . . .    r  random block: gathered by an `Index`
+g . w w w w w . . . . . r r r . . .
+g . . w w w w w . . . . r r r . . .    A tile is a few rows, here three, with the columns they need.
+g . . . w w w w w . . . r r r . . .
+
+The tiles of rows 1 and 4 have windows of different shapes, because the start of the sequence cuts off the first one.
+Neighbouring tiles of equal shape form a run: their rows are strided views, and a batched product computes all of them
+in one head. A single tile is computed in all heads at once.
 """
 
 from collections.abc import Iterator
