@@ -1,9 +1,11 @@
 """The demo: its functions, and the page in a headless browser. `make test-space` says what that needs."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 import time
+import types
 import urllib.request
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def test_every_variant_can_be_picked(app, slug):
         assert "| 512 | " in price
         assert [word.strip("▶◀ ") for word, _ in coloured] == words[:12]
         read = [weight is not None for _, weight in coloured]
-        assert said.startswith(f"Token 5, “mat”, attends to {sum(read)} of 12 tokens")
+        assert said.startswith(f"Token 5 attends to {sum(read)} of 12 tokens")
         assert not (causal and any(read[6:]))
         assert slug != "local" or read == [abs(j - 5) <= knob and not (causal and j > 5) for j in range(12)]
     assert "full attention" in app.speed(slug, 4, 2, False, 64)
@@ -58,6 +60,62 @@ def test_what_cannot_be_is_said(app):
         app.show("fnet", 12, 4, 2, True, "two words", 0, 0, 512)
     with pytest.raises(gradio.Error, match="at least two words"):
         app.show("local", 12, 4, 2, False, "one", 0, 0, 512)
+
+
+@pytest.fixture
+def without_gradio(monkeypatch):
+    """The page's functions where gradio, which draws the page, is not installed."""
+    refused = type("Error", (Exception,), {})
+    monkeypatch.setitem(sys.modules, "gradio", types.SimpleNamespace(Error=refused, Blocks=object))
+    spec = importlib.util.spec_from_file_location("space_functions", SPACE / "app.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+DOCUMENTS = {
+    "none": (None, "is empty"),
+    "empty": ("", "is empty"),
+    "white space": (" \n\t ", "only white space"),
+    "one word": ("word", "at least two words"),
+    "long": ("a b " * 10_000, "has 40,000 characters, and this page takes 20,000"),
+    "binary": ("a b \x00\x01", "as a binary file does"),
+    "wrong encoding": ("a b \ufffd", "as a binary file does"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), DOCUMENTS.values(), ids=DOCUMENTS)
+def test_a_document_that_cannot_be_shown_is_refused(without_gradio, text, message):
+    with pytest.raises(without_gradio.gr.Error, match=message):
+        without_gradio.show("local", 12, 4, 2, False, text, 0, 0, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("length", 10**9), ("knob", 0), ("heads", 9), ("token", -1), ("tokens", 10**6), ("tokens", "9")]
+)
+def test_values_that_no_control_has_are_refused(without_gradio, name, value):
+    given = {"length": 12, "knob": 4, "heads": 2, "token": 0, "head": 0, "tokens": 512, name: value}
+    with pytest.raises(without_gradio.gr.Error, match=f"{name} must be a whole number from"):
+        without_gradio.show("local", causal=False, text="two words", **given)
+
+
+def test_words_of_a_document_are_never_markup(without_gradio):
+    """Two of the results are shown as Markdown, the coloured words as text."""
+    image = "![x](https://example.org/pixel.png)"
+    _, price, coloured, said = without_gradio.show(
+        "local", 12, 4, 2, False, f"{image} and {image} {'w' * 99}", 0, 0, 512
+    )
+    assert image in coloured[0][0]
+    assert "example.org" not in price + said
+    assert max(len(word) for word, _ in coloured) < 50
+
+
+def test_memory_that_is_short_is_explained(without_gradio):
+    def allocate():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(without_gradio.gr.Error, match="more memory than the page may use"):
+        without_gradio.within_memory(allocate)()
 
 
 @pytest.fixture(scope="module")

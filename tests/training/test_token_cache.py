@@ -1,5 +1,7 @@
 """Texts are cut once: the cache gives what was made, and nothing else than what was asked for."""
 
+import re
+
 import numpy as np
 import pytest
 from datasets.arrow_writer import ArrowWriter
@@ -111,19 +113,29 @@ def test_tokenizers_are_told_apart(folder):
     assert len(list(folder.iterdir())) == 3
 
 
+CORRUPT = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:100]),
+    "almost whole": lambda file: file.write_bytes(file.read_bytes()[:-300]),
+    "empty": lambda file: file.write_bytes(b""),
+    "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "something else": lambda file: file.write_bytes(bytes(range(256)) * 40),
+    "a folder": lambda file: (file.unlink(), file.mkdir(), (file / "x").write_text("x")),
+}
+
+
+@pytest.mark.parametrize("corrupt", CORRUPT.values(), ids=CORRUPT)
 @pytest.mark.parametrize(("make", "tokenizer"), KINDS.values(), ids=KINDS)
-def test_a_spoilt_file_is_removed(folder, make, tokenizer):
-    first = rows(make(tokenizer()))  # read before the file is: its rows are mapped into memory
+def test_a_corrupt_file_is_written_again(folder, caplog, make, tokenizer, corrupt):
+    first = [{name: np.array(value) for name, value in row.items()} for row in rows(make(tokenizer()))]
     (file,) = folder.iterdir()
-    whole = file.read_bytes()
-    file.write_bytes(whole[:100])
+    size = file.stat().st_size
+    corrupt(file)
     assert same(first, rows(make(tokenizer())))
-    assert not file.exists()
-    make(tokenizer())
-    assert len(file.read_bytes()) == len(whole)
+    assert f"{file} in the token cache is corrupt" in caplog.text
+    assert file.stat().st_size == size
 
 
-def test_a_full_disk_stops_nothing(monkeypatch, folder):
+def test_a_full_disk_stops_nothing(monkeypatch, folder, caplog):
     finalize = ArrowWriter.finalize
 
     def fill(writer, *arguments):
@@ -136,6 +148,9 @@ def test_a_full_disk_stops_nothing(monkeypatch, folder):
     found = masked(bpe())
     assert same(rows(found), rows(expected))
     assert not list(folder.glob("*.arrow"))
+    assert re.search(
+        rf"The token cache {folder} cannot be written .* which needs [\d.]+ MB of space there", caplog.text
+    )
 
 
 def test_texts_without_windows_are_kept_as_none(folder):
@@ -151,10 +166,11 @@ def test_nothing_is_kept_if_it_is_not_wanted(folder):
     assert not folder.exists()
 
 
-def test_a_folder_that_cannot_be_made_stops_nothing(monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_made_stops_nothing(monkeypatch, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EFFICIENT_TRANSFORMERS_CACHE", str(tmp_path / "file/cache"))
     assert cache_file(bpe(), TEXTS, {}) is None
+    assert f"The token cache {tmp_path / 'file/cache'} cannot be written" in caplog.text
     assert len(masked(bpe())) > 5
 
 

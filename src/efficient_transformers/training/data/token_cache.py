@@ -3,7 +3,10 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .coverage import Coverage
 
+LOG = logging.getLogger(__name__)
 FORMAT = 2  # incremented when the cutting of texts changes, which invalidates older files
 Row = TypeVar("Row")
 
@@ -44,9 +48,34 @@ def cache_file(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], how: Ma
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        warn_unwritable(folder, error)
         return None  # training also works without a cache
-    return folder / f"{name.hexdigest()[:40]}.arrow" if os.access(folder, os.W_OK) else None
+    return folder / f"{name.hexdigest()[:40]}.arrow"
+
+
+def warn_unwritable(folder: Path, error: Exception, size: int | None = None) -> None:
+    needed = "" if size is None else f", which needs {size / 1e6:,.1f} MB of space there,"
+    LOG.warning(
+        f"The token cache {folder} cannot be written ({error}): the next run tokenizes again. Make it writable{needed} "
+        "set EFFICIENT_TRANSFORMERS_CACHE to another folder, or set cache_tokens to false."
+    )
+
+
+def remove_corrupt(file: Path) -> None:
+    """Remove the file, or the parts that several processes wrote, with a warning if one cannot be read to its end."""
+    parts = list(file.parent.glob(f"{file.stem}*"))
+    try:
+        for part in parts:
+            with pa.memory_map(str(part)) as source, pa.ipc.open_stream(source) as stream:
+                stream.read_all().validate(full=True)
+    except (OSError, pa.ArrowException) as error:
+        LOG.warning(f"{part} in the token cache is corrupt ({error}): the texts are tokenized again.")
+        for part in parts:
+            with contextlib.suppress(OSError):  # then it cannot be written either, which is reported
+                shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -64,18 +93,24 @@ def cached_map(
 ) -> datasets.Dataset:
     """Apply `cut` to batches of the table; read the result from the file if it exists, and otherwise write it.
 
-    `options` are those of `Dataset.map`. A file that cannot be read is removed. If the disk is full, the result is kept
-    in memory, as without a file.
+    `options` are those of `Dataset.map`. A corrupt file is written again, with a warning. If it cannot be written, a
+    warning says how much space it needs, and the result is kept in memory, as without a file.
     """
     options = {"batched": True, "remove_columns": table.column_names, **options}
-    if file is not None:
-        with one_process_first():
-            try:
-                return table.map(cut, cache_file_name=str(file), new_fingerprint=file.stem, **options)
-            except (OSError, pa.ArrowException):
-                for left in file.parent.glob(f"{file.stem}*"):  # with several processes, one file each
+    if file is None:
+        return table.map(cut, **options)
+    with one_process_first():
+        remove_corrupt(file)
+        try:
+            return table.map(cut, cache_file_name=str(file), new_fingerprint=file.stem, **options)
+        except (OSError, pa.ArrowException) as error:
+            for left in file.parent.glob(f"{file.stem}*"):  # with several processes, one file each
+                with contextlib.suppress(OSError):
                     left.unlink(missing_ok=True)
-    return table.map(cut, **options)
+            failure = error
+    result = table.map(cut, **options)
+    warn_unwritable(file.parent, failure, result.data.nbytes)
+    return result
 
 
 class Pack(Protocol[Row]):

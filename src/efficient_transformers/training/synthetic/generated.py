@@ -2,11 +2,13 @@
 
 import hashlib
 import inspect
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -18,6 +20,7 @@ from ..data.coverage import Coverage
 from ..data.texts import SPLITS
 from ..settings import InputError
 
+LOG = logging.getLogger(__name__)
 SPECIAL = ("[PAD]", "[CLS]", "[UNK]", "[MASK]")  # the first ids of every generated vocabulary, followed by the words
 
 Seed = tuple[int, int, int]  # seed of the data, index of the split, index of the example
@@ -87,8 +90,11 @@ def generate(generator: Generator, split: str, size: int, seed: int, cache: str 
     """`size` examples of a split; with a `cache`, they are read from that folder or written to it for later runs."""
     kept = Path(cache, f"{split}-{_fingerprint(generator, size, seed)}.npz") if cache else None
     if kept is not None and kept.exists():
-        with np.load(kept) as arrays:
-            return Examples(np.split(arrays["ids"], arrays["ends"][:-1]), arrays["labels"].tolist())
+        try:
+            with np.load(kept) as arrays:
+                return Examples(np.split(arrays["ids"], arrays["ends"][:-1]), arrays["labels"].tolist())
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            LOG.warning(f"{kept} is corrupt ({error}): the examples are generated again.")
     examples = [generator((seed, SPLITS.index(split), index)) for index in range(size)]
     ids, labels = [ids for ids, _ in examples], [label for _, label in examples]
     if kept is not None:
