@@ -10,7 +10,7 @@ from .ops_tracing import first_positions, is_traced
 
 
 def compress(x: Tensor, weight: Tensor, factor: int, real: Tensor | None = None) -> Tensor:
-    """The convolution, (b, h, n, d) -> (b, h, s, d), with `weight` (h, κ, d, d) and `real` (b or 1, s, f) tokens."""
+    """Convolve keys or values, (b, h, n, d) -> (b, h, s, d); `weight` (h, κ, d, d), `real` tokens (b or 1, s, f)."""
     blocks = in_blocks(x, factor)  # (b, h, s, f, d)
     blocks = (blocks if real is None else blocks * real[:, None, ..., None]).flatten(3)
     reach = -(-weight.shape[1] // factor)  # segments that a kernel touches
@@ -22,10 +22,10 @@ def compress(x: Tensor, weight: Tensor, factor: int, real: Tensor | None = None)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, factor: int, dropout: float) -> Tensor:
-    """Queries (b, h, n, d) over the segments (b, h, s, d) that end with them or before; zeros where there is none.
+    """Output of queries (b, h, n, d) over the segments (b, h, s, d) that end at or before them; zeros without one.
 
-    From the first whole segment on, every `factor`-th query reads one segment more than the one before it: ordinary
-    causal attention, and so with each remainder. The paper does not say what the tokens before that read.
+    Queries whose positions are congruent modulo `factor` attend to one more segment each, which is ordinary causal
+    attention. The paper does not define the output before the end of the first segment; here it is zero.
     """
     batch, heads, length, dim = q.shape
     count, skipped = k.shape[2], factor - 1

@@ -11,10 +11,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, dropout:
     .. math:: o_i = \sum_{j \in S(i)} \mathrm{softmax}_{j \in S(i)}(q_i^\top k_j / \sqrt d)\, v_j
 
     Vaswani et al. 2017 (arXiv:1706.03762), eq. 1. `q` (b, h, n, d), `k` and `v` (b, h, m, d); `allowed` is True where
-    a query may read, bool, or the number of times it reads a key, int64; broadcastable to (b, h, n, m). A query that
-    may read nothing gives zeros.
+    a query attends to a key, bool, or the number of times it does, int64; broadcastable to (b, h, n, m). The output of
+    a query without keys is zero.
     Returns the output (b, h, n, d) and the weights (b, h, n, m), both in `v.dtype`; the softmax runs in float32 or
-    wider. `dropout` is applied to the weights that are used and not to those returned.
+    wider. `dropout` applies to the output, not to the returned weights.
     """
     weights = masked_softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, allowed).to(v.dtype)
     return F.dropout(weights, dropout) @ v, weights
@@ -24,10 +24,10 @@ def masked_softmax(scores: Tensor, allowed: Tensor) -> Tensor:
     """The weights of `softmax_attention` from `scores` (b, h, n, m), in float32 or wider."""
     wide = torch.promote_types(scores.dtype, torch.float32)
     scores = scores.to(wide)
-    if allowed.dtype != torch.bool:  # a key read c times weighs c·exp(s) = exp(s + log c)
+    if allowed.dtype != torch.bool:  # the weight of a key that counts c times is c·exp(s) = exp(s + log c)
         scores, allowed = scores + allowed.clamp(min=1).to(wide).log(), allowed > 0
-    # the lowest finite number and a second mask instead of -inf, so that a row without keys has neither NaN values
-    # nor NaN gradients
+    # the lowest finite number and a second mask instead of -inf, so that rows without keys have no NaN values or
+    # gradients
     scores = scores.masked_fill(~allowed, torch.finfo(wide).min)
     return scores.softmax(-1) * allowed
 
@@ -42,7 +42,7 @@ def folded_attention(
     padding_mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    r"""`softmax_attention` of few queries over keys and values that are never computed, O(g·h·n·e).
+    r"""`softmax_attention` of a few queries, without computing keys and values, O(g·h·n·e).
 
     .. math:: q_i^\top (W_k x_j + b_k) = (W_k^\top q_i)^\top x_j + q_i^\top b_k, \qquad
               \sum_j p_{ij} (W_v x_j + b_v) = W_v \sum_j p_{ij} x_j + b_v \sum_j p_{ij}

@@ -32,7 +32,7 @@ def pattern_attention(
     """Softmax attention over the keys of one pattern, by the engine for the place; `AttentionPattern` has the formula.
 
     All engines share this signature. `q`, `k`, `v` (b, h, n, d). `random_blocks` (h, blocks, r) int64 replaces the
-    pattern's draw: each entry is one read of that block, whatever else attends to it; a negative one is none. Without
+    pattern's draw: each entry adds that block once, even if other parts contain it; negative entries are none. Without
     `global_rows` the caller computes the rows of global tokens, and those returned here are arbitrary.
     `implementation` is the config's `attn_implementation`, other than `eager`.
     Returns (b, h, n, d) in `v.dtype`, zeros at padding.

@@ -74,7 +74,7 @@ def blocked_attention(
     tokens, present = global_positions(pattern, real, rows.global_mask)  # (b, g)
     if tokens is not None:
         reads.append(global_read(k, v, pattern, grid, tokens, present))
-    if pattern.num_random_blocks and random_blocks is not None:  # as they stand, whatever else attends to them
+    if pattern.num_random_blocks and random_blocks is not None:  # each counts, even if other parts contain it
         reads.append(random_read(k, v, grid, stored_blocks(random_blocks, grid.count, q.device), real))
     elif pattern.num_random_blocks:
         blocks = pattern.random_blocks(q.shape[1], grid.count, (real.sum(1) + grid.size - 1) // grid.size)
@@ -154,7 +154,7 @@ def stored_blocks(table: Tensor, count: int, device: torch.device) -> Tensor:
 
 
 def joint_attention(queries: Tensor, reads: list[KeyRead], dropout: float) -> Tensor:
-    """Softmax over the keys of all reads together, (b, h, s, c, size, d). `queries` are scaled already."""
+    """Softmax over the keys of all reads, (b, h, s, c, size, d). `queries` are already scaled."""
     wide = torch.promote_types(queries.dtype, torch.float32)
     lowest = torch.finfo(wide).min
     scores = [(queries @ keys.transpose(-1, -2)).to(wide).masked_fill(~may, lowest) for keys, _, may in reads]

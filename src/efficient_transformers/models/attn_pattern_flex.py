@@ -102,7 +102,7 @@ def block_mask(
 def blocks_of(
     pattern: AttentionPattern, length: int, real: Tensor, global_mask: Tensor | None, drawn: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Blocks in which some pair is read, and those in which every pair is, (b, h or 1, count, count) bool.
+    """Blocks in which some pair is allowed, and those in which every pair is, (b, h or 1, count, count) bool.
 
     The first may be too many and the second too few, since a rule decides about the pairs of those in between.
     """
@@ -150,12 +150,12 @@ def drawn_pairs(drawn: Tensor, size: int, count: int) -> Tensor:
     rows, rows_there = cut(torch.arange(drawn.shape[2], device=drawn.device)[:, None])  # (c, 1, parts)
     columns, columns_there = cut(drawn)  # (b, h, c, r, parts)
     there = rows_there[..., None] & columns_there[..., None, :]
-    index = torch.where(there, rows[..., None] * count + columns[..., None, :], count**2)  # behind the end: nowhere
+    index = torch.where(there, rows[..., None] * count + columns[..., None, :], count**2)  # after the end: dropped
     pairs = torch.zeros(*drawn.shape[:2], count**2 + 1, dtype=torch.bool, device=drawn.device)
     return pairs.scatter(2, index.flatten(2), True)[..., :-1].unflatten(2, (count, count))
 
 
 def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """(…, c, c) bool -> how many in each row, and which, those first: int32, as the kernel reads them."""
+    """(…, c, c) bool -> number of True in each row, and their columns first: int32, as the kernel expects."""
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), order.int()

@@ -1,6 +1,6 @@
 """Softmax attention over a drawn pattern on a CPU: time and memory follow the pattern, and a row its real tokens.
 
-A loop over tiles of queries against just the keys they read, with its own backward. A tile stays in the cache.
+A loop over tiles of queries and only the keys they attend to, with its own backward. A tile fits into the cache.
 `attn_pattern_blocked` and `attn_pattern_flex` evaluate the same sum in graphs and on CUDA.
 """
 
@@ -17,8 +17,8 @@ from .ops_patterns import AttentionPattern, rounded_length
 from .ops_tile_types import Tile, load
 from .ops_tiles import as_bias, tiles, windows
 
-# What a turn of the loop costs beyond its products, and the loop to begin with, in entries of a weight matrix, by
-# measurement. They decide when a sequence is so short that one dense product is cheaper; none above ALWAYS_LONG is.
+# Cost of a turn of the loop besides its products, and of the loop itself, in entries of a weight matrix, measured.
+# They decide which sequences are so short that one dense product is faster; none above ALWAYS_LONG is.
 TURN_PRICE, START_PRICE, ALWAYS_LONG = 2**16, 3 * 2**16, 4096
 
 
@@ -52,8 +52,8 @@ def tiled_attention(
 def by_rows(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *of_rows: Sequence[Any]) -> Tensor:
     """`attend(q, k, v, *of_row)` of the whole batch where the rows are alike, or of one row after another.
 
-    Each is read at its own length rather than under a mask. Split, because slices of a batch would each fill a gradient
-    of the whole batch.
+    Each row is computed at its own length instead of with a mask. The batch is split, because each slice of it would
+    have a gradient of the whole batch.
     """
     rows = list(zip(*of_rows, strict=True))
     if len(set(rows)) == 1:
@@ -74,7 +74,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, length: int, pattern: Atten
 def biased_attention(
     q: Tensor, k: Tensor, v: Tensor, length: int, bias: Tensor | None, dropout: float, causal: bool = False
 ) -> Tensor:
-    """Over the first `length` tokens, zeros behind them. `bias` (1, h or 1, m, m) may be that of more tokens."""
+    """Attention over the first `length` tokens, zeros after them. `bias` (1, h or 1, m, m) may cover more tokens."""
     padding = q.shape[2] - length
     if padding:
         q, k, v = (x[:, :, :length] for x in (q, k, v))
@@ -86,8 +86,7 @@ def biased_attention(
 def mask_size(length: int, *patterns: AttentionPattern) -> int:
     """Tokens of the mask to take for `length` of them.
 
-    A few more, so that the masks of rows of many lengths are corners of a few; unless a pattern is another one at
-    another length.
+    A few more, so that rows of many lengths share a few masks; exactly `length` if a pattern depends on the length.
     """
     return length if any(pattern.depends_on_length for pattern in patterns) else rounded_length(length)
 
@@ -96,14 +95,14 @@ def mask_size(length: int, *patterns: AttentionPattern) -> int:
 def dense_bias(
     pattern: AttentionPattern, length: int, num_heads: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
-    """0 where the pattern reads and -inf elsewhere, (1, h, n, n); None if it reads everything. n is short here."""
+    """0 at the pairs of the pattern and -inf elsewhere, (1, h, n, n); None for all pairs. Only for short n."""
     allowed = pattern.dense(length, num_heads, device)[None]  # of three axes torch's fast kernel takes no mask
     return None if bool(allowed.all()) else as_bias(allowed, dtype)
 
 
 @lru_cache(maxsize=1024)
 def is_short(pattern: AttentionPattern, length: int, num_heads: int) -> bool:
-    """Is one dense product over `length` tokens at most as dear as the tiles of the pattern?"""
+    """Is one dense product over `length` tokens no more expensive than the tiles of the pattern?"""
     if pattern.is_full:
         return True
     if length > ALWAYS_LONG:
@@ -120,8 +119,8 @@ def is_short(pattern: AttentionPattern, length: int, num_heads: int) -> bool:
 class TiledAttention(torch.autograd.Function):
     """The loop over tiles. Keeps only its inputs; backward computes the weights again, tile by tile.
 
-    The backward is written out because autograd through the same loop keeps every weight matrix and fills a
-    full-length gradient per slice: measured at three times the time.
+    The backward is written by hand, because autograd through the same loop stores every weight matrix and allocates a
+    full-length gradient per slice: three times slower by measurement.
     """
 
     @staticmethod

@@ -15,12 +15,12 @@ from .ops_scratch import SCRATCH
 from .ops_tiles import RUN_ENTRIES
 from .ops_tracing import count_blocks, is_traced
 
-LEAST = 1e-20  # share of a sorted token that counts; less is none, and a division by it stays finite in float32
+LEAST = 1e-20  # smallest part of a sorted token that counts, so that division by it stays finite in float32
 KeysValuesBias = tuple[Tensor, Tensor, Tensor | None]  # (…, m, d) twice, and a bias of the scores, (…, 1 or r, m)
 
 
 def in_blocks(x: Tensor, size: int) -> Tensor:
-    """(…, n, d) -> (…, c, size, d); what the last block lacks is padded with anything finite."""
+    """(…, n, d) -> (…, c, size, d); the last block is padded with arbitrary finite values."""
     length = x.shape[-2]
     if isinstance(length, int) and not is_traced():
         return (
@@ -34,7 +34,7 @@ def in_blocks(x: Tensor, size: int) -> Tensor:
 
 
 def real_tokens(like: Tensor, size: int, padding_mask: Tensor | None) -> Tensor | None:
-    """(b or 1, c, size), True at the real tokens of `like` (b, n, …) in blocks; None where there is nothing else."""
+    """(b or 1, c, size), True at the real tokens of `like` (b, n, …) in blocks; None if all are real."""
     length = like.shape[1]
     if padding_mask is None and isinstance(length, int) and length % size == 0:
         return None
@@ -73,8 +73,8 @@ def sinkhorn_attention(
               q_{it}^\top \tilde k_{iu}/\sqrt d + \log m_{iu}]
 
     Tay et al. 2020 (arXiv:2002.11296), with `sort_blocks` for :math:`\tilde k, \tilde v, m`: a sorted token that is
-    there in part weighs as much as that part. With `sortcut` all queries read all sorted blocks and nothing else
-    (section 3.4, SortCut). With `causal` a query reads its own block up to itself, and the `order` is strictly
+    partly padding is weighted by its real part. With `sortcut` all queries attend to all sorted blocks and nothing else
+    (section 3.4, SortCut). With `causal` a query attends to its own block up to itself, and the `order` is strictly
     triangular.
 
     `q` (b, h, r, s, d) are the blocks from number `first` on, of `k` and `v` (b, h, c, s, d) all from 0 on; `order`
@@ -82,10 +82,10 @@ def sinkhorn_attention(
     Returns (b, h, r, s, d) in `v.dtype`, anything finite at padding. Products run in the input's dtype, the softmax
     inside is float32 or wider.
     """
-    order, real = order.to(v.dtype), None if causal else real  # causal rows read whole blocks, padding stands behind
+    order, real = order.to(v.dtype), None if causal else real  # causal rows attend to whole blocks; padding comes later
     k, v = (x if real is None else x * real[:, None, ..., None] for x in (k, v))
     mass = mass_of(order, real)
-    # the paper adds the scores of the two blocks in front of the softmax; here each token is a key of its own
+    # the paper adds the scores of the two blocks before the softmax; here each token is a separate key
     own_bias, bias = biases(q, order, real, mass, causal, first)
     sorted_k, sorted_v = sort_blocks(k, order, mass), sort_blocks(v, order, mass)
     if sortcut:
@@ -131,7 +131,7 @@ def sinkhorn_matrix(
 
 
 def mass_of(order: Tensor, real: Tensor | None) -> Tensor | None:
-    """Which part of each sorted token is there, (b, h, r, s) in float32 or wider, from `real` (b or 1, c, s)."""
+    """The real part of each sorted token, (b, h, r, s) in float32 or wider, from `real` (b or 1, c, s)."""
     wide = torch.promote_types(order.dtype, torch.float32)
     return None if real is None else order.to(wide) @ real[:, None].to(wide)
 
@@ -139,15 +139,15 @@ def mass_of(order: Tensor, real: Tensor | None) -> Tensor | None:
 def biases(
     q: Tensor, order: Tensor, real: Tensor | None, mass: Tensor | None, causal: bool, first: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What is added to the scores of a block's own tokens and of the sorted ones, (b, h, r, 1, s) or for each query."""
-    lowest = torch.finfo(q.dtype).min / 2  # finite: a block of padding reads nothing
+    """Biases on the scores of a block's own tokens and of the sorted ones, (b, h, r, 1, s) or for each query."""
+    lowest = torch.finfo(q.dtype).min / 2  # finite, because a block of padding has no keys
     size, number = q.shape[3], torch.arange(order.shape[2], device=q.device)[:, None] + first
     if causal:
         token = torch.arange(size, device=q.device)
         own = q.new_zeros(1, 1, 1, size, size).masked_fill(token > token[:, None], lowest)
         if first:
             return own, None
-        nothing = q.new_zeros(number.shape).masked_fill(number == 0, lowest)  # stands before block 0
+        nothing = q.new_zeros(number.shape).masked_fill(number == 0, lowest)  # there is no block before block 0
         return own, nothing.expand(*q.shape[:3], size)[..., None, :]
     if real is None or mass is None:
         return None, None
@@ -157,16 +157,16 @@ def biases(
 
 
 def joint_softmax(q: Tensor, reads: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """softmax(q·k / √d + bias) over the keys of all reads together: (…, r, m) in the dtype of `q`."""
+    """softmax(q·k / √d + bias) over the keys of all reads: (…, r, m) in the dtype of `q`."""
     wide, q = torch.promote_types(q.dtype, torch.float32), q * q.shape[-1] ** -0.5
     scores = [q @ k.transpose(-1, -2) if bias is None else q @ k.transpose(-1, -2) + bias for k, bias in reads]
     return torch.cat(scores, -1).to(wide).softmax(-1).to(q.dtype)
 
 
 class GroupedAttention(torch.autograd.Function):
-    """Softmax attention of groups of queries (g, r, d) to all their reads together; (g, r, d).
+    """Softmax attention of groups of queries (g, r, d) over the keys of all their reads; (g, r, d).
 
-    Keeps only its inputs; backward computes the weights again, run by run, so that they never leave the cache. A bias
+    Stores only its inputs; backward recomputes the weights, run by run, so that they never leave the cache. A bias
     (g, 1, m) gets a gradient.
     """
 
@@ -224,7 +224,7 @@ BlockRun = tuple[slice, slice]  # of groups and of their queries
 
 
 def block_runs(q: Tensor, reads: Sequence[KeysValuesBias]) -> Iterator[BlockRun]:
-    """Groups together, or parts of one, such that a matrix of weights has at most RUN_ENTRIES."""
+    """Several groups, or parts of one, whose weights have at most RUN_ENTRIES entries."""
     groups, rows, _ = q.shape
     width = sum(k.shape[1] for k, _, _ in reads)
     some = min(rows, max(1, RUN_ENTRIES // width))
@@ -249,7 +249,7 @@ def weights_of_run(q: Tensor, reads: Sequence[KeysValuesBias], run: BlockRun, ke
 
 
 def joined(name: str, parts: list[Tensor], run: BlockRun) -> Tensor:
-    """The rows of all reads side by side: one large product is faster than two into parts."""
+    """Concatenate the rows of all reads: one large product is faster than two into parts."""
     if len(parts) == 1:
         return parts[0][run[0]]
     rows = [part[run[0]] for part in parts]

@@ -77,7 +77,7 @@ class Backbone(ModelInputs):
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         r"""Encode a batch of sequences.
 
-        `input_ids` (b, n) int64, or `inputs_embeds` (b, n, e) in their place, or `pixel_values` (b, channels, height,
+        `input_ids` (b, n) int64, or `inputs_embeds` (b, n, e) instead, or `pixel_values` (b, channels, height,
         width) for a model of images. `attention_mask` is 1 at real tokens and 0 at padding, anywhere in a row:
         (b, n), or (b, past + n) after a cache; without one, all tokens are real. `token_type_ids` and `position_ids`
         (b, n) or (1, n), integers; positions count the real tokens of a row from 0 if not given, and token types are
@@ -87,10 +87,10 @@ class Backbone(ModelInputs):
         additive mask (0 and -10000) is refused, and so is a 2 for a global token, as some Longformer code writes it.
         Traced code does not check values. Outputs at padding are zero.
 
-        Where `position_ids` start again at 0 inside of a row, it holds several documents: each gives what it gives
-        alone, and `pooler_output` is (documents, e), in their order. To see this, torch.compile breaks its graph where
-        it is given `position_ids`, and leaves packed rows uncompiled; an exported or traced program takes every row
-        for one document. With `config.anchor_interval`, `position_ids` do nothing else.
+        Where `position_ids` start again at 0 inside of a row, it holds several documents: each has the outputs it has
+        alone, and `pooler_output` is (documents, e), in their order. To see this, torch.compile breaks its graph if
+        `position_ids` are passed, and leaves packed rows uncompiled; an exported or traced program treats every row
+        as one document. With `config.anchor_interval`, `position_ids` do nothing else.
 
         Raises ValueError for a sequence longer than `max_position_embeddings`, masks and ids of another shape, dtype or
         value, both or neither of `input_ids` and `inputs_embeds`, a cache that this model cannot use, and for packed
@@ -120,8 +120,8 @@ class Backbone(ModelInputs):
                 if asked:
                     raise ValueError(
                         f"{name} cannot go with packed rows: position_ids start again at 0 and divide the "
-                        f"{documents.rows[0]} rows into {len(documents.lengths)} documents. Leave {name} out, or give "
-                        "each document a row of its own."
+                        f"{documents.rows[0]} rows into {len(documents.lengths)} documents. Leave {name} out, or put "
+                        "each document in a row of its own."
                     )
             inputs = documents, inputs_embeds, token_type_ids, position_ids, global_attention_mask
             return uncompiled(self.read_documents)(*inputs, *wanted)
@@ -181,7 +181,7 @@ class Backbone(ModelInputs):
         )
 
     def recomputes(self, sequence: SequenceInfo, output_hidden_states: bool) -> bool:
-        """Does the stack run without keeping its activations? Not where there is something to give out or to store."""
+        """Does the stack run without storing its activations? Not if intermediate results are returned or cached."""
         if not self.config.reversible or not torch.is_grad_enabled() or is_traced():
             return False
         checkpointing = self.gradient_checkpointing and self.training  # type: ignore[attr-defined]
@@ -191,16 +191,16 @@ class Backbone(ModelInputs):
     def run_layers(
         self, hidden: Tensor, sequence: SequenceInfo, packing: LeftPacking, output_hidden_states: bool
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """What leaves the last layer; what enters each, if wanted; and the weights of each, if wanted."""
+        """Output of the last layer; if wanted, the input of each layer; if wanted, the weights of each."""
         hidden_states, attentions = [], []
-        # Gomez et al. split the features in two; the Reformer paper leaves open how its streams begin and end.
-        # transformers' begins as here and ends with the streams side by side, which makes every head twice as wide.
+        # Gomez et al. split the features in two; the Reformer paper does not define how its streams begin and end.
+        # transformers begins as here and ends with concatenated streams, which makes every head twice as wide.
         dtype, streams = hidden.dtype, [wide(hidden)] * 2 if self.config.reversible else [hidden]
         for layer in self.layers:
             if output_hidden_states:
                 hidden = mean(streams).to(dtype)
                 hidden_states.append(packing.restore(hidden))
-                # zero at real tokens: what is given out gets the gradient, too
+                # zero at real tokens, so that returned hidden states get gradients as well
                 change = packing.again(hidden_states[-1], hidden) - hidden
                 streams = [stream + change for stream in streams]
             *streams, weights = layer(*streams, sequence)
@@ -209,7 +209,7 @@ class Backbone(ModelInputs):
         return mean(streams).to(dtype), hidden_states, attentions
 
     def open_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
-        """The cache to read and write, or None. Exported programs have none."""
+        """The cache of this pass, or None. Exported programs have none."""
         if not self.config.is_decoder:
             return None
         if is_exported():
@@ -233,7 +233,7 @@ class Backbone(ModelInputs):
         """The documents of packed rows, None if each row is one."""
         if position_ids is None or position_ids.shape[1] == 1 or is_exported():
             return None
-        padding_mask = None if mask is None else mask[:, -embeds.shape[1] :]  # before these is the past
+        padding_mask = None if mask is None else mask[:, -embeds.shape[1] :]  # the columns before belong to the cache
         documents = uncompiled(find_documents)(position_ids.expand(embeds.shape[:2]), padding_mask)
         if documents is not None and mask is not None:
             check_shape("attention_mask", mask.shape, documents.rows, "batch, length")
@@ -249,7 +249,7 @@ class Backbone(ModelInputs):
         output_hidden_states: bool,
         output_attentions: bool,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """All of `forward` behind the inputs, for packed rows."""
+        """The rest of `forward` for packed rows."""
         hidden, sequence, packing = self.join(documents, embeds, token_types, position_ids, global_mask)
         return self.run(hidden, sequence, packing, output_hidden_states, output_attentions)
 
@@ -295,8 +295,8 @@ class Backbone(ModelInputs):
             if group.padding_mask is not None:
                 positions = positions.masked_fill(~group.padding_mask, -1)
                 of_group = None if of_group is None else of_group & group.padding_mask
-            told = group.padding_mask, positions, group.gather(position_ids), of_group, hidden.dtype
-            parts.append((group, self.inform(*told)))
+            facts = group.padding_mask, positions, group.gather(position_ids), of_group, hidden.dtype
+            parts.append((group, self.inform(*facts)))
         sequence = PackedDocuments(
             torch.arange(len(hidden), device=device)[None],
             shared=self.shared,
@@ -315,7 +315,7 @@ class Backbone(ModelInputs):
         cache: Cache | None,
         output_attentions: bool,
     ) -> tuple[Tensor, SequenceInfo]:
-        """Put the external tokens in front and write down what the mixers may know."""
+        """Prepend the external tokens and describe the rows for the mixers."""
         if count := self.num_external:
             batch = hidden.shape[0]
             hidden = self.external_tokens(hidden)
@@ -338,7 +338,7 @@ class Backbone(ModelInputs):
         cache: Cache | None = None,
         output_attentions: bool = False,
     ) -> SequenceInfo:
-        """What the mixers may know of rows with their external tokens."""
+        """The description of rows for the mixers, external tokens included."""
         config, rotary = self.config, None
         if config.position_embedding_type == "rotary":
             rotary = rotary_angles(position_ids, config.head_dim, config.rope_theta, dtype)
@@ -355,7 +355,7 @@ class Backbone(ModelInputs):
 
 
 def uncompiled(function: Callable) -> Callable:
-    """Runs as it is where torch.compile meets it: documents are other ones at each step, as would be their graph."""
+    """Run eagerly inside torch.compile: document boundaries change at every step and would force a recompile."""
     return torch.compiler.disable(function) if is_traced() else function
 
 

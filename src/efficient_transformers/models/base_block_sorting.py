@@ -11,13 +11,13 @@ from .ops_sinkhorn import causal_sinkhorn, gumbel_noise, sinkhorn
 
 
 class SortingNetwork(nn.Module):
-    """Scores of blocks as places to read from, (b, c, e), for blocks that read, (b, c, e): (b, h, c, c)."""
+    """Scores of source blocks (b, c, e) for reader blocks (b, c, e): (b, h, c, c)."""
 
     def __init__(self, config: Any):
         super().__init__()
         self.head_dim = config.head_dim
         self.reader, self.source = (
-            # a bias behind adds to a whole row or column of the scores, which the normalisation takes away
+            # a final bias would shift whole rows or columns of the scores, which normalization cancels
             nn.Sequential(
                 nn.Linear(config.hidden_size, config.hidden_size),
                 nn.ReLU(),
@@ -55,11 +55,11 @@ class BlockSorting:
         return blocks.sum(2, dtype=torch.promote_types(hidden.dtype, torch.float32)), blocks[:, :, 0]
 
     def sort_causally(self, sums: Tensor, firsts: Tensor) -> Tensor:
-        """The same for a decoder, row i a mixture of blocks before i, from what `pool` gives."""
+        """The soft permutation of a decoder, whose row i mixes blocks before i, from the results of `pool`."""
         size, config = self.config.block_size, self.config
         before = F.pad(sums, (0, 0, 1, 0))[:, :-1].cumsum(1)
         block = torch.arange(sums.shape[1], device=sums.device)[:, None]
-        # the paper's reader sums all tokens up to the first one of its block, which is then one among many
+        # the paper's reader sums all tokens up to the first one of its block, which then hardly counts
         readers = (before / (block * size).clamp(min=1)).to(firsts.dtype) + firsts
         scores = self.with_noise(self.sorting_network(readers, (sums / size).to(firsts.dtype)))
         return causal_sinkhorn(scores, config.sinkhorn_iterations, config.sinkhorn_temperature)

@@ -26,7 +26,7 @@ class EtMLP(nn.Module):
 
 
 class EtBlock(GradientCheckpointingLayer):
-    """hidden ─ norm ─ mixer ─ + ─ norm ─ MLP ─ +, or with the norms behind the sums; some mixers are a block alone."""
+    """hidden ─ norm ─ mixer ─ + ─ norm ─ MLP ─ +, or with the norms after the sums; some mixers are a whole block."""
 
     def __init__(self, config: EtConfig, mixer: nn.Module):
         super().__init__()
@@ -51,7 +51,7 @@ class EtBlock(GradientCheckpointingLayer):
         return self.mlp_norm(hidden + self.feed_forward(hidden)), weights
 
     def mix(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
-        """What the mixer adds to `hidden` (b, n, e), and its weights if it gives any."""
+        """Output of the mixer, which is added to `hidden` (b, n, e), and its weights if it returns any."""
         mixed, weights = sequence.mix(self.mixer, self.mixer_norm(hidden) if self.norm_first else hidden)
         return self.dropout(mixed), weights
 
@@ -72,7 +72,7 @@ class EtBlock(GradientCheckpointingLayer):
 
 
 class EtReversibleBlock(EtBlock):
-    """Two streams that take turns: the mixer reads the second and adds to the first, the MLP the other way round.
+    """Two streams: the mixer maps the second and adds to the first, then the MLP the other way round.
 
     The streams may be wider than the weights.
     """

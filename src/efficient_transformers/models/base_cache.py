@@ -1,4 +1,4 @@
-"""What a causal model has to remember, and no more."""
+"""Caches of causal models, which store no more than later tokens need."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -50,7 +50,7 @@ class SelectableRows:
 
 
 class PatternCacheLayer(SelectableRows, DynamicLayer):
-    """Keys and values with their positions, forgetting what no later query can read.
+    """Keys and values with their positions, without those that no later query attends to.
 
     Kept are the first `num_prefix` real tokens and the last `span` ones; `span=None` keeps all. Positions count the
     real tokens of each row and are -1 at padding, so rows may be padded anywhere. Memory does not grow with the
@@ -123,7 +123,7 @@ class PatternCacheLayer(SelectableRows, DynamicLayer):
             self.evict_if_full()
 
     def extended(self, name: str, old: Tensor, new: Tensor, axis: int) -> Tensor:
-        """`old` and `new` one behind the other, along `axis`."""
+        """`old` and `new`, concatenated along `axis`."""
         if torch.is_grad_enabled() and (old.requires_grad or new.requires_grad):
             return torch.cat([old, new], axis)
         length, total = old.shape[axis], old.shape[axis] + new.shape[axis]
@@ -202,7 +202,7 @@ def cache_layer(patterns: list[AttentionPattern]) -> PatternCacheLayer:
     num_prefix = max(len(pattern.global_tokens) for pattern in patterns)
     if any(pattern.window is None or pattern.num_random_blocks for pattern in patterns):
         return PatternCacheLayer(num_prefix, None)
-    # a window of blocks is read from the end of a block, too
+    # queries at the end of a block need the whole window of blocks, too
     span = max((p.reach or 0) * p.dilation + (p.block_size - 1) * p.in_blocks for p in patterns) + 1
     return PatternCacheLayer(num_prefix, span)
 

@@ -14,13 +14,13 @@ Sort = Callable[[Tensor, Tensor], Tensor]  # sums and first tokens of the blocks
 
 
 class SinkhornCacheLayer(SelectableRows, CacheLayerMixin):
-    """Keys and values in blocks by the position of the token in its row, and what the sorting network has to know.
+    """Keys and values in blocks, by position in the row, and the inputs of the sorting network.
 
     stored: by name, with room to grow along axis 1, zero where no token is: `keys` and `values` (b, c, s, h, d), the
         sums of the hidden states of each block and the first one of each, `sums` and `firsts` (b, c, e).
-    tokens: real ones of each row, (b,).
+    tokens: number of real tokens of each row, (b,).
     count: blocks of the longest row.
-    sorted: keys and values that the block of the newest token reads, (b, h, s, d); None if they have to be computed.
+    sorted: keys and values of the sorted block for the newest token, (b, h, s, d); None if not computed yet.
     """
 
     kept = "sums over the tokens of each block"
@@ -38,16 +38,16 @@ class SinkhornCacheLayer(SelectableRows, CacheLayerMixin):
         self.cumulative_length = self.count = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: memory is made by the first tokens."""
+        """Nothing to do: memory is allocated by the first tokens."""
 
     def update(self, hidden: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *args, **kwargs) -> None:  # type: ignore[override]
         """Add hidden states (b, n, e) and keys and values (b, h, n, d) of tokens at `positions` (b, n), -1 at none."""
         self.write()
-        self.waiting = hidden, keys, values, positions  # written when they are read: training does not read them
+        self.waiting = hidden, keys, values, positions  # written on the next access, which training never makes
         self.cumulative_length += positions.shape[1]
 
     def write(self) -> None:
-        """Put what is waiting in its place."""
+        """Write the waiting tokens to their blocks."""
         if self.waiting is None:
             return
         hidden, keys, values, positions = self.waiting

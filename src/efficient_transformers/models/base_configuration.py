@@ -36,22 +36,22 @@ class EtConfig(PreTrainedConfig):
             and keys (mixers that have them), `none` leaves order to the mixer.
         rope_theta: base of the rotary angles.
         type_vocab_size: number of token types; 0 has none.
-        norm_first: True normalises in front of mixer and MLP and once at the end; False behind them and behind the
+        norm_first: True normalizes before mixer and MLP and once at the end; False after them and after the
             embeddings, as BERT does.
         reversible: two residual streams, from whose ends the activations of all layers are computed again in training:
             its memory does not grow with the depth, for the time of one more forward pass. Another model, not only
             another way to train one. Needs `norm_first`.
         hidden_dropout_prob, attention_probs_dropout_prob: as in BERT.
-        classifier_dropout: in front of a classifier; None takes hidden_dropout_prob.
+        classifier_dropout: dropout before a classifier; None takes hidden_dropout_prob.
         classifier_pooling: what a sequence is judged by: the mean of its tokens, its first (`cls`) or its last one.
-        standardize_pooled: give what is pooled, feature by feature, mean 0 and variance 1 over the last examples of
-            training, in front of the pooler's dense layer. The means of long texts are nearly alike, and without it a
+        standardize_pooled: normalize each pooled feature to mean 0 and variance 1 over the last examples of training,
+            before the pooler's dense layer. The means of long texts are nearly alike, and without it a
             classifier is busy for its first epochs with what they have in common. The statistics are buffers.
-        pooler_act: activation behind the pooler's dense layer, a name that transformers knows.
-        sparse_prediction: in training, `…ForMaskedLM` gives logits for the tokens that have a label alone, (labels,
+        pooler_act: activation after the pooler's dense layer, a name from transformers' `ACT2FN`.
+        sparse_prediction: in training, `…ForMaskedLM` returns logits only for tokens that have a label, (labels,
             vocab_size): the same loss and gradients for the share of the vocabulary's products that they are.
         image_size: pixels of a side, or [height, width], makes a model of images, whose tokens are patches in the place
-            of words: `max_position_embeddings` is their number, and there are no token types. None reads text.
+            of words: `max_position_embeddings` is their number, and there are no token types. None takes text.
         patch_size, num_channels: of an image; patches are squares, and 1 makes a token of every pixel.
         is_decoder: causal attention, everywhere in the model. `…ForCausalLM` sets it.
         use_cache: let a causal model return its cache.
@@ -175,7 +175,7 @@ class EtConfig(PreTrainedConfig):
         if self.reversible and not self.norm_first:
             raise ValueError(
                 f"reversible ({self.reversible}) needs norm_first, which is {self.norm_first}: a sum with a norm "
-                "behind it cannot be undone. Set norm_first=True or reversible=False."
+                "after it cannot be inverted. Set norm_first=True or reversible=False."
             )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             rate = getattr(self, name)
@@ -308,7 +308,7 @@ class PatternConfig(EtConfig):
         stride, hops = self.stride, self.hops  # type: ignore[attr-defined]
         check_at_least("stride", stride, 1, "1 is a window without gaps")
         if hops is not None:
-            check_at_least("hops", hops, 1, "a query reads at least one step to each side; None reads all")
+            check_at_least("hops", hops, 1, "a query attends to at least one step on each side; None to all")
 
     def layer_seed(self, layer: int) -> int:
         """Of the random blocks of layer `layer`, from the field `pattern_seed`."""

@@ -21,7 +21,7 @@ def sinusoidal_embedding(positions: Tensor, size: int, dtype: torch.dtype) -> Te
 
 
 class EtEmbeddings(OwnValues):
-    """Words or patches of images, positions and token types, summed; normalised behind if the blocks are.
+    """The sum of word or image patch, position and token type embeddings; normalized if the blocks normalize last.
 
     (b, n, embedding_size) -> (b, n, e), by a dense layer if the two differ.
     """

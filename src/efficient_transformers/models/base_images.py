@@ -7,7 +7,7 @@ from .ops_checks import check_at_least, check_divisible, check_entries, check_sh
 
 
 def image_sides(image_size: int | list[int]) -> tuple[int, int]:
-    """Height and width in pixels; one number stands for both."""
+    """Height and width in pixels; one number means both."""
     if isinstance(image_size, int):
         return image_size, image_size
     check_entries("image_size", image_size, "its number of sides", 2, "give [height, width], or one number for both")

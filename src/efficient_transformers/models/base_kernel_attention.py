@@ -163,7 +163,7 @@ class RandomFeatureAttention(KernelAttention):
 
     def __init__(self, config, layer: int):
         super().__init__(config, layer)
-        self.register_drawn("projection", self.draw(0))  # in the place of none
+        self.register_drawn("projection", self.draw(0))  # instead of None
         self.register_buffer("passes", torch.zeros((), dtype=torch.long))  # forward passes in training
 
     def draw(self, number: int) -> Tensor:

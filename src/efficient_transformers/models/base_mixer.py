@@ -129,7 +129,7 @@ class Mixer(OwnValues):
 def no_rows(hidden: Tensor, *layers: nn.Module) -> Tensor | float:
     """Zero, computed by `layers` from no rows of `hidden` (…, n, e).
 
-    Added to a result computed without these layers, it gives their parameters a gradient of zero: DDP waits for a
+    Added to a result computed without these layers, their parameters get a gradient of zero: DDP waits for a
     gradient of every parameter in every step, and another process may use the layers.
     """
     if not torch.is_grad_enabled():

@@ -1,6 +1,6 @@
 """Real tokens to the left, padding to the right, and back; rows of several documents, taken apart and put together.
 
-Mixers that count blocks or own per-position parameters cannot see past padding in front of or between the tokens. So
+Mixers that count blocks or own per-position parameters cannot handle padding before or between the tokens. So
 the backbone packs each row once on the way in and undoes it on the way out: a mixer only ever meets right padding.
 
 Nor can they all be kept from reading over the borders of documents that share a row: a mask cannot restart a Fourier
@@ -41,9 +41,9 @@ def unpack(x: Tensor, order: Tensor) -> Tensor:
 
 @dataclass
 class Documents:
-    """Where the documents stand in the packed rows of a batch.
+    """Places of the documents in the packed rows of a batch.
 
-    rows: b and n. real: the places of their tokens in the flattened rows, one document behind the other, (t,); None
+    rows: b and n. real: the places of their tokens in the flattened rows, document by document, (t,); None
     where all are real. lengths: tokens of each document.
     """
 
@@ -87,8 +87,8 @@ def find_documents(position_ids: Tensor, padding_mask: Tensor | None) -> Documen
 class Group:
     """Documents of about one length, as rows.
 
-    numbers: which documents, d of them. tokens: where theirs stand among the tokens of all documents, (d, l); padding
-    repeats the last one. keep: False at that padding; None where there is none.
+    numbers: which documents, d of them. tokens: the places of their tokens among those of all documents, (d, l);
+    padding repeats the last one. padding_mask: False at that padding; None where there is none.
     """
 
     numbers: list[int]
@@ -117,7 +117,7 @@ def group_by_length(lengths: list[int], device: torch.device) -> list[Group]:
 
 
 def places_in_groups(groups: list[Group]) -> Tensor:
-    """Where each token of all documents stands in the flattened groups, one behind the other, (t,)."""
+    """Places of the tokens of all documents in the concatenation of the flattened groups, (t,)."""
     kept = [torch.ones_like(g.tokens, dtype=torch.bool) if g.padding_mask is None else g.padding_mask for g in groups]
     real = torch.cat([x.flatten() for x in kept]).nonzero()[:, 0]
     tokens = torch.cat([g.tokens.flatten() for g in groups])

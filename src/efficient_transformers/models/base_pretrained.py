@@ -42,12 +42,12 @@ class EtPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
 
     def resize_positions(self, new_length: int, how: Stretch = "interpolate") -> None:
-        """Let the model read `new_length` tokens: every learned table of positions gets as long, in place.
+        """Set the maximum length to `new_length` tokens and resize all learned tables of positions in place.
 
-        `tile` repeats the tables: inputs up to the old length give what they gave. `interpolate` moves position i to
-        i·(new-1)/(old-1), between which tables run straight on, and divides what is summed over positions by new/old;
-        inputs of any length give something else, until some training. A smaller `new_length` cuts the tables. Hashes
-        of Reformer whose `num_buckets` follow the length are drawn for the new one.
+        `tile` repeats the tables: outputs for inputs up to the old length do not change. `interpolate` moves position i
+        to i·(new-1)/(old-1), interpolates linearly between them, and divides entries that are summed over positions by
+        new/old; all outputs change and need some training. A smaller `new_length` cuts the tables. Hashes of Reformer
+        whose `num_buckets` follow the length are drawn for the new one.
 
         Parameters with positions are new ones: make the optimiser afterwards. Raises ValueError for a length below 1
         or another `how`.

@@ -13,7 +13,7 @@ Stretch = Literal["tile", "interpolate"]
 def stretch_positions(table: Tensor, length: int, how: Stretch, axis: int = 0) -> Tensor:
     """`table` with `length` positions along `axis`: tiled or interpolated if longer, cut if shorter; a copy.
 
-    Interpolated row i stands at i·(n-1)/(length-1) of the old table, so both ends keep their rows. What has no values
+    Interpolated row i is at i·(n-1)/(length-1) of the old table, so both ends keep their rows. What has no values
     in between, as a table of numbers of blocks, is always tiled.
     """
     old = table.shape[axis]

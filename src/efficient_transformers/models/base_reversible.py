@@ -26,7 +26,7 @@ from .ops_tracing import is_traced
 
 
 def reversible_stack(blocks: Sequence[nn.Module], hidden: Tensor, sequence: SequenceInfo) -> Tensor:
-    """The mean of both streams behind the last block, for the same `hidden` (b, n, e) in both in front of the first.
+    """The mean of both streams after the last block; both start as `hidden` (b, n, e).
 
     Gradients are those of the same arithmetic under autograd, but for the rounding in the streams that are computed
     again. There is no second derivative. Raises RuntimeError in a backward pass whose parameters or training mode are
@@ -63,7 +63,7 @@ class StackPass:
     blocks: list[Any]
     sequence: SequenceInfo  # with what the mixers have chosen by the data
     autocast: Callable[[], AbstractContextManager]  # as the forward pass found it
-    streams: tuple[Tensor, Tensor] | None = None  # behind the layer whose turn it is in the backward pass
+    streams: tuple[Tensor, Tensor] | None = None  # after the layer whose backward pass is next
 
     def differentiate(
         self, rule: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor, parameters: Sequence[Tensor]
@@ -89,7 +89,7 @@ class ReversibleLayer(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         block = run.blocks[number]
         ctx.run, ctx.number, ctx.training, ctx.parameters = run, number, block.training, parameters
-        ctx.save_for_backward(*parameters)  # nothing new to keep: autograd checks that nobody writes into them
+        ctx.save_for_backward(*parameters)  # no extra memory: autograd checks that they are not modified
         with run.autocast():
             ctx.before_mixing = RandomState(x2)
             y1 = x1 + block.mix(x2, run.sequence)[0]
@@ -157,7 +157,7 @@ def trained_parameters(block: nn.Module) -> list[Tensor]:
 
 
 class RandomState:
-    """Where the random number generators stand: that of the CPU and that of the device of `x`."""
+    """States of the random number generators of the CPU and of the device of `x`."""
 
     def __init__(self, x: Tensor):
         self.kind, self.cpu = x.device.type, torch.get_rng_state()
@@ -165,7 +165,7 @@ class RandomState:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Inside they stand there once more, and behind it where they stood in front of it."""
+        """Restore these states inside the context, and the previous ones after it."""
         with torch.random.fork_rng(self.devices, device_type=self.kind):
             torch.set_rng_state(self.cpu)
             set_device_states(self.devices, self.states, device_type=self.kind)

@@ -4,7 +4,7 @@ r"""BigBird: a window, global tokens and random keys, all in blocks of b tokens 
           \qquad S(i) = \{0, \dots, n-1\} \text{ for } i \in G
 
 Section 2 and appendix D. Internal global tokens (ITC) are the first and the last block of a sequence, external ones
-(ETC) learned embeddings in front of it; each head draws random blocks R of its own. `head_layout="per_head"` gives
+(ETC) learned embeddings before it; each head draws random blocks R of its own. `head_layout="per_head"` gives
 random, local, strided and global heads a head each instead of uniting them. O(n·b·d).
 
 Any length works, in the same way: the last block may be short, and a sequence of few blocks has fewer to draw from.
@@ -38,20 +38,20 @@ class EtBigBirdConfig(PatternConfig, EtConfig):
     Args:
         block_size: b, tokens in a block.
         num_window_blocks: blocks of the window, the own one in the middle, odd.
-        num_random_blocks: random blocks that each block of queries reads, per head.
+        num_random_blocks: random blocks that each block of queries attends to, per head.
         random_blocks: `drawn` draws them for the length of each sequence, from `pattern_seed` alone, so that a reloaded
             model draws the same ones; `stored` keeps a table in the checkpoint, drawn for `max_position_embeddings`
-            or imported, in which an entry behind the end of a shorter sequence reads nothing.
+            or imported, in which entries after the end of a shorter sequence have no effect.
         pattern_seed: of the draw, which differs from layer to layer and head to head.
-        global_token_type: `internal`, the first and the last block; or `external`, learned embeddings in front.
+        global_token_type: `internal`, the first and the last block; or `external`, learned embeddings at the start.
         num_global_tokens: how many external ones.
-        head_layout: `union` reads everything in one softmax, as in the paper; `per_head` has random, local, strided
-            and global heads in turn.
+        head_layout: `union` attends to everything in one softmax, as in the paper; `per_head` has random, local,
+            strided and global heads in turn.
         stride, hops: of the strided heads.
     """
 
     model_type = "et_big_bird"
-    # whoever reads the last block reads the future
+    # attending to the last block leaks the future
     heads: ClassVar[tuple[str, ...]] = ENCODER_HEADS
 
     block_size: int = 64
@@ -114,7 +114,7 @@ class BigBirdAttention(PatternAttention):
             init.copy_(self.random_blocks, self.draw())
 
     def draw(self) -> Tensor:
-        """(h, blocks, r) for the longest sequence; heads without random blocks hold a draw that nobody reads."""
+        """(h, blocks, r) for the longest sequence; heads without random blocks hold an unused draw."""
         config, pattern = self.config, self.groups[0][0]
         longest = config.row_length(config.max_position_embeddings)
         return pattern.random_blocks(self.num_heads, -(-longest // config.block_size)).clone()

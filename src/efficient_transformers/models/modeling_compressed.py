@@ -3,9 +3,9 @@ r"""Memory-compressed attention: keys and values shortened by a strided convolut
 .. math:: o_i = \sum_s \mathrm{softmax}_s(q_i^\top k'_s/\sqrt d)\, v'_s, \qquad
           k'_s = \sum_{t < \kappa} C_t\, k_{(s+1)f - \kappa + t}
 
-Section 4.2.3: a segment of f tokens leaves one key and one value, and layers of this kind take turns with local ones,
-whose tokens read the block they stand in. A kernel longer than a segment reaches into those before it, and sees zeros
-at padding. As a decoder, a token reads the segments that end with it or before it. O(n²/f·d), O(n·block_size·d) where
+Section 4.2.3: a segment of f tokens is compressed to one key and one value. Such layers alternate with local ones,
+whose tokens attend to their own block. A kernel longer than a segment extends over the segments before it, with zeros
+at padding. In a decoder, a token attends to the segments that end at or before it. O(n²/f·d), O(n·block_size·d) where
 local.
 """
 
@@ -48,7 +48,7 @@ class EtCompressedConfig(PatternConfig, EtConfig):
     Args:
         attention_layers: kinds of the layers in turn, each `local` or `compressed`; tiled over the layers.
         compression_factor: f, tokens of a segment.
-        kernel_size: κ, tokens that the convolution reads, the last ones those of the segment; None reads no others.
+        kernel_size: κ, tokens under the kernel, of which the last ones are those of the segment; None means f.
         block_size: tokens of a block of the local layers.
     """
 

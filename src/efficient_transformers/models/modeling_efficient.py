@@ -1,4 +1,4 @@
-r"""Efficient Attention: two softmaxes in the place of one (Shen et al. 2018, arXiv:1812.01243).
+r"""Efficient Attention: two softmaxes instead of one (Shen et al. 2018, arXiv:1812.01243).
 
 .. math:: O = \rho_q(Q)\,\big(\rho_k(K)^\top V\big)
 

@@ -1,9 +1,9 @@
-r"""FNet: a Fourier transform in the place of attention, without parameters (Lee-Thorp et al. 2021, arXiv:2105.03824).
+r"""FNet: a Fourier transform instead of attention, without parameters (Lee-Thorp et al. 2021, arXiv:2105.03824).
 
 .. math:: y = \mathrm{Re}\big(\mathcal F_{\mathrm{seq}}(\mathcal F_{\mathrm{hidden}}(x))\big)
 
-Section 3.2, eq. 3. Every token reads every other one, O(n·log n·e). Each sequence is transformed at its own true
-length, so that padding changes nothing; the code behind the paper transforms it together with its padding.
+Section 3.2, eq. 3. Every token attends to every other one, O(n·log n·e). Each sequence is transformed at its own true
+length, so that padding changes nothing; the authors' code transforms it together with its padding.
 
 The transform is not normalised, as in the paper: its values are about √(n·e) times as large as the input's, and a long
 sequence may leave the range of float16; bfloat16 and float32 have room.
@@ -34,7 +34,7 @@ from .ops_fourier import fourier_mix, fourier_mix_chirp, fourier_mix_dense
 class EtFnetConfig(EtConfig):
     """
     Args:
-        embedding_projection: a dense layer behind the embeddings, as the published checkpoints have it.
+        embedding_projection: a dense layer after the embeddings, as in the published checkpoints.
         norm_first: False by default, as in the paper.
     """
 
@@ -53,7 +53,7 @@ class EtFnetConfig(EtConfig):
 class FourierMixer(Mixer):
     """`attn_implementation="eager"` writes the matrices of the transform out.
 
-    The block's dropout acts behind it, too; the paper has it behind the feed-forward alone.
+    The block's dropout is applied after it as well; in the paper only after the feed-forward.
     """
 
     def __init__(self, config: EtFnetConfig, layer: int):

@@ -1,10 +1,10 @@
-r"""Global attention: a few tokens read everything and are read by everything; the others meet through them.
+r"""Global attention: a few tokens attend to everything and everything attends to them.
 
 .. math:: S(i) = \{0, \dots, n-1\} \text{ for } i \in G, \qquad S(i) = G \cup \{i\} \text{ otherwise}
 
 The global tokens of Longformer and ETC (Beltagy et al. 2020, arXiv:2004.05150, section 3.1; Ainslie et al. 2020,
 arXiv:2004.08483, section 3.2) on their own. `internal`: tokens of the sequence, the first ones or those the caller
-marks in `global_attention_mask`. `external`: learned embeddings that stand in front and are cut off at the end.
+marks in `global_attention_mask`. `external`: learned embeddings before the first token, removed from the output.
 O(n·g·d).
 """
 
@@ -36,8 +36,8 @@ class EtGlobalConfig(PatternConfig, EtConfig):
     Args:
         num_global_tokens: how many global tokens there are; for `internal` ones the first of the sequence, to which
             `global_attention_mask` adds.
-        global_token_type: `internal` or `external`. A causal model has internal ones: whoever reads everything and is
-            read by everything would carry the future back. There, global tokens read and are read causally.
+        global_token_type: `internal` or `external`. A causal model has internal ones: tokens
+            that attend both ways would leak the future. There, attention to and from global tokens is causal.
     """
 
     model_type = "et_global"

@@ -1,10 +1,10 @@
-r"""gMLP: a gated MLP in the place of attention and MLP, whose gate mixes positions (Liu et al. 2021, arXiv:2105.08050).
+r"""gMLP: a gated MLP instead of attention and MLP, whose gate mixes positions (Liu et al. 2021, arXiv:2105.08050).
 
 .. math:: [Z_1, Z_2] = \sigma(X U), \qquad Y = \big(Z_1 \odot (W\, \mathrm{norm}(Z_2) + b)\big) V
 
-Section 2. W (n, n) and b (n) belong to positions and know nothing of the input; W begins near 0 and b at 1, so that
-each block begins as an ordinary MLP. `tiny_attention_size` adds one small head of attention to the gate: aMLP, section
-4. As a decoder, W is lower triangular. O(n²·intermediate_size/2), whatever the input; W has a row for each of
+Section 2. W (n, n) and b (n) depend on positions only. W is initialized near 0 and b to 1, so that each block starts as
+an ordinary MLP. `tiny_attention_size` adds one small attention head to the gate: aMLP, section 4. In a decoder, W is
+lower triangular. O(n²·intermediate_size/2), whatever the input; W has a row for each of
 `max_position_embeddings`, of which a shorter sequence uses the first ones.
 """
 
@@ -86,13 +86,13 @@ class TinyAttention(nn.Module):
         return self.o_proj(pattern_attention(q, k, v, self.pattern, sequence)[:, 0])
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """The same with the weights written out, of queries at positions `i` (b, n) and keys at `j` (b, m)."""
+        """Output with the weights written out, of queries at positions `i` (b, n) and keys at `j` (b, m)."""
         allowed = readable(i, j) if self.config.is_decoder else (j >= 0)[:, None]
         return self.o_proj(softmax_attention(q, k, v, allowed[:, None])[0][:, 0])
 
 
 def readable(i: Tensor, j: Tensor) -> Tensor:
-    """Which tokens at positions `j` (b, m) may causal ones at `i` (b, n) read? (b, n, m); -1 is padding."""
+    """Causal mask of queries at positions `i` (b, n) and keys at `j` (b, m), (b, n, m); -1 is padding."""
     return (j[:, None] <= i[..., None]) & (j[:, None] >= 0)
 
 
@@ -121,7 +121,7 @@ class SpatialGatingMixer(Mixer):
         init.ones_(self.spatial_bias)
 
     def new_cache_layer(self) -> PatternCacheLayer:
-        """Of all tokens norm(Z₂) in the place of keys; keys and values of the tiny attention, if any, as values."""
+        """A cache with norm(Z₂) of all tokens as keys, and keys and values of the tiny attention, if any, as values."""
         return PatternCacheLayer(0, None)
 
     def forward(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, None]:
@@ -157,7 +157,7 @@ class SpatialGatingMixer(Mixer):
         return triangular_product(weight, gate) + bias
 
     def mix_behind(self, gates: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """The same of new tokens at positions `i` (b, n), with the `gates` (b, m, f/2) of all tokens at `j` (b, m)."""
+        """`mix` for new tokens at positions `i` (b, n), with the `gates` (b, m, f/2) of all tokens at `j` (b, m)."""
         rows, columns = i.clamp(min=0), j.clamp(min=0)
         weight = self.spatial_weight[rows[..., None], columns[:, None]] * readable(i, j)  # (b, n, m)
         return weight @ gates + self.spatial_bias[rows][..., None]

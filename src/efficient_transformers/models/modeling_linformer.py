@@ -95,7 +95,7 @@ class EtLinformerAttention(MultiHeadAttention):
     def attend(self, hidden: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor | None]:
         """Per-head output, (b, h, n, d).
 
-        Weights, if asked for, are softmax(…)·F: the n×n matrix that stands in front of the values, zero at padding.
+        The weights, if requested, are softmax(…)·F: the n×n matrix that multiplies the values, zero at padding.
         Its rows need not sum to one.
         """
         projections: list[Any] = [*self.projections] or [sequence.shared]

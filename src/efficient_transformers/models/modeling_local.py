@@ -1,9 +1,9 @@
-r"""Local (truncated) attention: each token reads its neighbours, and time follows the window.
+r"""Local (truncated) attention: each token attends to its neighbours, in time proportional to the window.
 
 .. math:: S(i) = \{j : |i-j| \le w\}, \qquad \text{causal: } 0 \le i-j \le w
 
-The sliding window of Longformer (Beltagy et al. 2020, arXiv:2004.05150, section 3.1) with its width counted to one
-side: w here is half of the paper's w. L layers see L·w tokens to each side. O(n·w·d).
+The sliding window of Longformer (Beltagy et al. 2020, arXiv:2004.05150, section 3.1), with the width counted on one
+side: w here is half of the paper's w. L layers have a receptive field of L·w tokens on each side. O(n·w·d).
 """
 
 from huggingface_hub.dataclasses import strict
@@ -29,7 +29,7 @@ from .ops_patterns import AttentionPattern
 class EtLocalConfig(PatternConfig, EtConfig):
     """
     Args:
-        window_size: tokens read to each side besides the token itself; one number, or one for each layer.
+        window_size: tokens on each side that a token attends to, besides itself; one number, or one for each layer.
     """
 
     model_type = "et_local"

@@ -4,8 +4,8 @@ r"""Longformer: a sliding window and a few global tokens in one softmax (Beltagy
           S(i) = \{0, \dots, n-1\} \text{ for } i \in G
 
 Section 3.1: a window w, wider in upper layers, dilated by s in some heads, and global tokens G chosen for the task.
-The rows of G are computed with projections of their own. `head_layout="per_head"` gives window, strided window and
-global tokens a head each instead of uniting them. O(n·w·d + n·g·d).
+The rows of G are computed with projections of their own. `head_layout="per_head"` puts window, strided window and
+global tokens on different heads instead of uniting them. O(n·w·d + n·g·d).
 """
 
 from copy import deepcopy
@@ -36,14 +36,15 @@ from .ops_patterns import AttentionPattern
 class EtLongformerConfig(PatternConfig, EtConfig):
     """
     Args:
-        attention_window: w, tokens read on both sides together, even; one number, or one for each layer. `et_local`
+        attention_window: w, tokens of the window on both sides, even; one number, or one for each layer. `et_local`
             counts one side.
         attention_dilation: s; one number, one for each layer, or for each layer one for each head.
         num_global_tokens: the first tokens of every sequence that are global, to which `global_attention_mask` adds;
             None leaves it to the head: 1 where a whole sequence is judged, the question for question answering,
-            otherwise 0 (1 with `per_head`). A causal model reads its global tokens causally and marks none.
+            otherwise 0 (1 with `per_head`). In a causal model, attention to global tokens is
+            causal, and callers cannot add any.
         sep_token_id: ends the question in question answering.
-        head_layout: `union` reads window and global tokens in one softmax, as in the paper; `per_head` has local,
+        head_layout: `union` attends to window and global tokens in one softmax, as in the paper; `per_head` has local,
             strided and global heads in turn.
         stride, hops: of the strided heads.
     """
@@ -138,7 +139,7 @@ EtLongformerPreTrainedModel.model_class = EtLongformerModel
 
 
 class FirstTokenIsGlobal:
-    """Mixin of the heads that judge a whole sequence: its first token reads all of it (section 3.1)."""
+    """Mixin of heads for whole sequences: makes the first token global (section 3.1)."""
 
     @classmethod
     def own_config(cls, config: EtLongformerConfig) -> EtLongformerConfig:

@@ -32,7 +32,7 @@ class EtMixedConfig(PatternConfig, EtConfig):
     Args:
         head_patterns: one description per head, or a shorter list that is tiled over them: `local:<window>`,
             `stride:<stride>[:<hops>]`, `global:<tokens>`, `random:<blocks>[:<block size>]`, `full`, united by `|`.
-            Random blocks are drawn anew for each layer and head.
+            Random blocks are drawn separately for each layer and head.
         pattern_seed: of the random blocks.
     """
 

@@ -1,4 +1,4 @@
-r"""MLP-Mixer: an MLP over the positions, the same for all features, in the place of attention (arXiv:2105.01601).
+r"""MLP-Mixer: an MLP over the positions, the same for all features, instead of attention (arXiv:2105.01601).
 
 .. math:: Y = W_2\, \sigma(W_1 X + b_1) + b_2, \qquad W_1 \in \mathbb R^{s \times n},\; W_2 \in \mathbb R^{n \times s}
 

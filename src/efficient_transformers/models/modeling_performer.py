@@ -5,7 +5,7 @@ r"""Performer: softmax attention by positive random features, FAVOR+ (Choromansk
 
 for x = q or k over :math:`d^{1/4}` (lemma 1, section 2.3). The w are N(0, I), orthogonal in blocks of d (section 2.4),
 and drawn again now and then in training, so that no layer learns to live with the errors of one draw (section 4.2).
-`kernel="relu"` takes max(w·x, 0) in the place of exp (section 2.2), which estimates another kernel. O(n·m·d).
+`kernel="relu"` takes max(w·x, 0) instead of exp (section 2.2), which estimates another kernel. O(n·m·d).
 """
 
 from typing import Literal

@@ -40,7 +40,7 @@ class EtRfaConfig(RandomFeatureConfig, EtConfig):
     """
     Args:
         num_random_features: D, sines and as many cosines per head.
-        gated: has the decoder a recency gate? An encoder cannot: the gate forgets what lies behind.
+        gated: has the decoder a recency gate? An encoder cannot: the gate depends on the order of the tokens.
         feature_seed: of the random features.
         feature_redraw_interval: forward passes in training after which they are drawn again; None never does.
     """

@@ -1,15 +1,15 @@
-r"""Sparse Sinkhorn Attention: a learnt sorting of blocks, each read beside the one it is for (arXiv:2002.11296).
+r"""Sparse Sinkhorn Attention: attention to the own block and a learned mixture of blocks (arXiv:2002.11296).
 
 .. math:: P = \mathrm{Sinkhorn}\big((f(\bar x)\, g(\bar x)^\top + \varepsilon)/\tau\big), \qquad
           o_i = \mathrm{softmax}\big(q_i [k_{b(i)}, P_{b(i)} k]^\top/\sqrt d\big)\,[v_{b(i)}, P_{b(i)} v]
 
 Tay et al. 2020: blocks are pooled, a small network scores them against each other, and Sinkhorn's normalisation of the
-scores, with Gumbel noise in training, is a soft permutation P of the blocks. A query reads the block b(i) it stands in
-and the sorted block in its place. O(n·(block_size + n/block_size)·d).
+scores, with Gumbel noise in training, is a soft permutation P of the blocks. A query attends to its own block b(i)
+and to the sorted block at the same place. O(n·(block_size + n/block_size)·d).
 
-Where the paper's network gives each block one logit for every place, which ties the weights to a number of blocks, here
-a bilinear form of two networks scores any number of them. The paper pools by sums, here by means: a score does not grow
-with the length of what is pooled.
+*Paper*: the network computes one logit per block and place, which fixes the number of blocks. Here a bilinear form of
+two networks scores any number of them. *Paper*: blocks are pooled by sums. Here by means, so that scores do not grow
+with the block size.
 """
 
 from typing import Any
@@ -49,8 +49,8 @@ class EtSinkhornConfig(EtConfig):
         sinkhorn_iterations: normalisations of rows and columns; 0 leaves a softmax over the blocks.
         sinkhorn_temperature: temperature of the permutation; the lower, the harder it is.
         gumbel_noise: is noise added to the scores in training?
-        sortcut_blocks: an encoder's queries read this many sorted blocks, the first ones, and nothing else; None has
-            each read its own block and the sorted one in its place.
+        sortcut_blocks: all queries of an encoder attend to the first so many sorted blocks, and to nothing else; None
+            lets each attend to its own block and the sorted one at the same place.
     """
 
     model_type = "et_sinkhorn"
@@ -85,7 +85,7 @@ class EtSinkhornConfig(EtConfig):
 
 
 class EtSinkhornAttention(BlockSorting, MultiHeadAttention):
-    """Sorts the blocks, then reads. As a decoder, a block reads blocks before it, by what its first token knows."""
+    """Sorts the blocks, then attends. In a decoder, the mixture of a block depends on tokens up to its first one."""
 
     cache_class = SinkhornCacheLayer
 
@@ -112,7 +112,7 @@ class EtSinkhornAttention(BlockSorting, MultiHeadAttention):
         real = real_tokens(hidden, size, sequence.padding_mask)
         order = self.sort_causally(*self.pool(hidden)) if causal else self.sort(hidden, real)
         if config.sortcut_blocks is not None:
-            if is_traced():  # rows of zeros are not read, and a traced count may be too small
+            if is_traced():  # a traced count may be too small; rows of zeros have no effect
                 order = F.pad(order, (0, 0, 0, config.sortcut_blocks))
             order = order[:, :, : config.sortcut_blocks]
         how = order, real, causal, config.sortcut_blocks is not None
@@ -151,7 +151,7 @@ class EtSinkhornForMaskedLM(ForMaskedLM, EtSinkhornPreTrainedModel): ...
 
 class EtSinkhornForCausalLM(ForCausalLM, EtSinkhornPreTrainedModel, GenerationMixin):
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """Load the generation config, without the sampling temperature that old checkpoints give by mistake.
+        """Load the generation config, without the sampling temperature that old checkpoints contain by mistake.
 
         transformers derives it from the model config's old field `temperature`: saved in generation_config.json, or
         read from config.json where there is no such file.

@@ -1,4 +1,4 @@
-r"""Strided attention: each token reads every s-th one, so few keys reach far.
+r"""Strided attention: each token attends to every s-th one, so that few keys cover a long range.
 
 .. math:: S(i) = \{j : s \mid i-j,\; |i-j| \le s \cdot h\}, \qquad h = \infty \text{ for all multiples}
 
@@ -30,8 +30,8 @@ from .ops_patterns import AttentionPattern
 class EtStrideConfig(PatternConfig, EtConfig):
     """
     Args:
-        stride: distance s between the keys a query reads.
-        hops: how many of them to each side; None reads all multiples of the stride.
+        stride: s, distance between the keys of a query.
+        hops: number of keys on each side; None means all multiples of the stride.
     """
 
     model_type = "et_stride"

@@ -1,4 +1,4 @@
-"""Groups of tokens that the data has chosen: who stands in them, who of them reads whom, and how often."""
+"""Groups of tokens that depend on the data: their members, the allowed pairs, and how often each pair occurs."""
 
 from dataclasses import dataclass
 
@@ -7,23 +7,23 @@ from torch import Tensor
 
 from .ops_tracing import count_blocks, is_exported, is_traced
 
-PADDING = 2**40  # a bucket behind all others; times any length it is an int64
+PADDING = 2**40  # a bucket after all others; times any length it fits into int64
 
 
 @dataclass(frozen=True)
 class BucketLayout:
-    """Groups of slots, each for one token of a sequence; a token may stand in several groups or in none.
+    """Groups of slots, each for one token of a sequence; a token may be in several groups or in none.
 
     queries: the token in each query slot, (b, h, g, c) int64, -1 where it is empty.
     keys: the token in each key slot of a group, (b, h, g, m), -1 where it is empty. None: the slots of a group are its
         keys as well, and so are those of the group before it.
-    labels: (b, h, g, c), only without `keys`: equal at the slots that read each other, -1 at empty ones. Equal labels
-        stand side by side, in the order of the tokens.
-    missed: real tokens that stand in no query slot, (b, h, n); None if there are none.
-    own: does a token read itself like any other? If not, then only where it has nothing else; the slots of a group are
-        the last c of its keys then.
-    causal: does a token read no later one? Without `keys` a token then reads the last c tokens of its label: a rule
-        that no later token changes, while where groups begin depends on them all.
+    labels: (b, h, g, c), only without `keys`: equal at slots that attend to each other, -1 at empty ones. Equal labels
+        are contiguous, in the order of the tokens.
+    missed: real tokens in no query slot, (b, h, n); None if there are none.
+    own: does a token attend to itself as to any other? If not, then only if it has no other key, and the slots of a
+        group are the last c of its keys.
+    causal: does no token attend to a later one? Without `keys` a token then attends to the last c tokens of its label:
+        no later token changes that, whereas the boundaries of groups depend on all of them.
     """
 
     queries: Tensor
@@ -42,7 +42,7 @@ class BucketLayout:
         return with_group_before(self.queries, -1) if self.keys is None else self.keys
 
     def allowed(self) -> Tensor:
-        """Who reads whom inside the groups, itself excepted where `own` says so: (b, h, g, c, m) bool."""
+        """The allowed pairs within groups, without a token and itself unless `own`: (b, h, g, c, m) bool."""
         queries, keys = self.queries[..., None], self.key_tokens()[..., None, :]
         allowed = (queries >= 0) & (keys >= 0)
         if self.labels is not None:
@@ -55,12 +55,12 @@ class BucketLayout:
         return allowed if self.own else allowed & (keys != queries)
 
     def itself(self) -> Tensor:
-        """Where a query slot meets itself among the keys, (c, m) bool; only where `own` is False."""
+        """The pairs of a query slot and itself among the keys, (c, m) bool; only if `own` is False."""
         slot = torch.arange(self.keys_per_group, device=self.queries.device)
         return slot == slot[-self.queries.shape[-1] :, None]
 
     def counts(self, length: int) -> Tensor:
-        """In how many groups token i reads token j, (b, h, n, n) int64; itself once where it has nothing else."""
+        """Number of groups in which token i attends to j, (b, h, n, n) int64; 1 for itself if it has no other key."""
         batch, heads = self.queries.shape[:2]
         rows = torch.where(self.queries < 0, length, self.queries)[..., None]  # empty slots write outside
         columns = torch.where(self.key_tokens() < 0, length, self.key_tokens())[..., None, :]
@@ -78,14 +78,14 @@ class BucketLayout:
 
 
 def with_group_before(x: Tensor, empty: int) -> Tensor:
-    """(b, h, g, c) -> (b, h, g, 2c): each group behind the one before it; `empty` stands before the first."""
+    """(b, h, g, c) -> (b, h, g, 2c): each group after the previous one; `empty` before the first."""
     group = torch.arange(x.shape[2], device=x.device)  # by index: a slice of a traced length may be empty
     before = torch.where(group[:, None] > 0, x.index_select(2, (group - 1).clamp(min=0)), empty)
     return torch.cat([before, x], -1)
 
 
 def itself(real: Tensor, counts: Tensor) -> Tensor:
-    """1 where a `real` query (b, h, n) among as many keys reads nothing by `counts` (b, h, n, n), on the diagonal."""
+    """1 on the diagonal for each `real` query (b, h, n) that has no key by `counts` (b, h, n, n)."""
     return torch.diag_embed((real & (counts.sum(-1) == 0)).long())
 
 
@@ -106,11 +106,11 @@ def sorted_chunks(buckets: Tensor, padding_mask: Tensor | None, chunk_length: in
 def chained_chunks(
     buckets: Tensor, padding_mask: Tensor | None, chunk_length: int, causal: bool, chunks: Tensor | None = None
 ) -> BucketLayout:
-    """As `sorted_chunks`, but tokens read their whole chunk and the one before it, whatever the bucket.
+    """`sorted_chunks`, but tokens attend to their whole chunk and the previous one, whatever the bucket.
 
-    The chunks of all rounds form a ring: the first chunk of a round reads the last one of the round before. `chunks`
-    (b,) is the number of chunks of a round that belong to the ring; None takes those that hold real tokens. This is
-    what transformers' Reformer computes, with all chunks in the ring, those of padding too.
+    The chunks of all rounds form a ring: the first chunk of a round attends to the last one of the previous round.
+    `chunks` (b,) is the number of chunks of a round that belong to the ring; None takes those that hold real tokens.
+    This is what transformers' Reformer computes, with all chunks in the ring, those of padding too.
     """
     order, real = sorted_tokens(buckets, padding_mask)
     tokens = cut_into_chunks(torch.where(real, order, -1), chunk_length)
@@ -130,7 +130,7 @@ def chained_chunks(
 
 
 def sorted_tokens(buckets: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Tokens by bucket, then by position, padding last; and where real ones stand: (b, h, r, n) each."""
+    """Tokens by bucket, then by position, padding last; and the places of real ones: (b, h, r, n) each."""
     if padding_mask is not None:
         buckets = torch.where(padding_mask[:, None, None], buckets, PADDING)
     order = stable_order(buckets)
@@ -161,11 +161,11 @@ def cut_into_chunks(x: Tensor, size: int) -> Tensor:
 
 
 def recent_counts(buckets: Tensor, key_buckets: Tensor, positions: Tensor, key_positions: Tensor, reach: int) -> Tensor:
-    """In how many rounds a query reads a key: one of the last `reach` tokens of its bucket, (b, h, n, m) int64.
+    """Number of rounds in which a key is one of the last `reach` tokens of a query's bucket, (b, h, n, m) int64.
 
     The rule of a causal `BucketLayout` without `keys`, for queries whose past is at hand: `buckets` (b, h, r, n),
     `key_buckets` (b, h, r, m), `positions` (b, n) and `key_positions` (b, m) ascending, -1 at padding. The queries are
-    the last keys. A query reads itself once where it has nothing else; padding reads and is read nothing.
+    the last keys. A query attends to itself once if it has no other key; padding has no pairs.
     """
     i, j = positions[:, None, None, :, None], key_positions[:, None, None, None]
     same = (buckets[..., None] == key_buckets[..., None, :]) & (j >= 0) & (j < i)  # (b, h, r, n, m)

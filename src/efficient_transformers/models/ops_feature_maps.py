@@ -1,6 +1,6 @@
-"""Feature maps: functions φ with φ(q)·φ(k) in the place of exp(q·k), so that keys can be summed before a query comes.
+"""Feature maps: functions φ with φ(q)·φ(k) instead of exp(q·k), so that keys can be summed independently of queries.
 
-Maps that are drawn at random take the draw as an argument. All take (…, d) and give (…, f).
+Maps that are drawn at random take the draw as an argument. All map (…, d) to (…, f).
 """
 
 import math
@@ -52,14 +52,14 @@ def log_identity(x: Tensor) -> Tensor:
 
 
 class FeatureMap(NamedTuple):
-    """A map, and how the engine has to treat what it gives.
+    """A map, and the properties of its output that the engine needs.
 
     features: (…, d) and, if `is_random`, the projection -> (…, f).
     per_row: features of each row of the projection.
-    in_logs: it gives log φ, which the engine shifts by the largest key of each feature so that nothing overflows.
+    in_logs: it returns log φ, which the engine shifts by the largest key of each feature so that nothing overflows.
     per_feature: each feature of the keys is divided by its sum over positions, those of a query by their sum over
         features (Shen et al. 2018); False divides each query by the sum of its weights.
-    floor: the least that a query is divided by, per key that it reads, where weights may cancel.
+    floor: the least that a query is divided by, per key that it attends to, where weights may cancel.
     """
 
     features: Callable[..., Tensor]

@@ -3,8 +3,8 @@ r"""The real part of a two-dimensional discrete Fourier transform, each sequence
 .. math:: y_{kg} = \mathrm{Re} \sum_{j<n} \sum_{f<e} x_{jf}\, e^{-2\pi i (jk/n + fg/e)}
 
 Both matrices of the transform are symmetric, so it is its own transpose: its gradient is the transform of the gradient.
-All take x (b, n, e) with the real tokens of each row first and give (b, n, e) in its dtype, zeros at padding, on which
-nothing depends. They run in float32 or wider.
+All take x (b, n, e) with the real tokens of each row first and return (b, n, e) in its dtype, zeros at padding, whose
+input is ignored. They run in float32 or wider.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def fourier_mix_chirp(x: Tensor, padding_mask: Tensor) -> Tensor:
     length, size = x.shape[1:]
     real = padding_mask.sum(1)[:, None].clamp(min=1)
     position = torch.arange(2 * length, device=x.device)
-    distance = torch.minimum(position, 2 * length - position)  # of 0 … n-1, n, which nobody reads, and -(n-1) … -1
+    distance = torch.minimum(position, 2 * length - position)  # of 0 … n-1, n, which is not used, and -(n-1) … -1
     angle = (distance**2 % (2 * real)).to(wide) * (pi / real.to(wide))  # (b, 2n); whole turns are left out exactly
     around = torch.complex(angle.cos(), angle.sin())[..., None]
     position, chirp = position[:length], around[:, :length].conj()

@@ -1,4 +1,4 @@
-"""Attention patterns drawn by hand: which keys a query may read, described once.
+"""Fixed attention patterns: the keys that each query attends to, described once.
 
 The same description is evaluated by the engine, written out as the dense mask that the engine must equal, handed to
 FlexAttention as a predicate, and drawn.
@@ -15,7 +15,7 @@ from .ops_checks import check_at_least
 
 @dataclass(frozen=True)
 class AttentionPattern:
-    r"""The set of keys each query reads: a (dilated) window ∪ global tokens ∪ random blocks.
+    r"""The set of keys of each query: a (dilated) window ∪ global tokens ∪ random blocks.
 
     .. math:: S(i) = \{j : |i-j| \le w \cdot s,\; s \mid i-j\} \;\cup\; G \;\cup\; R(i),
               \qquad S(i) = \{0, \dots, n-1\} \text{ for } i \in G
@@ -27,11 +27,11 @@ class AttentionPattern:
     from 0, padding is never in S.
 
     Args:
-        window: w, how many steps of `dilation`, or blocks, to look to each side; 0 reads the token itself or its
-            block, None knows no limit.
+        window: w, how many steps of `dilation`, or blocks, to look to each side; 0 is the token itself or its
+            block, None has no limit.
         dilation: s, distance between the keys of a window, in tokens.
         in_blocks: does the window count blocks?
-        global_tokens: G, positions that read everything and that everything reads, ascending.
+        global_tokens: G, positions that attend to everything and that everything attends to, ascending.
         global_ends: the first and the last block of the sequence are in G, too.
         num_random_blocks: how many blocks of keys each block of queries draws, per head.
         block_size: b, tokens in a block.
@@ -66,7 +66,7 @@ class AttentionPattern:
 
     @property
     def is_full(self) -> bool:
-        """Does every query read every key (that causality leaves it)?"""
+        """Does every query attend to every key, or to every earlier one if causal?"""
         return self.window is None and self.dilation == 1
 
     @property
@@ -88,7 +88,7 @@ class AttentionPattern:
 
     @property
     def name(self) -> str:
-        """The pattern in words, e.g. `local:128 | global:2`; what `parse_pattern` reads."""
+        """The pattern in words, e.g. `local:128 | global:2`; the input of `parse_pattern`."""
         if self.is_full:
             return "full"
         parts = []
@@ -136,7 +136,7 @@ class AttentionPattern:
         return found
 
     def allows(self, head: Tensor, i: Tensor, j: Tensor, length: int | Tensor, blocks: Tensor | None = None) -> Tensor:
-        """May query i of `head` read key j in a sequence of `length` real tokens? Broadcasts, bool.
+        """Does query i of `head` attend to key j in a sequence of `length` real tokens? Broadcasts, bool.
 
         `blocks` (h, blocks, r) are the random ones of each `head`; None draws those of one length.
         """
@@ -192,7 +192,7 @@ def rounded_length(length: int, least: int = 1) -> int:
 
 
 def times_drawn(table: Tensor, head: Tensor, i: Tensor, j: Tensor, block_size: int) -> Tensor:
-    """How often the blocks of `table` (h, blocks, r) give key j to query i of `head`. Broadcasts, int64."""
+    """Number of blocks in `table` (h, blocks, r) that contain key j for query i of `head`. Broadcasts, int64."""
     blocks = (i // block_size).clamp(0, table.shape[1] - 1)
     return (table[head, blocks] == (j // block_size)[..., None]).sum(-1)
 
@@ -251,7 +251,7 @@ def parse_pattern(text: str, seed: int = 0, causal: bool = False) -> AttentionPa
 
     Also `blocks:<to each side>[:<block size>]`, a window of blocks, and `ends[:<block size>]`, the first and the last
     block as global tokens. Parts joined by `|` are united: `"local:128 | global:2"`.
-    Raises ValueError that quotes the part it cannot read.
+    Raises ValueError that quotes the part it cannot parse.
     """
     fields: dict[str, int | bool | tuple[int, ...] | None] = {}
     for part in text.split("|"):

@@ -11,8 +11,8 @@ def sinkhorn(scores: Tensor, iterations: int, temperature: float, real: Tensor |
               P_{ij} \propto_j \exp(s_{ij}/\tau + g_j)
 
     Sinkhorn 1964; in logarithms as in Mena et al. 2018 (arXiv:1802.08665) and Tay et al. 2020 (arXiv:2002.11296). Each
-    iteration takes the rows and then the columns. At the end the rows are normalised once more, since a row is a
-    mixture that somebody reads: rows sum to one exactly, columns in the limit. `scores` (…, c, c), in units of
+    iteration takes the rows and then the columns. At the end the rows are normalized once more, because each
+    row is used as a mixture: rows sum to one exactly, columns in the limit. `scores` (…, c, c), in units of
     `temperature`; towards 0 the result is the permutation with the largest sum of scores. `real` (…, c) is True at
     real blocks: rows and columns of the others are zero. Returns (…, c, c) in float32 or wider.
     """
@@ -33,14 +33,14 @@ def sinkhorn(scores: Tensor, iterations: int, temperature: float, real: Tensor |
 
 
 def causal_sinkhorn(scores: Tensor, iterations: int, temperature: float) -> Tensor:
-    r"""The same where row i may only read columns j < i, and only know of rows up to itself.
+    r"""Causal `sinkhorn`: row i has only columns j < i, and depends only on rows up to itself.
 
     .. math:: P_{ij} \propto_{j<i} \exp(s_{ij}/\tau), \qquad
               P_{ij} \leftarrow \propto_{j<i} P_{ij} \,/\, (1 + \textstyle\sum_{i'<i} P_{i'j}) \quad
               \text{(`iterations` times)}
 
     A column is divided by what earlier rows have taken of it and the one that this row would take as a whole. Rows
-    sum to one, row 0 to zero. Shapes, units and dtype as in `sinkhorn`; padding behind the real blocks needs no mask.
+    sum to one, row 0 to zero. Shapes, units and dtype as in `sinkhorn`; padding after the real blocks needs no mask.
 
     The paper's causal balancing masks its sums to the triangle; those of its columns run over all rows and tell a row
     of later ones. Nor can what it aims at be had: the only strictly triangular matrix whose rows sum to one and whose

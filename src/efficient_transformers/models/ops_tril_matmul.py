@@ -1,4 +1,4 @@
-"""A lower triangular matrix over positions times what stands there, for half the work of a full one."""
+"""The product of a lower triangular matrix over positions and their features, for half the work of a full one."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,9 +13,9 @@ ROWS = 512  # of the matrix at a time: a product large enough for full speed, a 
 
 
 def triangular_product(weight: Tensor, x: Tensor) -> Tensor:
-    """The lower triangle of `weight` (n, n) times `x` (b, n, f), (b, n, f) in `x.dtype`; the rest of it is not read.
+    """The lower triangle of `weight` (n, n) times `x` (b, n, f), (b, n, f) in `x.dtype`; the rest of it is ignored.
 
-    O(n²·f). Chunks of rows leave out the columns behind them. There is no second derivative.
+    O(n²·f). Chunks of rows leave out the columns after them. There is no second derivative.
     """
     if is_traced():
         return (weight.tril() @ x).to(x.dtype)
