@@ -4,8 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from .any_model.report import attention_report
 from .cards import costs_of, description_of, measured
 from .conversion import SOURCES, convert
 from .costs import costs_table
+from .errors import check_fields, said
 from .exporting import README, export, public_file, select_files
 from .memory import check_layers
-from .models.base_configuration import EtConfig
 from .publishing import missing_for_push, push, staged, to_fill_in
 from .registry import VARIANTS, variant_of
 
@@ -42,9 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, StrictDataclassError) as error:
         if options.debug:
             raise
-        if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
-            error = error.__cause__  # without the name of the validator
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", said(error), file=sys.stderr)
         return 2
     return 0
 
@@ -168,16 +165,6 @@ def assignment(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def check_fields(names: Iterable[str], config_class: type[EtConfig]) -> None:
-    """Raise ValueError for a name that is no field of the config."""
-    known = [field.name for field in dataclasses.fields(config_class)]
-    for name in names:
-        if name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(known))}."
-            raise ValueError(f"{config_class.__name__} has no field {name!r}: {hint}")
-
-
 def run_list(options: argparse.Namespace) -> None:
     rows = [("variant", "what it is", "paper", "cost", "causal", *MEASURED)]
     for v in VARIANTS.values():
@@ -197,7 +184,8 @@ def run_describe(options: argparse.Namespace) -> None:
     variant, folder = VARIANTS[options.variant], options.cards / f"{options.variant}-era"
     if not 1 <= options.length <= LONGEST:
         raise ValueError(f"--length ({options.length:,}) must lie between 1 and {LONGEST:,} tokens.")
-    check_fields(options.fields, variant.config_class)
+    names = [field.name for field in dataclasses.fields(variant.config_class)]
+    check_fields(options.fields, names, variant.config_class.__name__)
     fields = {"max_position_embeddings": options.length, **options.fields}
     if (folder / "config.json").exists():  # that of the zoo, made longer or shorter
         saved = variant.config_class.from_pretrained(folder)

@@ -227,7 +227,7 @@ REFUSED = {
         {},
         "local",
         {"colour": 3},
-        "no field 'colour': it has anchor_interval, anchor_token_ids, attention_probs_dropout_prob",
+        "no field 'colour'; known are anchor_interval, anchor_token_ids, attention_probs_dropout_prob",
     ),
     "its own rule": ("Bert", {}, "local", {"window_size": 0}, r"window_size \(0\) must be at least 1"),
     "its own type": ("Bert", {}, "local", {"window_size": "wide"}, "window_size"),

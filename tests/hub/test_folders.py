@@ -150,7 +150,7 @@ def test_a_broken_card_is_named(folder):
 
 
 BAD = [
-    (["describe", "local", "widnow_size=3"], "EtLocalConfig has no field 'widnow_size': did you mean 'window_size'"),
+    (["describe", "local", "widnow_size=3"], "EtLocalConfig has no field 'widnow_size'; did you mean 'window_size'"),
     (["describe", "local", "banana=3"], "EtLocalConfig has no field 'banana'"),
     (["describe", "local", "hidden_size=abc"], "'hidden_size' expected int"),
     (["describe", "local", "hidden_size=-4"], "hidden_size (-4) must be at least 1"),

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -177,4 +177,4 @@ def cost_of(rule: Rule, call: Call, length: int) -> int:
     return total * (keys + values)
 
 
-pair_count = cache(pairs)
+pair_count = lru_cache(maxsize=1024)(pairs)

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields as fields_of
-from difflib import get_close_matches
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ..errors import check_fields, said
 from ..models.base_kernel_attention import KernelConfig
 from ..registry import Variant
 from .layouts import SOURCES
@@ -27,7 +27,7 @@ def make_config(
     """Merge all fields. Raises ValueError for unknown fields, and for fields that the source's weights rule out."""
     own = own_fields(variant)
     of_blocks = block_fields(variant, own, block_tables, fields)
-    check_known(fields, own, variant)
+    check_fields(fields, own | TRANSFORMERS_FIELDS, variant.model_type)
     fixed = fixed_fields(source_config, kept_head, own)
     for name, value in fixed.items():
         if fields.get(name, value) != value:
@@ -41,25 +41,14 @@ def make_config(
     values |= of_blocks
     try:
         return variant.config_class(**{**values, **fixed, **fields})
-    except StrictDataclassError as error:  # says which validator failed; the cause says why
-        raise ValueError(str(error.__cause__ or error)) from error
+    except StrictDataclassError as error:
+        raise ValueError(said(error)) from error
 
 
 def own_fields(variant: Variant) -> set[str]:
     """Fields of the variant that transformers' base config does not have."""
     theirs = {entry.name for entry in fields_of(PreTrainedConfig)}
     return {entry.name for entry in fields_of(variant.config_class)} - theirs
-
-
-def check_known(fields: Mapping[str, Any], own: set[str], variant: Variant) -> None:
-    """Raise ValueError for a field that the variant does not have."""
-    for name in fields:
-        if name not in own | TRANSFORMERS_FIELDS:
-            close = get_close_matches(name, own, n=1)
-            raise ValueError(
-                f"{variant.model_type} has no field {name!r}"
-                + (f"; did you mean {close[0]!r}?" if close else f": it has {', '.join(sorted(own))}.")
-            )
 
 
 def fields_of_source(source_config: PreTrainedConfig) -> dict[str, Any]:

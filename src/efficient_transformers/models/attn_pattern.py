@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .attn_pattern_blocked import blocked_attention
 from .attn_pattern_flex import flex_pattern_attention
-from .attn_pattern_tiled import biased_attention, by_rows, is_short, mask_size, tiled_attention
+from .attn_pattern_tiled import biased_attention, by_rows, is_short, kept_masks, mask_size, tiled_attention
 from .ops_engine import BatchRows, choose_engine
 from .ops_patterns import AttentionPattern, times_drawn
 from .ops_tiles import as_bias
@@ -119,10 +119,18 @@ def in_order(groups: HeadGroups, parts: list[Tensor]) -> Tensor:
     return joined.index_select(1, torch.tensor(order, device=joined.device).argsort())
 
 
-@lru_cache(maxsize=16)
-def bias_of_heads(groups: HeadGroups, length: int, dtype: torch.dtype) -> Tensor:
+def make_bias_of_heads(groups: HeadGroups, length: int, dtype: torch.dtype) -> Tensor:
     """0 where a head attends to a key and -inf elsewhere, (1, h, n, n); n is short here."""
     return as_bias(in_order(groups, [pattern.dense(length, len(heads))[None] for pattern, heads in groups]), dtype)
+
+
+small_biases, large_biases = (lru_cache(maxsize=size)(make_bias_of_heads) for size in (16, 2))
+
+
+def bias_of_heads(groups: HeadGroups, length: int, dtype: torch.dtype) -> Tensor:
+    """`make_bias_of_heads`, kept (`kept_masks`)."""
+    entries = sum(len(heads) for _, heads in groups) * length**2
+    return kept_masks(entries, small_biases, large_biases)(groups, length, dtype)
 
 
 def as_slice(heads: tuple[int, ...]) -> slice | list[int]:

@@ -20,6 +20,7 @@ from .ops_tiles import as_bias, tiles, windows
 # Cost of a turn of the loop besides its products, and of the loop itself, in entries of a weight matrix, measured.
 # They decide which sequences are so short that one dense product is faster; none above ALWAYS_LONG is.
 TURN_PRICE, START_PRICE, ALWAYS_LONG = 2**16, 3 * 2**16, 4096
+SMALL_MASK = 2**20  # entries of a mask of which several are kept
 
 
 def tiled_attention(
@@ -91,13 +92,32 @@ def mask_size(length: int, *patterns: AttentionPattern) -> int:
     return length if any(pattern.depends_on_length for pattern in patterns) else rounded_length(length)
 
 
-@lru_cache(maxsize=32)
-def dense_bias(
+def kept_masks(entries: int, small: Callable, large: Callable) -> Callable:
+    """The cache for a mask of so many entries: 16 small ones and 2 large ones are kept, for all models together.
+
+    The bound is 16 x SMALL_MASK entries and two masks of ALWAYS_LONG tokens; rows of varied lengths would otherwise
+    fill the memory.
+    """
+    return small if entries <= SMALL_MASK else large
+
+
+def make_dense_bias(
     pattern: AttentionPattern, length: int, num_heads: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
     """0 at the pairs of the pattern and -inf elsewhere, (1, h, n, n); None for all pairs. Only for short n."""
     allowed = pattern.dense(length, num_heads, device)[None]  # of three axes torch's fast kernel takes no mask
     return None if bool(allowed.all()) else as_bias(allowed, dtype)
+
+
+small_biases, large_biases = (lru_cache(maxsize=size)(make_dense_bias) for size in (16, 2))
+
+
+def dense_bias(
+    pattern: AttentionPattern, length: int, num_heads: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """`make_dense_bias`, kept (`kept_masks`)."""
+    make = kept_masks(num_heads * length**2, small_biases, large_biases)
+    return make(pattern, length, num_heads, dtype, device)
 
 
 @lru_cache(maxsize=1024)

@@ -1,6 +1,7 @@
 """The fields every variant has, their checks, and what makes a checkpoint open on its own."""
 
 import json
+import math
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal
@@ -198,6 +199,13 @@ class EtConfig(PreTrainedConfig):
             if getattr(self, name, False):
                 raise ValueError(f"{name} (True) must be False: these models have no second stack to attend to.")
         check_at_least("chunk_size_feed_forward", self.chunk_size_feed_forward, 0, "0 does not divide the sequence")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{entry.name} ({value}) must be a finite number.")
+        check_at_least("layer_norm_eps", self.layer_norm_eps, 0, "it is added to a variance")
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta ({self.rope_theta}) must be more than 0: it is the base of the wavelengths.")
         check_at_least("initializer_range", self.initializer_range, 0, "it is a standard deviation")
         for name in ("hidden_act", "pooler_act"):
             if (value := getattr(self, name)) not in ACT2FN:

@@ -148,7 +148,7 @@ def apart(pattern: AttentionPattern, queries: Span, keys: Span, spans: Spans) ->
         start += count
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)  # of a tile at most each, 2**16 entries or a few: 16 MB
 def band(
     num_queries: int,
     num_keys: int,

@@ -10,12 +10,13 @@ import math
 import re
 import types
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader
+
+from ..errors import did_you_mean
 
 REPOSITORY = Path(__file__).resolve().parents[3]  # if this is a checkout
 CONFIGS = REPOSITORY / "configs"
@@ -237,11 +238,6 @@ class Settings:
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
-
-
-def did_you_mean(key: str, known: Iterable[str]) -> str:
-    close = get_close_matches(key, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -14,9 +14,17 @@ import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ...cards import costs_of  # the package registers the variants with the Auto classes
+from ...errors import check_fields, did_you_mean, said
 from ...folders import check_folder
 from ...memory import (
     ADAM,
@@ -31,9 +39,12 @@ from ...memory import (
 )
 from ...trust import UntrustedCodeError, refusing_code
 from ..data.classes import listed
-from ..settings import InputError, Settings, did_you_mean, find_path
+from ..settings import InputError, Settings, find_path
 from .outputs import LOGS
 from .sharding import on_cpus, settle_sharding
+
+# how a config class fails on values that a damaged or strange config.json may hold
+LOADING = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
@@ -77,7 +88,7 @@ def opening(what: str, name: str) -> Iterator[str | Path]:
         raise InputError(str(error)) from None
     except Exception as error:  # files may hold anything, and libraries then raise anything
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        raise InputError(f"The {what} {name!r} cannot be loaded: {kind}{error}") from error
+        raise InputError(f"The {what} {name!r} cannot be loaded: {kind}{said(error)}") from error
 
 
 def load_tokenizer(settings: Settings, needs_padding: bool = True) -> PreTrainedTokenizerBase:
@@ -106,6 +117,10 @@ def build_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None, 
             # call the constructor again, so that the class validates the changed fields
             config = type(config).from_dict({**config.to_dict(), **fields, **task_fields})
         else:
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"there is no model_type {model_type!r}{did_you_mean(str(model_type), CONFIG_MAPPING)}"
+                )
             config_class = type(AutoConfig.for_model(model_type))
             _check_fields(config_class, fields)
             from_tokenizer = {}
@@ -116,22 +131,18 @@ def build_config(settings: Settings, tokenizer: PreTrainedTokenizerBase | None, 
             config = config_class(**{**from_tokenizer, **fields, **task_fields})
     except InputError:
         raise
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        # a strict dataclass wraps the message of a check
-        said = error.__cause__ if isinstance(error, StrictDataclassError) else error
-        raise InputError(f"The model section cannot be used: {said}") from error
+    except (*LOADING, StrictDataclassError) as error:
+        is_damaged = checkpoint is not None and not fields
+        what = f"The checkpoint {checkpoint!r} cannot be loaded" if is_damaged else "The model section cannot be used"
+        raise InputError(f"{what}: {said(error)}") from error
     if tokenizer is not None:
         _check_sizes(config, settings, tokenizer)
     return config
 
 
 def _check_fields(config_class: type[PreTrainedConfig], fields: dict[str, Any]) -> None:
-    """Raise InputError for unknown fields, which transformers would silently store without any effect."""
     known = {*getattr(config_class, "__dataclass_fields__", {}), *config_class.attribute_map}
-    known |= set(inspect.signature(config_class.__init__).parameters)
-    for field in fields:
-        if field not in known:
-            raise InputError(f"{config_class.__name__} has no field {field!r}{did_you_mean(field, sorted(known))}")
+    check_fields(fields, known | set(inspect.signature(config_class.__init__).parameters), config_class.__name__)
 
 
 def _check_sizes(config: PreTrainedConfig, settings: Settings, tokenizer: PreTrainedTokenizerBase) -> None:
