@@ -3,7 +3,6 @@
 import contextlib
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ..settings import InputError, Settings
 from .batches import Batch, EpochSampler, Steps, lengths_of
 from .checkpoints import Checkpoints, Progress
 from .outputs import CHECKPOINTS
+from .progress import progress_bar
 from .sharding import name_blocks
 from .state import TrainingState
 from .streaming import Stream, StreamedSteps
@@ -68,7 +68,10 @@ def train(
         progress.before = evaluate(run.model)
         record_scores(accelerator, 0, progress.before, "before training")
 
-    with progress_bar(accelerator, run.total, progress.step) as bar, noticing_sigterm() as heard:
+    with (
+        progress_bar("training", run.total, progress.step, accelerator.is_main_process) as bar,
+        noticing_sigterm() as heard,
+    ):
         while not run.over:
             run.model.train()
             began = time.perf_counter()
@@ -298,12 +301,6 @@ def start_tracker(accelerator: Accelerator, settings: Settings, step: int) -> No
         # entries logged after the checkpoint will be logged again
         purge = {settings.tracker: {"purge_step": step + 1}} if step else {}
         accelerator.init_trackers("training", init_kwargs=purge)
-
-
-def progress_bar(accelerator: Accelerator, total: int, done: int) -> Any:
-    """A progress bar on the main process, if it runs in a terminal."""
-    visible = accelerator.is_main_process and sys.stderr.isatty()
-    return tqdm(total=total, initial=done, desc="training", disable=not visible)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from ..data.packing import IGNORED
 from .batches import make_loader
 from .metrics import OWN_METRICS, check_trust, compute_metrics, load_metrics
+from .progress import progress_bar
 
 
 class Scorer:
@@ -117,10 +118,13 @@ class Evaluator:
     def __call__(self, model: torch.nn.Module) -> dict[str, float]:
         model.eval()
         found: list[Any] = []
+        bar = progress_bar("evaluating", len(self.loader), shown=self.accelerator.is_main_process, leave=False)
         for batch in self.loader:
             # with labels, the model would compute a loss that is not used
             outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
             findings: Any = self.scorer.judge(outputs, batch)
             found += self.accelerator.gather_for_metrics(findings, use_gather_object=True)
+            bar.update()
+        bar.close()
         assert len(found) == len(self.scorer.data)
         return self.scorer.scores(found)

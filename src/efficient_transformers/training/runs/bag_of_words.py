@@ -18,7 +18,7 @@ from ..engine.building import load_tokenizer
 from ..engine.metrics import compute_metrics, load_metrics
 from ..settings import InputError
 from ..tasks.classify import ClassifySettings, labelled_documents
-from .errors import input_errors
+from .errors import add_debug, input_errors
 
 
 def scores_of(settings: ClassifySettings) -> dict[str, dict[str, float]]:
@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--variant", default="full", help="for settings that depend on the variant")
+    add_debug(parser)
     given, options = parser.parse_known_args(arguments)
-    with input_errors():
+    with input_errors(debug=given.debug):
         print(json.dumps(scores_of(ClassifySettings.from_yaml(given.config, options, given.variant))))

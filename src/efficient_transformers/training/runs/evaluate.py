@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..engine.outputs import recorded_settings
 from ..tasks import task_of
-from .errors import input_errors
+from .errors import add_debug, input_errors
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the run; before the other options")
+    add_debug(parser)
     given, options = parser.parse_known_args(arguments)
-    with input_errors():
+    with input_errors(debug=given.debug):
         task_of(recorded_settings(given.folder)).evaluate_folder(given.folder, options)

@@ -39,7 +39,7 @@ from ..engine.task import Task
 from ..settings import InputError
 from ..tasks import classify, pretrain_clm, pretrain_mlm, task_of
 from . import check_published
-from .errors import input_errors
+from .errors import add_debug, input_errors
 
 MOST_BYTES = 3_000_000
 DRAWN_TOKENS = 512
@@ -184,11 +184,12 @@ def main(arguments: list[str] | None = None) -> None:
     modes.add_argument("--cards", action="store_true", help="rewrite picture and card of each folder")
     modes.add_argument("--check", action="store_true", help="compare each folder with its card")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the folders")
+    add_debug(parser)
     given = parser.parse_args(arguments)
     trust = given.trust_remote_code
     if not (given.check or given.cards) and len(given.folders) != 2:
         parser.error("a run and an output folder are required")
-    with input_errors(ValueError, OSError):
+    with input_errors(ValueError, OSError, debug=given.debug):
         if given.check:
             sys.exit(check(given.folders, trust_remote_code=trust))
         if given.cards:

@@ -29,7 +29,7 @@ import pandas as pd
 from ..engine.outputs import CHECKPOINTS, METRICS, write_whole
 from ..settings import FREE_TO_CHANGE, InputError, Settings
 from ..tasks import task_of
-from .errors import input_errors
+from .errors import add_debug, input_errors
 
 RUNS = Path("runs")
 LOWER_IS_BETTER = {"loss", "perplexity", "nats_per_byte", "bits_per_byte"}
@@ -397,8 +397,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", metavar="GROUP", help="groups to write (default: all)")
     parser.add_argument("--picture", nargs="+", default=[], metavar="GROUP=FILE.png", help="plot a group as well")
     parser.add_argument("--beside", metavar="SETTING", help="show runs that differ in it side by side; none: do not")
+    add_debug(parser)
     given = parser.parse_args(arguments)
-    with input_errors():
+    with input_errors(debug=given.debug):
         written, runs = write_page(given)
     print(f"{given.out}: {', '.join(written)}; {given.out.with_suffix('.json')}: {runs} runs")
 

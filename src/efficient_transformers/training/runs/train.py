@@ -18,7 +18,7 @@ from accelerate import PartialState
 from ..engine.loop import Stopped
 from ..settings import compose
 from ..tasks import read_settings, task_of
-from .errors import input_errors
+from .errors import add_debug, input_errors
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = shlex.join(
         ["accelerate", "launch", "training/train.py", "--config", str(given.config), *variant, *options]
     )
-    with input_errors():
+    with input_errors(debug=given.debug):
         if given.help:
             print(task_of(compose(given.config, given.variant)).settings_class.parser().format_help())
             return
@@ -48,6 +48,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML of settings, e.g. configs/era.yaml")
     parser.add_argument("--variant", help="selects its section of the YAML, and its file in configs/variants")
     parser.add_argument("-h", "--help", action="store_true", help="with --config: show the settings of its task")
+    add_debug(parser)
     given, options = parser.parse_known_args(arguments)
     if given.config is None:
         if given.help:

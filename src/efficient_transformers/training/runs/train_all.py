@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from ... import VARIANTS
 from ..settings import InputError, compose
 from ..tasks import task_of
-from .errors import input_errors
+from .errors import add_debug, input_errors
 from .running import RunFailed, train_or_find
 
 STOPPED = 143  # exit code of a run stopped by SIGTERM
@@ -31,11 +31,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--accelerate_config", type=Path, help="passed to `accelerate launch` as --config_file")
+    add_debug(parser)
     given, options = parser.parse_known_args(arguments)
     launcher = [sys.executable]
     if given.accelerate_config:
         launcher += ["-m", "accelerate.commands.launch", "--config_file", str(given.accelerate_config)]
-    with input_errors():
+    with input_errors(debug=given.debug):
         variants = given.variants or variants_of(given.config)
 
     failed = []
