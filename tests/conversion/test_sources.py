@@ -238,6 +238,14 @@ REFUSED = {
     ),
     "encoder": ("gpt2", None, {}, "full", {"is_decoder": False}, r"is_decoder \(False\) must be True"),
     "cross": ("gpt2", None, {"add_cross_attention": True}, "full", {}, "add_cross_attention=True"),
+    "untied": (
+        "gpt2-untied",
+        "CausalLM",
+        {},
+        "full",
+        {"tie_word_embeddings": True},
+        r"\(True\) must be False",
+    ),
     "types": ("distilbert", None, {}, "full", {"type_vocab_size": 2}, r"type_vocab_size \(2\) must be 0"),
 }
 
