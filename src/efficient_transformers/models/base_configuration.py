@@ -242,7 +242,7 @@ class EtConfig(PreTrainedConfig):
 
 @strict
 class PatternConfig(EtConfig):
-    """Base of the configs whose attention is drawn by hand; states the pattern of each head of each layer.
+    """Base of the configs of pattern attention; states the pattern of each head of each layer.
 
     Args:
         anchor_interval: repeat the [CLS] and [SEP] of a model that was trained on short texts every so many places of a
