@@ -252,7 +252,7 @@ def pushed_to_a_branch() -> None:
     assert not api.model_info("tester/era-open").private
     code, out = command("push", str(folder), "tester/era-open")
     assert code == 2
-    assert "public already" in out
+    assert "already public" in out
 
 
 @stage("without")
