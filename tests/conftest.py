@@ -1,6 +1,7 @@
 """Environment, fixtures and scheduling of all tests."""
 
 import os
+import re
 import sys
 import tempfile
 
@@ -52,6 +53,25 @@ def same_choices(monkeypatch):
         return self.decisions.setdefault(layer, choices[layer])
 
     monkeypatch.setattr(base_mixer.SequenceInfo, "cached_choice", decide)
+
+
+def pytest_make_parametrize_id(val, argname: str) -> str | None:
+    """Name values that pytest would print without their parameter, or only number: `causal`, `length=7`."""
+    if isinstance(val, bool):
+        return argname if val else f"not {argname}"
+    if val is None or isinstance(val, (int, float)):
+        return f"{argname}={val}"
+    if isinstance(val, (dict, list, tuple)) and plain(val):
+        pairs = [f"{name}={value}" for name, value in val.items()] if isinstance(val, dict) else map(str, val)
+        return re.sub(r"['\"]", "", f"{argname}({', '.join(pairs)})")[:80]
+    return None
+
+
+def plain(value) -> bool:
+    """True if the text of `value` is the same in every process."""
+    if isinstance(value, (dict, list, tuple)):
+        return all(map(plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects slow tests

@@ -109,7 +109,42 @@ SETTINGS: dict[str, list[dict]] = {
     "fnet": [{}, {"embedding_projection": True, "hidden_act": "gelu_new"}, {"norm_first": True}],
 }
 CASES = [(VARIANTS[slug], settings) for slug, all_settings in SETTINGS.items() for settings in all_settings]
-IDS = [f"{variant.slug}-{number}" for variant, settings in CASES for number in [SETTINGS[variant.slug].index(settings)]]
+# for the ids of tests, one of each setting, in the order of SETTINGS
+SETTING_NAMES = {
+    "full": ["default", "post_norm", "embedding_size"],
+    "local": ["rotary", "window_per_layer", "reversible"],
+    "stride": ["unlimited", "two_hops"],
+    "global": ["first_tokens", "external_tokens"],
+    "mixed": ["four_patterns", "unions", "blocks"],
+    "longformer": ["learned", "dilated", "per_head", "rotary"],
+    "big_bird": ["drawn_blocks", "external_tokens", "stored_blocks", "per_head"],
+    "reformer": ["two_hashes", "two_bucket_factors", "across_buckets", "one_bucket"],
+    "routing": ["local_and_routing_heads", "local_heads", "routing_heads"],
+    "sinkhorn": ["default", "sortcut", "rotary"],
+    "linformer": ["shared", "unshared", "headwise", "layerwise", "layerwise_reversible"],
+    "compressed": ["compressed_and_local", "default", "compressed_only", "rotary"],
+    "synthesizer": [
+        "random",
+        "dense",
+        "factorized_random",
+        "factorized_dense",
+        "random_vanilla",
+        "fixed_dense_factorized",
+        "vanilla_factorized",
+    ],
+    "efficient": ["rotary"],
+    "linear": ["default", "reversible"],
+    "rfa": ["default", "rotary"],
+    "performer": ["softmax", "relu"],
+    "gmlp": ["default", "tiny_attention", "post_norm"],
+    "mlp_mixer": ["default", "post_norm", "reversible"],
+    "fnet": ["default", "projected_embeddings", "pre_norm"],
+}
+IDS = [
+    f"{slug}-{name}"
+    for slug, all_settings in SETTINGS.items()
+    for _, name in zip(all_settings, SETTING_NAMES[slug], strict=True)
+]
 
 
 def can_be_causal(variant: Variant, settings: dict) -> bool:
@@ -119,8 +154,14 @@ def can_be_causal(variant: Variant, settings: dict) -> bool:
 
 CAUSAL = [(case, case_id) for case, case_id in zip(CASES, IDS, strict=True) if can_be_causal(*case)]
 # every case as an encoder, and those that can as decoders
-MODES = [pytest.param(*case, False, id=f"{name}-both") for case, name in zip(CASES, IDS, strict=True)]
+MODES = [pytest.param(*case, False, id=f"{name}-encoder") for case, name in zip(CASES, IDS, strict=True)]
 MODES += [pytest.param(*case, True, id=f"{name}-causal") for case, name in CAUSAL]
+
+
+def is_first(mode) -> bool:
+    """True if an entry of MODES has the first settings of its variant."""
+    variant, settings, _ = mode.values
+    return settings is SETTINGS[variant.slug][0]
 
 
 def config(variant: Variant, settings: dict, **changes):

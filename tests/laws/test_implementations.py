@@ -6,7 +6,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import MODES, build, inputs
 
 # one matrix product over positions is all there is: the fast path is the formula
-ONE_PATH = {"mlp_mixer-0-both", "mlp_mixer-1-both", "mlp_mixer-2-both", "gmlp-0-both", "gmlp-2-both"}
+ONE_PATH = {
+    *(f"mlp_mixer-{name}-encoder" for name in ("default", "post_norm", "reversible")),
+    *(f"gmlp-{name}-encoder" for name in ("default", "post_norm")),
+}
 
 NAMED = [pytest.param(*mode.values, mode.id, id=mode.id) for mode in MODES]
 every_mode = pytest.mark.parametrize(("variant", "settings", "causal", "name"), NAMED)

@@ -142,7 +142,8 @@ def test_a_mask_may_leave_the_past_out_only_where_nothing_of_it_was_padding(vari
 
 
 @pytest.mark.parametrize(
-    ("variant", "settings", "causal"), [mode for mode in MODES if mode.id in ("full-0-both", "linear-0-causal")]
+    ("variant", "settings", "causal"),
+    [mode for mode in MODES if mode.id in ("full-default-encoder", "linear-default-causal")],
 )
 @torch.no_grad()
 def test_traced_code_does_not_look_at_the_values_of_a_mask(variant, settings, causal, monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from zoo import MODES, SETTINGS, build, inputs, inputs_of, one_layer
+from zoo import MODES, SETTINGS, build, inputs, inputs_of, is_first, one_layer
 
 from efficient_transformers import VARIANTS
 
@@ -68,11 +68,11 @@ def tiny(variant, settings, head, **changes):
 
 
 def marks(case: str) -> tuple:
-    return () if case in ("linear-0-both", "big_bird-0-both") else (pytest.mark.slow,)
+    return () if case in ("linear-default-encoder", "big_bird-drawn_blocks-encoder") else (pytest.mark.slow,)
 
 
-FIRST = [pytest.param(*m.values, id=m.id, marks=marks(m.id)) for m in MODES if "-0-" in m.id]
-OTHERS = [m for m in MODES if "-0-" not in m.id]
+FIRST = [pytest.param(*m.values, id=m.id, marks=marks(m.id)) for m in MODES if is_first(m)]
+OTHERS = [m for m in MODES if not is_first(m)]
 
 
 @pytest.mark.parametrize(("variant", "settings", "causal"), FIRST)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from zoo import MODES, SETTINGS, build, inputs, inputs_of, one_layer
+from zoo import MODES, SETTINGS, build, inputs, inputs_of, is_first, one_layer
 
 from efficient_transformers import VARIANTS
 
@@ -48,7 +48,7 @@ RUNS = [
         implementation,
         id=f"{mode.id}-{implementation}",
         # one encoder of each variant stays in the quick set
-        marks=() if mode.id.endswith("-0-both") and implementation == "sdpa" else pytest.mark.slow,
+        marks=() if is_first(mode) and mode.id.endswith("-encoder") and implementation == "sdpa" else pytest.mark.slow,
     )
     for mode in MODES
     for implementation in ("sdpa", "eager")
