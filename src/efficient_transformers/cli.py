@@ -22,16 +22,16 @@ from .memory import check_layers
 from .publishing import missing_for_push, push, staged, to_fill_in
 from .registry import VARIANTS, variant_of
 
-# longest input of `describe`, in tokens: the arithmetic of a pattern is counted tile by tile
+# longest input of `describe` in tokens, since the costs of a pattern are counted tile by tile
 LONGEST = 2**20
-# columns of `list`, from cards.measured, and how their numbers are written
+# columns of `list`, from cards.measured, and their number formats
 MEASURED = {"parameters": ",", "era accuracy": ".3f", "nats/byte": ".3f", "tokens/s": ",.0f"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 2 with one line on stderr for bad input, as argparse does."""
+    """Run one command and return its exit code: 2, with one line on stderr, for invalid input, as in argparse."""
     top = parser()
-    # argparse reads positional arguments in one place only; the fields may stand behind any option
+    # argparse accepts positional arguments in one place only, but fields may follow any option
     options, rest = top.parse_known_args(arguments)
     if any(text.startswith("-") or "fields" not in options for text in rest):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -57,29 +57,31 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "list",
         help="show the variants",
-        description="Show the variants, with what was measured of those trained for the zoo.",
+        description="Show the variants, with measurements of the models trained for the zoo.",
     )
     command.add_argument("--cards", type=Path, default=cards, metavar="DIR", help="folders that publish.py has written")
     command.set_defaults(run=run_list)
 
-    command = commands.add_parser("describe", help="explain a variant and what it costs at a length")
+    command = commands.add_parser("describe", help="explain a variant and show its costs at a length")
     command.add_argument("variant", choices=VARIANTS, metavar="variant", help=", ".join(VARIANTS))
     command.add_argument("--length", type=int, default=4096, metavar="N", help="longest input in tokens (4096)")
     command.add_argument("--cards", type=Path, default=cards, metavar="DIR", help="folders that publish.py has written")
-    command.add_argument("fields", nargs="*", metavar="field=value", help="of the config, e.g. hidden_size=768")
+    command.add_argument("fields", nargs="*", metavar="field=value", help="fields of the config, e.g. hidden_size=768")
     command.set_defaults(run=run_describe)
 
     command = commands.add_parser(
         "convert",
-        help="make a checkpoint of transformers into a variant",
-        description=f"Make a checkpoint of transformers ({', '.join(SOURCES)}) into a variant with the same weights.",
+        help="convert a checkpoint of transformers to a variant",
+        description=f"Convert a checkpoint of transformers ({', '.join(SOURCES)}) to a variant with the same weights.",
     )
     command.add_argument("source", help="Hub name or folder")
     command.add_argument("--to", required=True, metavar="VARIANT", help=", ".join(VARIANTS))
     command.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    command.add_argument("--head", metavar="H", help="MaskedLM, …, or Model for none; the source's if not given")
+    command.add_argument("--head", metavar="H", help="MaskedLM, …, or Model for no head; default: that of the source")
     command.add_argument("--max-position-embeddings", type=int, metavar="N", help="longest input in tokens")
-    command.add_argument("--positions", default="tile", choices=("tile", "interpolate"), help="how they get longer")
+    command.add_argument(
+        "--positions", default="tile", choices=("tile", "interpolate"), help="how to extend the position table"
+    )
     command.add_argument("--base-model", metavar="ID", help="Hub id of the source, for the card")
     command.add_argument(
         "--anchors", type=int, metavar="N", help="repeat [CLS] and [SEP] every N tokens, and start positions again"
@@ -91,71 +93,79 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "attention",
-        help="show what each layer of any transformers model asks for, and what serves it",
-        description="Show, layer by layer, which attention a transformers model asks for, which engine serves it with "
-        'attn_implementation="efficient", and the multiplications of both, in millions, for one sequence.',
+        help="show the attention and the engine of each layer of any transformers model",
+        description="Show, layer by layer, the attention that a transformers model requests, the engine that computes "
+        'it with attn_implementation="efficient", and the multiplications of both, in millions, for one sequence.',
     )
-    command.add_argument("model", help="Hub name or folder; its config is enough")
+    command.add_argument("model", help="Hub name or folder; only the config is needed")
     command.add_argument("--length", type=int, default=4096, metavar="N", help="tokens (4096)")
-    command.add_argument("--pattern", metavar="RULE", help="set for all layers first, e.g. 'local:128 | global:1'")
+    command.add_argument(
+        "--pattern", metavar="RULE", help="rule to set for all layers first, e.g. 'local:128 | global:1'"
+    )
     add_trust(command, "model")
     command.set_defaults(run=run_attention)
 
     command = commands.add_parser(
         "export",
-        help="write a saved model with its code, to be opened without this package",
-        description="Write a saved model with the code that opens it where this package is not installed "
-        "(trust_remote_code=True), as `push` uploads it.",
+        help="write a saved model with its code, to open it without this package",
+        description="Write a saved model together with its code, so that it opens where this package is not "
+        "installed (trust_remote_code=True). `push` uploads the same files.",
     )
-    command.add_argument("folder", help="of model_cards, of a training run, or written by save_pretrained")
-    command.add_argument("out", help="folder to write: new, or empty")
+    command.add_argument("folder", help="a folder of model_cards, of a training run, or written by save_pretrained")
+    command.add_argument("out", help="new or empty folder to write")
     command.set_defaults(run=run_export)
 
     command = commands.add_parser(
         "push",
         help="upload a saved model to the Hub",
-        description="Upload a saved model to the Hub, private unless told otherwise. Given again, the command uploads "
-        "what is missing. The token is that of `hf auth login` or HF_TOKEN.",
+        description="Upload a saved model to the Hub, as a private repository by default. Repeating the command "
+        "uploads what is missing. The token is that of `hf auth login` or HF_TOKEN.",
     )
-    command.add_argument("folder", help="of a training run, or written by save_pretrained, with a model card")
-    command.add_argument("repo_id", metavar="repo-id", help="user/name, or a name of your own")
-    command.add_argument("--dry-run", action="store_true", help="only list what would go, and what is missing")
-    command.add_argument("--public", action="store_true", help="let everybody see a new repository")
-    command.add_argument("--revision", metavar="BRANCH", help="branch to upload to, made if it is not there")
-    command.add_argument("--tag", help="of the commit, e.g. v1.0")
-    command.add_argument("--collection", help="title, or slug of one that is there, to add the model to")
+    command.add_argument("folder", help="folder of a training run, or written by save_pretrained, with a model card")
+    command.add_argument("repo_id", metavar="repo-id", help="user/name, or a name in your own account")
+    command.add_argument("--dry-run", action="store_true", help="only list the files to upload, and problems")
+    command.add_argument("--public", action="store_true", help="make a new repository public")
+    command.add_argument("--revision", metavar="BRANCH", help="branch to upload to; created if it does not exist")
+    command.add_argument("--tag", help="tag for the commit, e.g. v1.0")
+    command.add_argument("--collection", help="title, or slug of an existing collection, to add the model to")
     command.set_defaults(run=run_push)
     add_plot(commands)
     return top
 
 
 def add_trust(command: argparse.ArgumentParser, whose: str) -> None:
-    command.add_argument("--trust_remote_code", action="store_true", help=f"run the code that the {whose} brings along")
+    command.add_argument("--trust_remote_code", action="store_true", help=f"run code that comes with the {whose}")
 
 
 def add_plot(commands: Any) -> None:
-    plot = commands.add_parser("plot", help="draw what tokens read", description="Draw what tokens read.")
+    plot = commands.add_parser(
+        "plot", help="draw attention patterns", description="Draw the tokens that each token attends to."
+    )
     kinds = plot.add_subparsers(required=True, metavar="what")
 
     command = kinds.add_parser("pattern", help="the matrix of one model, as PNG and SVG")
     command.add_argument("source", help="a variant, or the folder of a checkpoint")
-    command.add_argument("--length", type=int, metavar="N", help="tokens; 64, of a checkpoint 256")
-    command.add_argument("--text", help="what the model reads; a paragraph of 1863 if not given")
-    command.add_argument("--layer", type=int, metavar="L", help="from 0; the first one, and others that differ")
-    command.add_argument("--heads", type=int, default=4, metavar="H", help="panels at most")
-    command.add_argument("--seed", type=int, default=0, help="of the weights of a variant")
-    command.add_argument("--out", type=Path, metavar="STEM", help="STEM.png and STEM.svg; the name if not given")
+    command.add_argument("--length", type=int, metavar="N", help="tokens; default: 64, or 256 for a checkpoint")
+    command.add_argument("--text", help="input of the model; default: a paragraph of 1863")
+    command.add_argument(
+        "--layer", type=int, metavar="L", help="from 0; default: the first one, and others that differ"
+    )
+    command.add_argument("--heads", type=int, default=4, metavar="H", help="maximum number of panels")
+    command.add_argument("--seed", type=int, default=0, help="seed of the weights of a variant")
+    command.add_argument(
+        "--out", type=Path, metavar="STEM", help="write STEM.png and STEM.svg; default: the name of the source"
+    )
     add_trust(command, "tokenizer")
     command.add_argument("fields", nargs="*", metavar="field=value", help="of the variant's config")
     command.set_defaults(run=run_plot_pattern)
 
     command = kinds.add_parser("gallery", help="gallery.md and the pictures of all variants")
-    command.add_argument("--out", type=Path, default=Path("docs"), metavar="DIR", help="folder to write; docs")
+    command.add_argument("--out", type=Path, default=Path("docs"), metavar="DIR", help="folder to write (docs)")
     command.set_defaults(run=run_plot_gallery)
 
 
 def assignment(text: str) -> tuple[str, Any]:
-    """`field=value`, the value read as JSON if it is JSON."""
+    """Parse `field=value`, with the value parsed as JSON if possible."""
     name, sign, value = text.partition("=")
     if not sign or not name:
         raise ValueError(f"{text!r} must have the form field=value.")
@@ -187,7 +197,7 @@ def run_describe(options: argparse.Namespace) -> None:
     names = [field.name for field in dataclasses.fields(variant.config_class)]
     check_fields(options.fields, names, variant.config_class.__name__)
     fields = {"max_position_embeddings": options.length, **options.fields}
-    if (folder / "config.json").exists():  # that of the zoo, made longer or shorter
+    if (folder / "config.json").exists():  # the model of the zoo, with another length
         saved = variant.config_class.from_pretrained(folder)
         own = {field.name for field in dataclasses.fields(variant.config_class)}
         fields = {**{name: value for name, value in saved.to_dict().items() if name in own}, **fields}
@@ -198,7 +208,7 @@ def run_describe(options: argparse.Namespace) -> None:
     print(description_of(model, inline="$"))
     print(f"\nModel type {variant.model_type}; heads: {', '.join(variant.heads)}.")
     if not variant.any_length:
-        print("Some of its parameters belong to positions: max_position_embeddings changes their number.")
+        print("Some of its parameters belong to positions: their number depends on max_position_embeddings.")
     sizes = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads"
     print(f"\nWith {sizes} and {config.max_position_embeddings:,} positions, without a head:\n")
     print(costs_table(config, list(costs_of(config, options.length))))
@@ -234,7 +244,7 @@ def run_attention(options: argparse.Namespace) -> None:
     layers = attention_report(
         options.model, options.length, options.pattern, trust_remote_code=options.trust_remote_code
     )
-    rows = [("layer", "asks for", "served by", "before, M", "after, M")]
+    rows = [("layer", "requests", "engine", "before, M", "after, M")]
     before, after = (sum(getattr(layer, name) for layer in layers) for name in ("before", "after"))
     for layer in layers:
         rows.append((layer.name, layer.asks, layer.engine, f"{layer.before / 1e6:,.0f}", f"{layer.after / 1e6:,.0f}"))
@@ -275,11 +285,11 @@ def run_push(options: argparse.Namespace) -> None:
         chosen = {name: getattr(options, name) for name in ("public", "revision", "tag", "collection")}
         print(push(options.folder, options.repo_id, **chosen))
     elif missing := missing_for_push(options.folder):
-        raise ValueError(f"it would not be pushed: {'; '.join(missing)}.")
+        raise ValueError(f"the folder would not be pushed: {'; '.join(missing)}.")
 
 
 def show_upload(folder: str, repo_id: str) -> None:
-    """Print every file that a push uploads, and every file that it leaves out with the reason."""
+    """Print every file that a push uploads, and every file that it leaves out, with the reason."""
     with staged(folder, repo_id) as upload:
         names = (path.relative_to(upload).as_posix() for path in sorted(upload.rglob("*")) if path.is_file())
         files = [public_file(upload, name) for name in names]

@@ -1,7 +1,7 @@
-"""Estimates of the memory that a model takes, made from its config alone, before any of it is allocated.
+"""Estimate the memory of a model from its config, before anything is allocated.
 
-They are rough, within a factor of two or three for the models of this package: meant to tell a slip (a zero too many)
-from a model that fits, not to plan a batch size by.
+The estimates are rough, within a factor of two or three for the models of this package. They detect mistakes (an extra
+zero), and are not meant for choosing a batch size.
 """
 
 import dataclasses
@@ -16,19 +16,19 @@ from .registry import VARIANTS
 
 FLOAT = 4  # bytes
 ADAM = 4  # copies of a parameter in training: itself, its gradient and two moments
-PROCESS = 100 * 2**20  # bytes that a worker process has of its own
-MEASURED_LAYERS = 64  # a model of more layers is measured by its first two
-# modules of more layers take minutes to make, and more iterations minutes to run
+PROCESS = 100 * 2**20  # bytes of a worker process
+MEASURED_LAYERS = 64  # models with more layers are extrapolated from one and two layers
+# more layers take minutes to build, and more iterations minutes to run
 MOST = {"num_hidden_layers": 10_000, "sinkhorn_iterations": 10_000}
 
 
 class TooLargeError(ValueError):
-    """A model, or what it is to compute, does not fit into the memory of this machine."""
+    """A model, or its computation, does not fit into the memory of this machine."""
 
 
 @dataclasses.dataclass
 class Estimate:
-    """Bytes, by what they are for."""
+    """Bytes by purpose."""
 
     weights: float = 0
     activations: float = 0
@@ -39,13 +39,13 @@ class Estimate:
         return self.weights + self.activations + self.workers
 
     def check(self, device: torch.device | None = None, remedy: str = "") -> None:
-        """Raise TooLargeError, which says the estimate, if it is more than `device` (default: the machine) has."""
+        """Raise TooLargeError, with the estimate, if it exceeds the memory of `device` (default: the machine)."""
         limit = memory_of(device)
         if self.total > limit:
             parts = {"weights and optimizer": self.weights, "activations": self.activations, "workers": self.workers}
             found = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value)
             raise TooLargeError(
-                f"This needs about {size(self.total)} of memory ({found}), and there are {size(limit)}.{remedy}"
+                f"This needs about {size(self.total)} of memory ({found}), but there are only {size(limit)}.{remedy}"
             )
 
 
@@ -57,7 +57,7 @@ def memory_of(device: torch.device | None = None) -> int:
 
 
 def size(count: float) -> str:
-    """Bytes as 3 figures and a unit, e.g. `1.85 GB`."""
+    """Format bytes with 3 digits and a unit, e.g. `1.85 GB`."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -66,13 +66,13 @@ def size(count: float) -> str:
 
 
 def number(config: Any, name: str, default: float = 0) -> float:
-    """A field of a config if it is a number, else `default`."""
+    """A field of a config if it is a number, otherwise `default`."""
     value = getattr(config, name, None)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else default
 
 
 def parameters_of(config: PreTrainedConfig) -> float:
-    """Number of parameters of the body: counted for a variant of this package, from the sizes for any other model."""
+    """Number of parameters of the body: counted for variants of this package, estimated from sizes for other models."""
     variant = VARIANTS.get(str(config.model_type).removeprefix("et_"))
     if variant is None or config.model_type != variant.model_type:
         return parameters_by_sizes(config)
@@ -83,7 +83,7 @@ def parameters_of(config: PreTrainedConfig) -> float:
         one, two = (
             count(variant.model_class(), type(config)(**{**config.to_dict(), "num_hidden_layers": n})) for n in (1, 2)
         )
-    except ValueError:  # fields with an entry for each layer
+    except ValueError:  # there are fields with one entry per layer
         return parameters_by_sizes(config)
     return one + (layers - 1) * (two - one)
 
@@ -101,11 +101,11 @@ def parameters_by_sizes(config: PreTrainedConfig) -> float:
 
 
 def activations_of(config: PreTrainedConfig, batch: int, length: int, *, training: bool) -> float:
-    """Bytes of the intermediate results of a batch; in evaluation those of one layer alone are there at a time."""
+    """Bytes of the activations of a batch; in evaluation, only those of one layer exist at a time."""
     hidden, tokens = number(config, "hidden_size"), batch * length
     heads, layers = number(config, "num_attention_heads", 1), number(config, "num_hidden_layers")
     layer = tokens * (14 * hidden + 3 * number(config, "intermediate_size", 4 * hidden))
-    # what some variants make of each token, or of each pair of blocks
+    # intermediate results of some variants for each token, or each pair of blocks
     layer += 2 * tokens * heads * number(config, "num_random_features")
     layer += 2 * tokens * hidden * max(0, number(config, "num_hashes") - 1)
     blocks = math.ceil(length / max(1, number(config, "block_size", 64)))
@@ -114,16 +114,16 @@ def activations_of(config: PreTrainedConfig, batch: int, length: int, *, trainin
 
 
 def check_layers(config: PreTrainedConfig, remedy: str = "") -> None:
-    """Raise TooLargeError if a model has too many layers to make its modules, or iterations to wait for."""
+    """Raise TooLargeError if a model has too many layers to build, or iterations to run."""
     for name, most in MOST.items():
         if (found := number(config, name)) > most:
             raise TooLargeError(f"{name} ({found:,}) must be at most {most:,}.{remedy}")
 
 
 def check_model(config: PreTrainedConfig, remedy: str = "") -> None:
-    """Raise TooLargeError if the weights of a model, once, are more than the machine has, or its layers too many."""
+    """Raise TooLargeError if one copy of the weights exceeds the machine's memory, or there are too many layers."""
     check_layers(config, remedy)
     estimate = Estimate(activations=activations_of(config, 1, 1, training=False))
-    for parameters in (parameters_by_sizes, parameters_of):  # counting makes the buffers of a model
+    for parameters in (parameters_by_sizes, parameters_of):  # the second builds the buffers of a model
         estimate.weights = FLOAT * parameters(config)
         estimate.check(remedy=remedy)

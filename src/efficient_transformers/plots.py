@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Their L* on a printed page is 100, 26, 84, 67 and 45: they differ in grey, too.
+# Their L* values are 100, 26, 84, 67 and 45, so that they also differ in greyscale print.
 COLOURS = {"nothing": "#ffffff", "local": "#173b80", "stride": "#6fe3f2", "global": "#ee8a1d", "random": "#6b6b6b"}
-# Small enough to see single tokens; weights large enough that tokens are told apart.
+# Small enough to see single tokens; weights large enough to distinguish tokens.
 SIZES: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
     "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "initializer_range": 0.2,
 }  # fmt: skip
-LONGEST = 2048  # tokens of a picture, which has few more pixels
-# The beginning of the Gettysburg Address (1863). It repeats words: content-based attention finds them.
+LONGEST = 2048  # maximum number of tokens, close to the pixels of a picture
+# The beginning of the Gettysburg Address (1863), whose repeated words show content-based attention.
 TEXT = """Four score and seven years ago our fathers brought forth on this continent a new nation , conceived in
 liberty , and dedicated to the proposition that all men are created equal . Now we are engaged in a great
 civil war , testing whether that nation , or any nation so conceived and so dedicated , can long endure . We
@@ -42,7 +42,7 @@ proper that we should do this ."""
 
 
 def new_figure(**arguments: Any) -> "Figure":
-    """An empty figure, independent of the windows and backends of pyplot. Raises ImportError without matplotlib."""
+    """An empty figure, independent of pyplot's windows and backends. Raises ImportError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -53,17 +53,17 @@ def new_figure(**arguments: Any) -> "Figure":
 
 
 def word_ids(text: str, length: int, vocab_size: int) -> Tensor:
-    """(1, length) int64: each word of `text` by a number of its own, in the order they come; repeated when it ends."""
+    """(1, length) int64: an id for each distinct word of `text`, in order of appearance; short texts are repeated."""
     words = text.split()
     if not words:
-        raise ValueError("text ('') must hold a word: its words are the tokens of the picture.")
+        raise ValueError("text ('') must contain a word: its words are the tokens of the picture.")
     number = {word: count for count, word in enumerate(dict.fromkeys(words), 1)}
     ids = [number[words[place % len(words)]] % vocab_size for place in range(length)]
     return torch.tensor([ids])
 
 
 def drawn_model(slug: str, length: int = 64, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A small bare model of a variant, weights drawn from `seed`, for pictures of `length` tokens."""
+    """A small bare model of a variant, with weights drawn from `seed`, for pictures of `length` tokens."""
     if slug not in VARIANTS:
         raise ValueError(f"variant ({slug!r}) must be one of {', '.join(VARIANTS)}, or the folder of a checkpoint.")
     variant = VARIANTS[slug]
@@ -83,9 +83,9 @@ def load_model(
     changes: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Tensor]:
-    """The bare model to draw and its input (1, n): of a variant, or of a checkpoint with its own tokenizer.
+    """Load the bare model of a variant, or of a checkpoint with its tokenizer; return it with its input (1, n).
 
-    `trust_remote_code` lets the tokenizer's own code run. Raises UntrustedCodeError, which names it, without.
+    `trust_remote_code` allows the tokenizer's own code to run; without it, UntrustedCodeError names that code.
     """
     if length is not None and not 1 <= length <= LONGEST:
         raise ValueError(f"length ({length:,}) must lie between 1 and {LONGEST:,}: a picture has few more pixels.")
@@ -98,10 +98,10 @@ def load_model(
     with refusing_code(source):
         model = AutoModel.from_pretrained(source, trust_remote_code=trust_remote_code).eval()
     if getattr(model.config, "model_type", "").removeprefix("et_") not in VARIANTS:
-        raise ValueError(f"{source} holds {model.config.model_type!r}, which is no variant of this zoo: convert it.")
+        raise ValueError(f"{source} holds {model.config.model_type!r}, which is not a variant of this zoo: convert it.")
     limit = min(length or 256, model.config.max_position_embeddings)
     if getattr(model.config, "image_size", None) is not None:
-        raise ValueError(f"{source} reads images, of which no text can be drawn: name its variant instead.")
+        raise ValueError(f"{source} is an image model, which has no text input to draw: name its variant instead.")
     with refusing_code(source):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     ids = tokenizer(text or TEXT, return_tensors="pt")["input_ids"]
@@ -109,7 +109,7 @@ def load_model(
 
 
 def pattern_figure(matrices: Sequence[Matrix], title: str, most: int = 4) -> "Figure":
-    """One panel a matrix, the first `most` of them, with a legend of what is drawn."""
+    """One panel per matrix, for the first `most` of them, with a legend."""
     shown = list(matrices)[:most]
     rows = 2 if len(shown) >= 4 else 1
     columns = -(-len(shown) // rows)
@@ -138,10 +138,10 @@ def add_legend(figure: "Figure", kinds: Sequence[str], fontsize: float = 9) -> N
 
 
 def draw(axes: "Axes", matrix: Matrix, bar: bool = True) -> None:
-    """One matrix: the kinds of a pattern, weights from white to dark, or signed values around the middle grey.
+    """Draw one matrix: the kinds of a pattern, weights from white to dark, or signed values around a middle grey.
 
-    Weights that are exactly zero, which nobody reads, stay white. Both scales rise in luminance all the way, so that
-    they can be read in grey; a colour bar says what stands for what.
+    Weights that are exactly zero stay white. The luminance of both scales is monotonic, so that they are legible in
+    grey; a colour bar shows the scale.
     """
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
@@ -159,7 +159,7 @@ def draw(axes: "Axes", matrix: Matrix, bar: bool = True) -> None:
     else:
         read = matrix.values > 0
         scale = ListedColormap(colormaps["YlGnBu"](torch.linspace(0.12, 1, 256).numpy())).with_extremes(bad="white")
-        top = torch.quantile(matrix.values[read], 0.99).item()  # a few large weights would leave the others pale
+        top = torch.quantile(matrix.values[read], 0.99).item()  # a few large weights must not make the others pale
         values = matrix.values.masked_fill(~read, float("nan"))
         image = axes.imshow(values.numpy(), cmap=scale, vmin=0, vmax=top, **how)
         if bar:
@@ -174,7 +174,7 @@ def save(
     dpi: int = 110,
     description: str | None = None,
 ) -> list[Path]:
-    """Write the figure to `stem` with each suffix; the same figure gives the same bytes.
+    """Write the figure to `stem` with each suffix, reproducibly to the byte.
 
     description: stored in the metadata of the files.
     """
@@ -187,7 +187,7 @@ def save(
 
 
 def about(variant: Variant) -> tuple[str, str, str]:
-    """Headline, formula in TeX and what follows it, from the docstring of the variant's module."""
+    """Headline, formula in TeX, and description, from the docstring of the variant's module."""
     head, *parts = inspect.cleandoc(variant.module.__doc__ or "").split("\n\n")
     formula = next((part for part in parts if part.startswith(".. math::")), "")
     words = [part for part in parts if part != formula]
@@ -196,7 +196,7 @@ def about(variant: Variant) -> tuple[str, str, str]:
 
 
 def gallery(folder: Path) -> None:
-    """Write `gallery.md`, the pictures `gallery/<variant>.png` in it, and the montage `gallery.png` into `folder`."""
+    """Write `gallery.md`, its pictures `gallery/<variant>.png`, and the montage `gallery.png` into `folder`."""
     firsts = []
     for slug, variant in VARIANTS.items():
         model = drawn_model(slug)
@@ -210,11 +210,11 @@ def gallery(folder: Path) -> None:
 
 PREFACE = """# Gallery
 
-The matrix of each variant, as its code computes it on 64 words of a text: rows are queries, columns are keys. Patterns
+The matrix of each variant, computed by its code on 64 words of a text: rows are queries, columns are keys. Patterns
 are drawn where an attention weight is above zero. The models are small and untrained, with weights drawn from a seed.
-The settings are below each picture; everything else is the same for all. `make pages` makes this page and its pictures;
-`efficient-transformers plot pattern <variant or checkpoint>` draws one of them, with other settings or of a trained
-model."""
+The settings are below each picture; everything else is the same for all. `make pages` writes this page and its
+pictures; `efficient-transformers plot pattern <variant or checkpoint>` draws one of them, with other settings or for a
+trained model."""
 
 
 def gallery_page() -> str:
@@ -245,7 +245,7 @@ def paper_link(variant: Variant) -> str:
 
 
 def montage(firsts: Sequence[tuple[Variant, Sequence[Matrix]]], columns: int = 5) -> "Figure":
-    """A tile for each variant, with its cost; if it has four patterns, all of them in one tile."""
+    """One tile per variant, with its cost; four patterns of a variant share its tile."""
     rows = -(-len(firsts) // columns)
     figure = new_figure(figsize=(11.6, 0.6 + 3 * rows))
     tiles = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -253,7 +253,7 @@ def montage(firsts: Sequence[tuple[Variant, Sequence[Matrix]]], columns: int = 5
         axes.set_axis_off()
     for axes, (variant, matrices) in zip(tiles, firsts, strict=False):
         draw(axes, united(matrices), bar=False)
-        cost = fill(variant.cost.replace("·", "· "), 29).replace("· ", "·")  # lines end after a product's dot
+        cost = fill(variant.cost.replace("·", "· "), 29).replace("· ", "·")  # break lines after the dot of a product
         axes.set_title(fill(variant.title, 22), fontsize=13)
         axes.set_xlabel(cost, fontsize=10.5)
         axes.set_xticks([])
@@ -263,12 +263,12 @@ def montage(firsts: Sequence[tuple[Variant, Sequence[Matrix]]], columns: int = 5
 
 
 def montage_description() -> str:
-    """The rows that the montage shows, stored in its file: a test compares them with today's."""
+    """The rows shown in the montage, stored in its file so that a test can compare them with the registry."""
     return "; ".join(f"{v.title}, {v.cost}, {demo_settings(v)}" for v in VARIANTS.values())
 
 
 def united(matrices: Sequence[Matrix]) -> Matrix:
-    """The most telling matrix: weights before patterns and parameters; four patterns side by side."""
+    """The most informative matrix: weights before patterns and parameters; four patterns side by side."""
     weights = [matrix for matrix in matrices if matrix.kinds is None and matrix.rows == "query"]
     kinds = [matrix.kinds for matrix in matrices if matrix.kinds is not None]
     if weights or len(kinds) != 4:

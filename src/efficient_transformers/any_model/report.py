@@ -1,4 +1,4 @@
-"""What every layer of a model asks for, which engine serves it, and what that costs."""
+"""Report the attention that each layer of a model requests, the engine that computes it, and its cost."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,10 +24,10 @@ KEY = "efficient_report"
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One attention layer. asks: what the model asks for. engine: what serves it, and why if no engine does.
+    """One attention layer. asks: attention requested by the model. engine: its engine, with the reason if it is SDPA.
 
-    before, after: multiplications between queries, keys and values for one sequence: by SDPA or eager attention, which
-    multiply every pair unless SDPA's causal flag is enough, and by the engine.
+    before, after: multiplications between queries, keys and values for one sequence: with SDPA or eager attention,
+    which multiply every pair unless SDPA's causal flag suffices, and with the engine.
     """
 
     name: str
@@ -40,11 +40,11 @@ class LayerReport:
 def attention_report(
     source: str | PreTrainedConfig, length: int = 4096, pattern: Spec | None = None, *, trust_remote_code: bool = False
 ) -> list[LayerReport]:
-    """The layers of a model, built without weights from its config (a Hub name, a folder or a config).
+    """Report the layers of a model, built without weights from its config (a Hub name, a folder or a config).
 
-    `pattern` is set for all layers first, as by `set_attention`. `trust_remote_code` lets code that the model brings
-    along run. Raises ValueError for a model whose attention cannot be exchanged, and trust.UntrustedCodeError, which
-    names the code, for one that needs code of its own.
+    `pattern` is first set for all layers, as by `set_attention`. `trust_remote_code` allows code that comes with the
+    model to run. Raises ValueError for a model whose attention cannot be replaced, and trust.UntrustedCodeError, which
+    names the code, for one that needs its own code.
     """
     from transformers import AutoConfig
 
@@ -55,7 +55,7 @@ def attention_report(
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     try:
         return report_of(config, length, pattern, "meta", trust_remote_code)
-    except (RuntimeError, NotImplementedError):  # control flow that looks at values
+    except (RuntimeError, NotImplementedError):  # control flow that depends on values
         return report_of(config, length, pattern, "cpu", trust_remote_code)
 
 
@@ -102,10 +102,10 @@ def recorded(model: PreTrainedModel) -> Iterator[list[Call]]:
 
 
 def recorded_mask(q_offset=0, kv_offset=0, attention_mask=None, **arguments) -> LazyMask:
-    """The rule of a mask function, unknown ones under their name."""
+    """Record the rule of a mask function, or the name of an unknown one."""
     try:
         if arguments.get("use_vmap"):
-            raise UnknownMask("a mask with parts of its own")
+            raise UnknownMask("a mask with custom parts")
         rule = recognise(arguments["mask_function"])
     except UnknownMask as unknown:
         rule = MaskRule()
@@ -116,7 +116,9 @@ def recorded_mask(q_offset=0, kv_offset=0, attention_mask=None, **arguments) -> 
 
 def layer_report(name: str, call: Call, length: int) -> LayerReport:
     asked = call.mask.rule if isinstance(call.mask, LazyMask) else None
-    unknown = call.mask.arguments.get("unknown") if isinstance(call.mask, LazyMask) else "a mask that it changes itself"
+    unknown = (
+        call.mask.arguments.get("unknown") if isinstance(call.mask, LazyMask) else "a mask that it modifies itself"
+    )
     heads, size = call.query.shape[1], call.query.shape[-1] + call.value.shape[-1]
     reason, rule = obstacle(call), rule_of(call)
     plain = "SDPA" if has_sdpa(type(getattr(call.module, "config", None))) else "eager attention"
@@ -144,7 +146,7 @@ def layer_report(name: str, call: Call, length: int) -> LayerReport:
 
 
 def describe(rule: MaskRule | None) -> str:
-    """A mask rule in words."""
+    """Describe a mask rule."""
     assert rule is not None
     direction = "causal" if rule.causal else "bidirectional"
     if rule.before is None:
@@ -153,7 +155,7 @@ def describe(rule: MaskRule | None) -> str:
 
 
 def text(rule: Rule) -> list[str]:
-    """The patterns of a rule, once each."""
+    """The distinct patterns of a rule."""
     if rule.kernel:
         return [f"{rule.kernel}:{rule.num_features}" if rule.num_features else rule.kernel]
     names = []

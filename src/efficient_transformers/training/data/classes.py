@@ -1,15 +1,15 @@
-"""Classes of labelled data that look like slips: reported, or refused, before training."""
+"""Detect probable mistakes in the classes of labelled data before training, and report or refuse them."""
 
 from collections.abc import Mapping
 
 from ..settings import InputError
 
-MANY = 0.5  # classes for each example: with more, the column is hardly one of classes
-FEW = 20  # examples of which many may have a class of their own
+MANY = 0.5  # classes per example, above which the column probably does not contain classes
+FEW = 20  # number of examples below which many may have distinct classes
 
 
 def check_classes(counts: Mapping[str, int], what: str) -> None:
-    """Raise InputError if nearly every one of the examples has a class of its own; `what` names the column."""
+    """Raise InputError if most examples have distinct classes; `what` names the column."""
     examples = sum(counts.values())
     if examples >= FEW and len(counts) > MANY * examples:
         raise InputError(
@@ -19,7 +19,7 @@ def check_classes(counts: Mapping[str, int], what: str) -> None:
 
 
 def class_notes(counts: Mapping[str, int]) -> list[str]:
-    """A line for classes with one training example, and one for those that differ by case or blanks alone."""
+    """Notes about classes with a single training example, and classes that differ only in case or spaces."""
     single = sorted(name for name, count in counts.items() if count == 1)
     same: dict[str, list[str]] = {}
     for name in sorted(counts):

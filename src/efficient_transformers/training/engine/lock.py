@@ -1,4 +1,4 @@
-"""One run at a time in an output folder."""
+"""Lock an output folder, so that only one run at a time writes to it."""
 
 import json
 import os
@@ -18,9 +18,9 @@ LOCK = ".lock"  # in the folder while a run writes to it; the operating system r
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Keep `folder` for this process. It is made if it does not exist, and removed again if nothing is written to it.
+    """Lock `folder` for this process. The folder is created if necessary, and removed again if it stays empty.
 
-    Raises InputError if it cannot be written or another process holds it, whose id and host the message names.
+    Raises InputError if it cannot be written or another process holds the lock; the message has its id and host.
     """
     path = folder / LOCK
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -45,7 +45,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def holder(path: Path) -> str:
-    """The process that a lock file names."""
+    """Description of the process recorded in a lock file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return f"process {found['process']} on {found['host']}"
@@ -55,7 +55,7 @@ def holder(path: Path) -> str:
 
 @contextmanager
 def hold_for_all(accelerator: Accelerator, folder: Path) -> Iterator[None]:
-    """`hold` by the main process, for all processes of a run. Collective: call it on every rank."""
+    """Let the main process `hold` the folder for all processes of a run. Collective: call it on every rank."""
     error: list[str | None] = [None]
     with ExitStack() as held:
         if accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""The state of training in files that execute nothing: safetensors for tensors, JSON for the rest, no pickle.
+"""Training state in files that cannot execute code: safetensors for tensors, JSON for the rest, no pickle.
 
 A checkpoint may come from elsewhere, and unpickling a crafted file runs its code. accelerate unpickles the schedule,
 torch.distributed.checkpoint its metadata, and DeepSpeed everything. None of them loads a checkpoint here, except
@@ -27,12 +27,12 @@ from .sharding import is_divided
 
 STATE = "state.json"
 DEEPSPEED = "deepspeed"  # folder that DeepSpeed writes
-FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load then refuses all but tensors, whoever calls it
+FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # makes every torch.load refuse anything but tensors
 
 
 @dataclass
 class TrainingState:
-    """What a run changes: the prepared model and optimizer, the schedule, the scaler of fp16 and the random states."""
+    """Mutable state of a run: prepared model and optimizer, schedule, fp16 scaler and random states."""
 
     accelerator: Accelerator
     model: torch.nn.Module
@@ -42,7 +42,7 @@ class TrainingState:
     def save(self, folder: Path) -> None:
         """Write all files below `folder`. Collective: call it on every rank.
 
-        Weights and moments that are divided among processes are written by each, otherwise by the main one.
+        Weights and moments are written by each process if they are sharded, otherwise by the main process.
         """
         folder.mkdir(parents=True, exist_ok=True)
         accelerator = self.accelerator
@@ -64,7 +64,7 @@ class TrainingState:
             (folder / STATE).write_text(json.dumps(values), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote. Collective. Raises an error of any kind if the files do not fit this run."""
+        """Restore the saved state. Collective. Raises an error of any type if the files do not match this run."""
         accelerator = self.accelerator
         values = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -83,7 +83,7 @@ class TrainingState:
         return f"{stem}{part}.safetensors"
 
     def _weights(self) -> dict[str, Tensor]:
-        """Parameters and saved buffers, which share their memory with the model; of tied ones one."""
+        """Parameters and saved buffers, sharing memory with the model; tied ones once."""
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         once = {name for name, _ in chain(model.named_parameters(), model.named_buffers())}
         return {name: value for name, value in model.state_dict().items() if name in once}
@@ -133,7 +133,7 @@ def _first(names: Any) -> str:
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """Within it torch.load refuses everything but tensors and plain values, also where a library asks for more."""
+    """Context in which torch.load accepts only tensors and plain values, even if a library requests more."""
     before = os.environ.get(FORCE_WEIGHTS_ONLY)
     os.environ[FORCE_WEIGHTS_ONLY] = "1"
     try:
@@ -149,7 +149,7 @@ def weights_only() -> Iterator[None]:
 
 
 def save_random_states(path: Path, device: torch.device) -> None:
-    """The states of Python's, numpy's and torch's generators, and of the device's."""
+    """Save the random states of Python, numpy, torch and the device."""
     version, words, gauss = random.getstate()
     name, key, place, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - libraries draw from it
     tensors = {
