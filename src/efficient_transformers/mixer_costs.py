@@ -247,7 +247,7 @@ def synthesizer_state(config: EtSynthesizerConfig, layer: int, length: int) -> i
 
 
 def gmlp_flops(config: EtGmlpConfig, length: int) -> int:
-    """The spatial gate, over all positions or the earlier ones, and its tiny attention."""
+    """FLOPs of the spatial gate, over all positions or only earlier ones, and of its tiny attention."""
     entries = length**2
     if config.is_decoder:
         entries = sum((stop - start) * stop for start, stop in row_chunks(length))

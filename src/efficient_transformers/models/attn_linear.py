@@ -299,7 +299,7 @@ def causal_segment(
     projection: Tensor | None,
     use_fla: bool = False,
 ) -> tuple[Tensor, LinearState]:
-    """`causal_linear_attention` of one segment."""
+    """Apply `causal_linear_attention` to one segment of the sequence."""
     keys, state, peak = key_features(k, padding_mask, state, feature_map, projection, causal=True)
     queries = query_features(q, peak, feature_map, projection)
     if feature_map.per_feature:

@@ -1,4 +1,4 @@
-"""Multi-head attention: projections, rotary positions and cache; over drawn patterns, or with a rule of the variant."""
+"""Multi-head attention: projections, rotary positions and cache, for fixed patterns or another attention function."""
 
 import torch
 from torch import Tensor, nn

@@ -68,7 +68,7 @@ class SinkhornCacheLayer(SelectableRows, CacheLayerMixin):
         self.sorted = None if bool(start.any()) or positions.shape[1] > 1 else self.sorted
 
     def make_room(self, name: str, like: Tensor) -> None:
-        """Let `stored[name]` have `count` blocks that may be written to."""
+        """Ensure that `stored[name]` has `count` writable blocks, and allocate more if necessary."""
         old = self.stored.get(name)
         if old is None or old.shape[1] < self.count or torch.is_grad_enabled() or is_closed(old):
             own = (self.size, like.shape[1], like.shape[3]) if like.dim() == 4 else like.shape[2:]
@@ -78,7 +78,7 @@ class SinkhornCacheLayer(SelectableRows, CacheLayerMixin):
             self.stored[name] = new
 
     def blocks(self, name: str) -> Tensor:
-        """Keys or values of all blocks there are, (b, h, c, s, d); for the sorting network (b, c, e)."""
+        """Keys or values of all stored blocks, (b, h, c, s, d); for the sorting network, (b, c, e)."""
         x = self.stored[name][:, : self.count]
         return x if x.dim() == 3 else x.permute(0, 3, 1, 2, 4)
 

@@ -45,7 +45,7 @@ class SequenceInfo(BatchRows):
 
     @property
     def parts(self) -> "list[SequenceInfo]":
-        """The `SequenceInfo` of each call of a mixer."""
+        """A `SequenceInfo` for each call of the mixer: several for packed documents."""
         return [self]
 
 

@@ -27,7 +27,7 @@ from .ops_tracing import count_blocks
 class Routes(NamedTuple):
     """The clusters of the tokens of a pass: groups in an encoder, or one cluster per token, (b, h, 1, n), in a decoder.
 
-    statistics: what the centroids learn from the pass; None outside training.
+    statistics: sums with which the centroids are updated after the pass; None outside training.
     """
 
     layout: BucketLayout | None

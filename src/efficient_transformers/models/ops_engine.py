@@ -52,7 +52,7 @@ class BatchRows:
 
     @classmethod
     def of(cls, padding_mask: Tensor | None, global_mask: Tensor | None = None) -> "BatchRows":
-        """Both forms of the facts from masks (b, n); numbers only where no graph is recorded."""
+        """Create from masks (b, n), with the equivalent numbers unless a graph is recorded."""
         return BatchRows(padding_mask=padding_mask, global_mask=global_mask, **row_numbers(padding_mask, global_mask))
 
     def without_global_mask(self) -> "BatchRows":
@@ -61,7 +61,7 @@ class BatchRows:
 
 
 def row_numbers(padding_mask: Tensor | None, global_mask: Tensor | None) -> dict[str, Any]:
-    """`lengths` and `global_tokens` of `BatchRows`."""
+    """Compute `lengths` and `global_tokens` of `BatchRows` from masks; empty while a graph is recorded."""
     numbers: dict[str, Any] = {}
     if is_traced():
         return numbers
