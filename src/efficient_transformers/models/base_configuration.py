@@ -24,17 +24,17 @@ ENCODER_HEADS = (*TEXT_HEADS, "ImageClassification")
 
 @strict
 class EtConfig(PreTrainedConfig):
-    """Sizes and choices of the shared backbone. A variant subclasses it, adds its own fields and says `@strict` again.
+    """Sizes and choices of the shared backbone. A variant subclasses it, adds its own fields and repeats `@strict`.
 
     Args:
         vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: as in BERT.
         embedding_size: width of all embeddings and of `inputs_embeds`, if it is not `hidden_size`: a dense layer
             projects them to `hidden_size`, and the head of a language model projects back (ALBERT, Lan et al. 2020,
-            arXiv:1909.11942, section 3.1). None projects nothing.
-        hidden_act: activation of the MLP, a name that transformers knows.
-        max_position_embeddings: longest input, in tokens; past it a ValueError.
-        position_embedding_type: `learned` and `sinusoidal` are added to the word embeddings, `rotary` turns queries
-            and keys (mixers that have them), `none` leaves order to the mixer.
+            arXiv:1909.11942, section 3.1). None means no projection.
+        hidden_act: activation of the MLP, by its name in transformers.
+        max_position_embeddings: maximum input length in tokens; longer inputs raise a ValueError.
+        position_embedding_type: `learned` and `sinusoidal` are added to the word embeddings, `rotary` rotates queries
+            and keys (if the mixer has them), `none` leaves the order to the mixer.
         rope_theta: base of the rotary angles.
         type_vocab_size: number of token types; 0 has none.
         norm_first: True normalizes before mixer and MLP and once at the end; False after them and after the
@@ -55,9 +55,9 @@ class EtConfig(PreTrainedConfig):
             of words: `max_position_embeddings` is their number, and there are no token types. None takes text.
         patch_size, num_channels: of an image; patches are squares, and 1 makes a token of every pixel.
         is_decoder: causal attention, everywhere in the model. `…ForCausalLM` sets it.
-        use_cache: let a causal model return its cache.
-        pad_token_id: id of the tokenizer's padding token. None (no padding token is known) leaves every id a word:
-            `generate` without an `attention_mask` takes this id for padding and masks it.
+        use_cache: whether a causal model returns its cache.
+        pad_token_id: id of the tokenizer's padding token, which `generate` masks if there is no `attention_mask`. None
+            means that no id is padding.
     """
 
     heads: ClassVar[tuple[str, ...]] = (*ENCODER_HEADS, "CausalLM")

@@ -1,4 +1,4 @@
-"""Pictures to `pixel_values`: what `pipeline("image-classification")` puts in front of a model of the zoo."""
+"""Image processor for models of the zoo: converts pictures to `pixel_values`."""
 
 from typing import Any
 

@@ -1,13 +1,13 @@
-"""Real tokens to the left, padding to the right, and back; rows of several documents, taken apart and put together.
+"""Move padding to the right and back, and split rows with several documents and join them again.
 
 Mixers that count blocks or own per-position parameters cannot handle padding before or between the tokens. So
 the backbone packs each row once on the way in and undoes it on the way out: a mixer only ever meets right padding.
 
-Nor can they all be kept from reading over the borders of documents that share a row: a mask cannot restart a Fourier
-transform or a matrix over positions. So a mixer gets such documents as rows of their own, and everything else, which
-works on each token alone, gets all of their tokens in one. What holds for a document alone then holds in every variant,
-and quadratic ones do less than under a mask of blocks. The price is padding in the mixer: documents go through it in
-groups in which the longest is less than twice as long as the shortest.
+Nor can all mixers separate documents that share a row: a mask cannot restart a Fourier transform or a matrix over
+positions. So a mixer receives such documents as separate rows, and everything else, which processes each token
+separately, receives all of their tokens in one row. The outputs then equal those of the separate documents in every
+variant, and quadratic ones compute less than with a block mask. The cost is padding in the mixer: documents are grouped
+so that the longest is less than twice as long as the shortest.
 """
 
 from dataclasses import dataclass
@@ -67,9 +67,9 @@ class Documents:
 def find_documents(position_ids: Tensor, padding_mask: Tensor | None) -> Documents | None:
     """The documents of packed rows, or None if no row of `position_ids` (b, n) holds more than one.
 
-    A row's first real token begins a document, and so does every other one whose position is 0: this is how
-    transformers' DataCollatorWithFlattening and TRL mark them. transformers itself takes every step other than +1 for a
-    border; here positions may leave something out, begin anywhere, or be anything at padding.
+    A document begins at the first real token of a row, and at every other token with position 0, as in transformers'
+    DataCollatorWithFlattening and in TRL. transformers itself treats every step other than +1 as a boundary; here,
+    positions may skip numbers, begin anywhere, or have any value at padding.
     """
     if position_ids.shape[1] < 2 or not bool((position_ids[:, 1:] == 0).any()):
         return None

@@ -10,14 +10,14 @@ from .base_mixer import OwnValues
 
 
 class RunningNorm(OwnValues):
-    """Gives each feature of vectors (b, e) mean 0 and variance 1 over the examples of training.
+    """Standardizes each feature of vectors (b, e) to mean 0 and variance 1 over the training examples.
 
     Batch normalisation (Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1) without its gain and offset, which the
-    layer behind has. The paper normalises a batch in training by its own statistics, and so needs large batches; here
-    the running ones are used always, as constants, and a batch of one will do.
+    next layer has. The paper normalises a training batch by its own statistics, and so needs large batches; here the
+    running statistics are always used, as constants, so that a batch of one is sufficient.
     """
 
-    MEMORY = 10  # examples; these statistics follow a body that learns, and few are enough for that
+    MEMORY = 10  # examples; few, so that the statistics follow changes of the body
     EPSILON = 1e-5
 
     mean: Tensor

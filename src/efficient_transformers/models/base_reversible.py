@@ -28,9 +28,8 @@ from .ops_tracing import is_traced
 def reversible_stack(blocks: Sequence[nn.Module], hidden: Tensor, sequence: SequenceInfo) -> Tensor:
     """The mean of both streams after the last block; both start as `hidden` (b, n, e).
 
-    Gradients are those of the same arithmetic under autograd, but for the rounding in the streams that are computed
-    again. There is no second derivative. Raises RuntimeError in a backward pass whose parameters or training mode are
-    no longer those of the forward pass.
+    Gradients equal those of autograd, except for the rounding of the recomputed streams. There is no second derivative.
+    Raises RuntimeError in a backward pass whose parameters or training mode are no longer those of the forward pass.
     """
     run = StackPass(list(blocks), sequence, autocast_as_now(hidden.device.type))
     x1 = x2 = wide(hidden)
@@ -58,7 +57,7 @@ def wide(hidden: Tensor) -> Tensor:
 
 @dataclass
 class StackPass:
-    """What the layers share between a forward pass and its backward pass."""
+    """State that the layers share between a forward pass and its backward pass."""
 
     blocks: list[Any]
     sequence: SequenceInfo  # with what the mixers have chosen by the data

@@ -7,7 +7,7 @@ Section 2 and appendix D. Internal global tokens (ITC) are the first and the las
 (ETC) learned embeddings before it; each head draws random blocks R of its own. `head_layout="per_head"` gives
 random, local, strided and global heads a head each instead of uniting them. O(n·b·d).
 
-Any length works, in the same way: the last block may be short, and a sequence of few blocks has fewer to draw from.
+Any length is supported: the last block may be short, and sequences with few blocks have fewer random blocks.
 """
 
 from typing import ClassVar, Literal

@@ -4,7 +4,7 @@ r"""Efficient Attention: two softmaxes instead of one (Shen et al. 2018, arXiv:1
 
 with softmax over the features of each query in :math:`\rho_q` and over the positions of each feature of the keys in
 :math:`\rho_k` (section 3.2, "softmax normalization"): every feature is one attention map over the sequence, and a query
-mixes what they found. As a decoder, which the paper does not have, :math:`\rho_k` runs over the positions up to the
+combines their outputs. *Paper*: there is no decoder; here, in a decoder, :math:`\rho_k` is over the positions up to the
 query's own. O(n·d²).
 """
 

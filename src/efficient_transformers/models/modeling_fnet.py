@@ -5,8 +5,8 @@ r"""FNet: a Fourier transform instead of attention, without parameters (Lee-Thor
 Section 3.2, eq. 3. Every token attends to every other one, O(n·log n·e). Each sequence is transformed at its own true
 length, so that padding changes nothing; the authors' code transforms it together with its padding.
 
-The transform is not normalised, as in the paper: its values are about √(n·e) times as large as the input's, and a long
-sequence may leave the range of float16; bfloat16 and float32 have room.
+The transform is not normalised, as in the paper: its values are about √(n·e) times as large as the input's. For long
+sequences, they may exceed the range of float16, but not that of bfloat16 or float32.
 """
 
 from typing import ClassVar
@@ -51,7 +51,7 @@ class EtFnetConfig(EtConfig):
 
 
 class FourierMixer(Mixer):
-    """`attn_implementation="eager"` writes the matrices of the transform out.
+    """Fourier mixing; `attn_implementation="eager"` materialises the matrices of the transform.
 
     The block's dropout is applied after it as well; in the paper only after the feed-forward.
     """

@@ -1,6 +1,6 @@
-"""Full attention, the yardstick: softmax(QKᵀ/√d)V over the whole sequence (Vaswani et al. 2017, arXiv:1706.03762).
+"""Full attention, the reference: softmax(QKᵀ/√d)V over the whole sequence (Vaswani et al. 2017, arXiv:1706.03762).
 
-Same backbone, heads and projections as every other variant, so a comparison changes one thing. O(n²·d).
+Backbone, heads and projections are those of all other variants, so that comparisons change only one thing. O(n²·d).
 """
 
 from huggingface_hub.dataclasses import strict

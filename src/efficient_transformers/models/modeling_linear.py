@@ -3,7 +3,7 @@ r"""Linear Transformer: softmax replaced by a feature map (Katharopoulos et al. 
 .. math:: o_i = \frac{\phi(q_i)^\top \sum_j \phi(k_j) v_j^\top}{\phi(q_i)^\top \sum_j \phi(k_j)},
           \qquad \phi(x) = \mathrm{elu}(x) + 1
 
-Equations 4, 5 and 7; as a decoder, equations 9 to 12 and 16 to 20: an RNN whose state is a matrix. O(n·d²).
+Equations 4, 5 and 7; in a decoder, equations 9 to 12 and 16 to 20: an RNN whose state is a matrix. O(n·d²).
 """
 
 from huggingface_hub.dataclasses import strict

@@ -2,8 +2,8 @@ r"""Linformer: keys and values projected along the length, N of them to k (Wang 
 
 .. math:: o_i = \mathrm{softmax}\big(q_i (E K)^\top/\sqrt d\big)\, F V, \qquad E, F \in \mathbb R^{k \times N}
 
-Eq. 7. Queries stay as they are: n outputs. A shorter sequence takes the first n columns of E and F, and padding counts
-as zero. O(n·k·d). Nothing here is causal: every projected key is a sum over all positions.
+Eq. 7. Queries are not projected: there are n outputs. Shorter sequences use the first n columns of E and F, and padding
+counts as zero. O(n·k·d). It cannot be causal, because every projected key is a sum over all positions.
 """
 
 from typing import Any, ClassVar, Literal

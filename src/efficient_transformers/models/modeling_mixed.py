@@ -1,8 +1,7 @@
-"""Mixed heads: every head has a pattern of its own, side by side in one layer.
+"""Mixed heads: the heads of a layer have different patterns.
 
-Heads that look near, far and everywhere complement each other, as the two heads of the Sparse Transformer do
-(Child et al. 2019, arXiv:1904.10509, section 4.2). Heads with the same pattern run together; the cost is the mean of
-the heads' costs.
+Local, strided and global heads complement each other, like the two heads of the Sparse Transformer (Child et al. 2019,
+arXiv:1904.10509, section 4.2). Heads with the same pattern are computed together; the cost is the mean over the heads.
 """
 
 from dataclasses import field

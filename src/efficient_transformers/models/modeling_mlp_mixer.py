@@ -2,9 +2,9 @@ r"""MLP-Mixer: an MLP over the positions, the same for all features, instead of 
 
 .. math:: Y = W_2\, \sigma(W_1 X + b_1) + b_2, \qquad W_1 \in \mathbb R^{s \times n},\; W_2 \in \mathbb R^{n \times s}
 
-Tolstikhin et al. 2021, eq. 1, before the MLP over the features. Nothing of it knows the input; W₂ begins near 0, so
-that no position reads another one yet. O(n·s·e). The weights have a place for each of `max_position_embeddings`, of
-which a shorter sequence uses the first ones: the paper's sequences all have one length.
+Tolstikhin et al. 2021, eq. 1, before the MLP over the features. Its weights do not depend on the input; W₂ is
+initialised near 0, so that positions are hardly mixed at first. O(n·s·e). The weights have an entry for each of the
+`max_position_embeddings` positions, and shorter sequences use the first ones; in the paper, all have the same length.
 """
 
 from typing import ClassVar, Literal

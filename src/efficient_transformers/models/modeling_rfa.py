@@ -4,12 +4,12 @@ r"""Random Feature Attention: the Gaussian kernel by sines and cosines (Peng et 
           \phi(x) = \sqrt{1/D}\,[\sin(w_1 \cdot x), \dots, \sin(w_D \cdot x),
                                  \cos(w_1 \cdot x), \dots, \cos(w_D \cdot x)]
 
-Queries and keys have norm 1, and w = σ∘w̃ with w̃ ~ N(0, I) drawn once and σ learnt: :math:`\phi(q)\cdot\phi(k)`
+Queries and keys have norm 1, and w = σ∘w̃ with w̃ ~ N(0, I) drawn once and learned σ: :math:`\phi(q)\cdot\phi(k)`
 estimates :math:`\exp(-\|\sigma \circ (q - k)\|^2/2)`, for σ = 1 a multiple of :math:`\exp(q\cdot k)` (section 3.1).
-As a decoder it may have a gate (section 3.2): :math:`S_t = g_t S_{t-1} + (1 - g_t)\,\phi(k_t) v_t^\top`, and the
-normaliser likewise, with :math:`g_t = \mathrm{sigmoid}(w_g \cdot x_t + b_g)` for each head. O(n·D·d).
+A decoder may have a gate (section 3.2): :math:`S_t = g_t S_{t-1} + (1 - g_t)\,\phi(k_t) v_t^\top`, and the
+normalizer likewise, with :math:`g_t = \mathrm{sigmoid}(w_g \cdot x_t + b_g)` for each head. O(n·D·d).
 
-Where the features cancel, a query is divided by a tenth of the number of its keys; the paper knows no such floor.
+*Paper*: the divisor has no lower bound; here, where the features cancel, it is a tenth of the number of keys.
 """
 
 import torch

@@ -2,9 +2,10 @@ r"""Strided attention: each token attends to every s-th one, so that few keys co
 
 .. math:: S(i) = \{j : s \mid i-j,\; |i-j| \le s \cdot h\}, \qquad h = \infty \text{ for all multiples}
 
-With h = None the strided head of the Sparse Transformer (Child et al. 2019, arXiv:1904.10509, section 4.2); with a few
-hops a dilated window (Beltagy et al. 2020, arXiv:2004.05150, section 3.1). Tokens of different residue modulo s never
-meet, in any number of layers: mix with another variant (`et_mixed`) where that matters. O(n·h·d), or O(n²/s·d).
+With h = None, it is the strided head of the Sparse Transformer (Child et al. 2019, arXiv:1904.10509, section 4.2);
+with a few hops, a dilated window (Beltagy et al. 2020, arXiv:2004.05150, section 3.1). No number of layers connects
+tokens with different residues modulo s: combine it with other patterns (`et_mixed`) where that matters. O(n·h·d), or
+O(n²/s·d).
 """
 
 from huggingface_hub.dataclasses import strict
