@@ -316,6 +316,8 @@ def main(head: str, problem: str, size: str, folder: str) -> None:
     trainer.train()
     if trainer.is_world_process_zero():
         torch.save(model.state_dict(), Path(folder) / "weights.pt")
+    # Trainer leaves the group open, and a process that exits first can abort the other one on a busy machine
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
