@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("never_short")
         ("local", {"widnow_size": 8}, "did you mean 'window_size'"),
         ("local", {"window_size": [3, 4, 5]}, "window_size has 3 entries and num_hidden_layers is 2"),
         ("stride", {"stride": 0}, r"stride \(0\) must be at least 1"),
-        ("stride", {"hops": 0}, r"hops \(0\) must be at least 1.*None reads all"),
+        ("stride", {"hops": 0}, r"hops \(0\) must be at least 1.*None to all"),
         ("global", {"num_global_tokens": -1}, r"num_global_tokens \(-1\) must be at least 0"),
         ("global", {"global_token_type": "external", "is_decoder": True}, "'external' cannot be causal"),
         ("mixed", {"head_patterns": ["near:3"]}, "'near:3'.* is no attention pattern"),

@@ -250,7 +250,8 @@ BAD_FILES = {
     "too few": ("a.jsonl", '{"text": "a", "label": "x"}\n', "1 documents are too few to cut a validation split"),
     "broken quotes": ("a.csv", 'text,label\n"a"b,c\n', "cannot be read as .csv"),
     "not parquet": ("a.parquet", "PAR", "cannot be read as .parquet"),
-    "other kind": ("a.txt", "hello", r"a.txt is none of .jsonl, .csv, .parquet: convert it"),
+    "other kind": ("a.pdf", "hello", r"a\.pdf is none of .jsonl, .csv, .parquet.*: convert it"),
+    "text without classes": ("a.txt", "hello", "a.txt has no column .label.; there are: text. Set label_column"),
 }
 
 
