@@ -52,7 +52,8 @@ def test_a_head_that_the_checkpoint_lacks_is_new_and_said(saved, capsys):
     model = loaded(saved / "mlm")
     assert "New weights" in (printed := capsys.readouterr().out)
     assert "classifier.weight" in printed
-    assert {name for name, p in model.named_parameters() if p.made_anew} >= {"classifier.weight", "classifier.bias"}
+    new = {name for name, parameter in model.named_parameters() if parameter.newly_initialized}
+    assert new >= {"classifier.weight", "classifier.bias"}
     loaded(saved / "classify")
     assert not capsys.readouterr().out
 

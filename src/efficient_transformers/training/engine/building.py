@@ -173,9 +173,9 @@ def build_model(
 ) -> PreTrainedModel:
     """Build a new model, initialised from the current seed, or load the checkpoint with a head of the right size.
 
-    Parameters that are not in the checkpoint are marked as `made_anew`, because they may have their own learning rate.
-    With `complete`, the checkpoint must also contain the head. Raises InputError, which lists the tensors, if it does
-    not fit.
+    Parameters that are not in the checkpoint are marked as `newly_initialized`, because they may have their own
+    learning rate. With `complete`, the checkpoint must also contain the head. Raises InputError, which lists the
+    tensors, if it does not fit.
     """
     if "checkpoint" not in settings.model:
         try:
@@ -192,9 +192,9 @@ def build_model(
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
         )
-    made_anew = check_fit(model, loading, settings, complete)
+    newly_initialized = check_fit(model, loading, settings, complete)
     for key, parameter in model.named_parameters():
-        parameter.made_anew = key in made_anew
+        parameter.newly_initialized = key in newly_initialized
     return model
 
 
@@ -210,7 +210,7 @@ def check_fit(model: PreTrainedModel, loading: Mapping[str, Any], settings: Sett
         "of another shape": shapes,
         "not used": {key: key for key in loading["unexpected_keys"]},
     }
-    made_anew = {*kinds["missing"], *shapes}
+    newly_initialized = {*kinds["missing"], *shapes}
     parts, prefix = dict(model.base_model.named_children()), f"{model.base_model_prefix}."
 
     def of_head(key: str) -> bool:
@@ -231,10 +231,10 @@ def check_fit(model: PreTrainedModel, loading: Mapping[str, Any], settings: Sett
             f"The checkpoint {name!r} does not fit the model ({found}). Correct the fields of the model section, or "
             "set reinitialize to true to initialise the first two kinds randomly and ignore the third."
         )
-    if made_anew:
-        note = f"New weights, which are not in {name}: {listed(sorted(made_anew))}."
+    if newly_initialized:
+        note = f"New weights, which are not in {name}: {listed(sorted(newly_initialized))}."
         PartialState().print(note)
-    return made_anew
+    return newly_initialized
 
 
 def check_memory(

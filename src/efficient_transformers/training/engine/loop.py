@@ -38,7 +38,7 @@ def make_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.Ad
     for parameter in model.parameters():
         if parameter.requires_grad:
             decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-            is_new = getattr(parameter, "made_anew", False)
+            is_new = getattr(parameter, "newly_initialized", False)
             rate = (settings.head_learning_rate if is_new else None) or settings.learning_rate
             groups.setdefault((rate, decay), []).append(parameter)
     return torch.optim.AdamW(

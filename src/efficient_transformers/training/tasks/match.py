@@ -234,7 +234,7 @@ def build_matcher(
     elif complete:
         raise InputError(f"{folder} has no {HEAD}, the head of the trained model: copy the folder again.")
     for parameter in wanted.parameters():
-        parameter.made_anew = "checkpoint" in settings.model  # type: ignore[attr-defined]
+        parameter.newly_initialized = "checkpoint" in settings.model  # type: ignore[attr-defined]
     return DocumentMatcher(encoder, wanted)
 
 

@@ -197,7 +197,7 @@ def take_body(model: PreTrainedModel, path: Path) -> None:
     brought = {id(parameter) for name, parameter in model.base_model.named_parameters() if name in state}
     parameters: Any = model.parameters()
     for parameter in parameters:
-        parameter.made_anew = id(parameter) not in brought
+        parameter.newly_initialized = id(parameter) not in brought
 
 
 def card_row(metrics: Mapping[str, Any]) -> dict[str, str]:
