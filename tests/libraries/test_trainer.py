@@ -1,5 +1,6 @@
 """transformers' Trainer takes the steps of a written-out loop, whatever its options, in every head."""
 
+import os
 import subprocess
 import sys
 from copy import deepcopy
@@ -316,8 +317,11 @@ def main(head: str, problem: str, size: str, folder: str) -> None:
     trainer.train()
     if trainer.is_world_process_zero():
         torch.save(model.state_dict(), Path(folder) / "weights.pt")
-    # Trainer leaves the group open, and a process that exits first can abort the other one on a busy machine
-    trainer.accelerator.end_training()
+    # Trainer leaves the process group open. Its destructor waits for a thread that waits for the interpreter's lock, or
+    # aborts if the interpreter is gone: exit without destructors
+    trainer.accelerator.wait_for_everyone()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
