@@ -312,6 +312,9 @@ def work_on_one_row(rank: int, folder: str) -> None:
         parallel(ids[rank : rank + 1]).logits.square().sum().backward()
     if rank == 0:
         torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/grads.pt")
+    del (
+        parallel
+    )  # first: as the last owner of the group, it would wait for a thread that waits for the interpreter's lock
     torch.distributed.destroy_process_group()
 
 
