@@ -113,7 +113,7 @@ class AnchoredRows:
 
     def types(self, token_types: Tensor | None) -> Tensor | None:
         """Token types (b or 1, n); an anchor has that of a token beside it."""
-        return None if token_types is None else pack(token_types.expand(len(self.tokens), -1), self.tokens)
+        return None if token_types is None else pack(token_types.expand(self.tokens.shape[0], -1), self.tokens)
 
     def global_mask_of(self, global_mask: Tensor | None) -> Tensor | None:
         """Global tokens (b, n); no anchor is one."""
@@ -144,7 +144,7 @@ class AnchoredPacking(LeftPacking):
 
     def restore_weights(self, weights: Tensor) -> Tensor:
         """As in `LeftPacking`. What queries attend to at anchors is left out, so their weights sum to less than 1."""
-        front = torch.arange(self.num_external, device=weights.device).expand(len(self.places), -1)
+        front = torch.arange(self.num_external, device=weights.device).expand(self.places.shape[0], -1)
         index = torch.cat([front, self.places + self.num_external], 1)[:, None]
         weights = weights.gather(2, index[..., None].expand(-1, weights.shape[1], -1, weights.shape[3]))
         weights = weights.gather(3, index[:, :, None].expand(-1, weights.shape[1], weights.shape[2], -1))

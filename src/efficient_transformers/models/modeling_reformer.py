@@ -155,7 +155,8 @@ class EtReformerAttention(MultiHeadAttention):
         config = self.config
         if config.num_buckets is not None or config.is_decoder:
             return assign_buckets(q, self.rotations, self.widest)
-        lengths = torch.full((len(q),), q.shape[2], device=q.device) if padding_mask is None else padding_mask.sum(1)
+        batch, _, length, _ = q.shape
+        lengths = torch.full((batch,), length, device=q.device) if padding_mask is None else padding_mask.sum(1)
         limits = config.lsh_chunk_length, config.bucket_limit
         return assign_buckets_by_length(q, self.rotations, self.widest, lengths, *limits)
 
