@@ -45,10 +45,11 @@ class LatePooling(BaseTokenPooling):
     ):
         super().__init__(tasks=["query", "document"])
         check_at_least("span", span, 1, "a vector is the mean of some tokens")
-        check_at_least("stride", stride or span, 1, "the next span begins at a later token")
-        if (stride or span) > span:
+        stride = span if stride is None else stride
+        check_at_least("stride", stride, 1, "the next span begins at a later token")
+        if stride > span:
             raise ValueError(f"stride ({stride}) must not exceed span ({span}): tokens between spans would be lost.")
-        self.span, self.stride = span, stride or span
+        self.span, self.stride = span, stride
         if idf is None and vocab_size is not None:
             idf = torch.ones(vocab_size)  # the values are loaded
         self.register_buffer("idf", idf)

@@ -74,7 +74,9 @@ def test_rare_tokens_weigh_more(tokenizer):
         inverse_document_frequencies(tokenizer, [])
 
 
-@pytest.mark.parametrize("sizes", [{"span": 0}, {"span": 4, "stride": 5}, {"span": 4, "stride": -1}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"span": 0}, {"span": 4, "stride": 5}, {"span": 4, "stride": 0}, {"span": 4, "stride": -1}], ids=str
+)
 def test_senseless_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match=r"span|stride"):
         LatePooling(**sizes)
