@@ -71,8 +71,8 @@ def tile_pairs(pattern: AttentionPattern, length: int, num_heads: int, global_ro
 
 def pattern_layer_flops(config: Any, layer: int, length: int, global_rows: bool = True) -> int:
     """FLOPs of one layer for a row of `length` places."""
-    fits = config.anchor_interval is not None and length <= config.anchor_interval + config.num_external_tokens
-    patterns = [FULL] if fits else config.attention_patterns(layer)
+    first = config.first_interval
+    patterns = [FULL] if first is not None and length <= first else config.attention_patterns(layer)
     groups = group_heads(patterns, config.num_attention_heads)
     pairs = sum(len(heads) * tile_pairs(pattern, length, len(heads), global_rows) for pattern, heads in groups)
     return 2 * 2 * config.head_dim * pairs

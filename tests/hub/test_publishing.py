@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import ModelCard
 from repository import ROOT
 from safetensors.torch import load_file, save_file
-from training_runs import composed, each_variant_of, reset_accelerate, write_rows
+from training_runs import MODEL, composed, each_variant_of, reset_accelerate, write_rows
 
 from efficient_transformers import VARIANTS
 from efficient_transformers.cards import costs_of, description_of, loading_code, measured
@@ -30,16 +30,7 @@ from efficient_transformers.training.settings import InputError
 TINY = {
     "tokenizer": "data/tokenizer",
     "license": "apache-2.0",
-    "model": {
-        "model_type": "et_local",
-        "window_size": 5,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "max_position_embeddings": 64,
-        "hidden_dropout_prob": 0.0,
-    },
+    "model": {**MODEL, "hidden_dropout_prob": 0.0},
     "max_length": 24,
     "max_steps": 12,
     "batch_size": 8,

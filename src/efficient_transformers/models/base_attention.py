@@ -62,8 +62,7 @@ class PatternAttention(MultiHeadAttention):
         self.register_buffer("random_blocks", None)
         self.dropout = config.attention_probs_dropout_prob
         self.groups = group_heads(config.attention_patterns(layer), self.num_heads)
-        interval = config.anchor_interval
-        self.first_interval = None if interval is None else interval + config.num_external_tokens
+        self.first_interval = config.first_interval
 
     def new_cache_layer(self) -> PatternCacheLayer:
         return cache_layer(self.config.attention_patterns(self.layer))

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from .ops_patterns import AttentionPattern
 
@@ -47,6 +47,21 @@ class SelectableRows:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.select(torch.arange(self.num_rows).repeat_interleave(repeats))
+
+
+class SegmentCacheLayer(SelectableRows, CacheLayerMixin):
+    """Base of the layers that keep segments of the past instead of its tokens: they count tokens and have no limit."""
+
+    cumulative_length: int  # tokens seen, padding included
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
 
 
 class PatternCacheLayer(SelectableRows, DynamicLayer):

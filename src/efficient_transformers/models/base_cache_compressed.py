@@ -5,13 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import CacheLayerMixin
 
 from .attn_dense import softmax_attention
-from .base_cache import SelectableRows, is_closed
+from .base_cache import SegmentCacheLayer, is_closed
 
 
-class CompressedCacheLayer(SelectableRows, CacheLayerMixin):
+class CompressedCacheLayer(SegmentCacheLayer):
     """Compressed keys and values of complete segments, and the tokens from which the next ones will be computed.
 
     stored: (2, b, h, room, d), keys and values; each row holds `tokens // factor` segments.
@@ -85,16 +84,6 @@ class CompressedCacheLayer(SelectableRows, CacheLayerMixin):
                 self.stored[:, :, :, : old.shape[3]] = old[:, :, :, : self.stored.shape[3]]
         assert self.stored is not None
         return self.stored
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included."""
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
     @property
     def num_rows(self) -> int:

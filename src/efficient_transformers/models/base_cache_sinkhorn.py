@@ -4,16 +4,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from .attn_dense import softmax_attention
 from .attn_sinkhorn import in_blocks, sinkhorn_attention, sort_blocks
-from .base_cache import SelectableRows, is_closed
+from .base_cache import SegmentCacheLayer, is_closed
 
 Sort = Callable[[Tensor, Tensor], Tensor]  # sums and first tokens of the blocks, (b, c, e) each -> order (b, h, c, c)
 
 
-class SinkhornCacheLayer(SelectableRows, CacheLayerMixin):
+class SinkhornCacheLayer(SegmentCacheLayer):
     """Keys and values in blocks, by position in the row, and the inputs of the sorting network.
 
     stored: by name, with room to grow along axis 1, zero where no token is: `keys` and `values` (b, c, s, h, d), the
@@ -81,16 +80,6 @@ class SinkhornCacheLayer(SelectableRows, CacheLayerMixin):
         """Keys or values of all stored blocks, (b, h, c, s, d); for the sorting network, (b, c, e)."""
         x = self.stored[name][:, : self.count]
         return x if x.dim() == 3 else x.permute(0, 3, 1, 2, 4)
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included."""
-        return self.cumulative_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
     @property
     def num_rows(self) -> int:

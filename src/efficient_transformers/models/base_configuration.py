@@ -289,6 +289,11 @@ class PatternConfig(EtConfig):
         """Rows of the table of learned positions."""
         return self.anchor_interval or self.max_position_embeddings
 
+    @property
+    def first_interval(self) -> int | None:
+        """Places, with external tokens, up to which a row has full attention; None without anchors."""
+        return None if self.anchor_interval is None else self.anchor_interval + self.num_external_tokens
+
     def row_length(self, length: int) -> int:
         """Places of a row of `length` tokens, with its anchors and external tokens."""
         own = length if self.anchor_interval is None else AnchorLayout(self.anchor_interval).total(length)
