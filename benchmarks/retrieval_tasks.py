@@ -4,7 +4,7 @@ Documents are `length` tokens of State of the Union addresses of one split (data
 for inserted at a random place. Every task is drawn from a seed, so that other seeds give other documents.
 
     passkey   a number of five digits for a name (the protocol of LongEmbed, Zhu et al. 2024, arXiv:2404.12096)
-    needle    somebody visits a building; the query names only its country, so that no word is shared (the idea of
+    needle    a person visits a building; the query names only its country, so that no word is shared (the idea of
               NoLiMa, Modarressi et al. 2025, arXiv:2502.05167)
     sentence  a sentence of the document
     halves    the first half of a document finds the second
@@ -149,7 +149,7 @@ def needle(filler: Filler, length: int, queries: int, candidates: int) -> Task:
     """At most as many queries as there are places; the other documents have no needle."""
     places = list({country: place for place, country in PLACES.items()}.items())[:queries]
     people = names(filler.random, len(places))
-    facts = [[f"Last week {who} stood in front of {place}."] for who, (_, place) in zip(people, places, strict=True)]
+    facts = [[f"Last week {who} visited {place}."] for who, (_, place) in zip(people, places, strict=True)]
     facts += [[] for _ in range(candidates - len(facts))]
     documents = [inserted(filler, length, fact) for fact in facts]
     asked = [f"Who has been to {country}?" for country, _ in places]

@@ -102,7 +102,7 @@ def show(
         for number, (word, weight) in enumerate(zip(words, weights, strict=True))
     ]
     count = sum(weight > 0 for weight in weights)
-    # shown as Markdown: no word of the document may stand in it
+    # shown as Markdown, so it must not contain any word of the document
     said = f"Token {place} attends to {count} of {len(words)} tokens in head {head}."
     return figure, cost(slug, changes, heads, tokens), coloured, said
 

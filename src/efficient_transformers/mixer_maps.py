@@ -28,7 +28,7 @@ class Matrix:
     name: its head and its meaning.
     values: (rows, columns), float64, as multiplied by the values or, for a parameter, by the hidden states.
     kinds: (rows, columns) int64, for each pair the index in KINDS of its part of the pattern; None without a pattern.
-    rows, columns: what rows and columns stand for.
+    rows, columns: labels of the two axes.
     """
 
     name: str

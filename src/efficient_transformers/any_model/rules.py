@@ -68,7 +68,7 @@ def parse_rule(spec: Spec, causal: bool = False, seed: int = 0) -> Rule:
     """Parse a rule: a pattern in the grammar of `parse_pattern`, a list of patterns for the heads, or a kernel mixer.
 
     In addition to that grammar, `global:a:b` makes the first a and the last b real tokens of each row global;
-    `longformer` and `big_bird` stand for the unions in their papers; `linear`, `efficient`, `performer:<features>` and
+    `longformer` and `big_bird` denote the unions in their papers; `linear`, `efficient`, `performer:<features>` and
     `rfa:<features>` are the mixers of those variants without learned parameters. Raises ValueError, which quotes the
     part that cannot be parsed.
     """

@@ -8,7 +8,7 @@ are given to the layers as
     token        a  b  c  d  e [SEP] [CLS] f  g  h  i [SEP] [CLS] …
     position     0  1  2  3  4  5      0  1  2  3  4  5      0  1
 
-so that each interval looks like one text that the model was trained on, while its window of attention goes on over the
+so that each interval looks like one text that the model was trained on, while the attention window extends across the
 borders. Anchors are removed from all outputs. A row that fits into one interval gets no anchors and full attention: the
 model then computes what the original does.
 """

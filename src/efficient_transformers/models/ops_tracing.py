@@ -42,6 +42,6 @@ def first_positions(x: Tensor, length: int, *axes: int) -> Tensor:
     for axis in axes:
         if is_traced():  # a slice would ask how a traced length compares
             x = x.index_select(axis, torch.arange(length, device=x.device))
-        elif length < x.shape[axis]:  # of all of them a slice would have a gradient filled and copied for nothing
+        elif length < x.shape[axis]:  # skip a no-op slice: its backward copies a full-size gradient
             x = x.narrow(axis, 0, length)
     return x
